@@ -1,0 +1,151 @@
+"""The frozen configuration of a cache. ``None`` and ``"auto"`` mean: chosen for this model and machine."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kvswap.errors import ConfigError
+from kvswap.terms import ceil_div
+from kvswap.units import parse_bytes
+
+STORE_DTYPES = ("auto", "float16", "bfloat16", "float32")
+BACKENDS = ("auto", "uring", "threads", "buffered", "memory")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Fields:
+    kv_memory: int | str = "auto"
+    kv_dir: str | None = None
+    select_tokens: int = 400
+    group_tokens: int = 4
+    sketch_rank: int | None = None
+    sketch_bits: int = 4
+    sink_tokens: int = 4
+    recent_tokens: int = 64
+    store_dtype: str = "auto"
+    backend: str = "auto"
+    chunk_tokens: int = 512
+    read_depth: int = 64
+
+
+class Config(_Fields):
+    """How a KV cache on disk is kept and searched. Immutable; unknown names are refused.
+
+    Parameters
+    ----------
+    kv_memory
+        Limit for everything that lives through decode, in bytes or as text (``"24MiB"``). ``"auto"`` is an eighth of
+        the full 16-bit KV of the request, at least the workable minimum.
+    kv_dir
+        Folder for the KV files; ``None`` is the user's cache folder.
+    select_tokens
+        M: tokens attended to at each step, sinks and recent window included.
+    group_tokens
+        G: consecutive tokens that are read together.
+    sketch_rank, sketch_bits
+        R and bits per code of the sketch; rank ``None`` is the largest within ``D/8 * 2`` bytes per token.
+    sink_tokens, recent_tokens
+        First and newest tokens that are always attended to.
+    store_dtype
+        ``"auto"``: the model's dtype if it has 16 bits, else float16, or bfloat16 where a value would overflow.
+    backend
+        ``uring``, ``threads``, ``buffered`` or ``memory``; ``"auto"`` is the best that this disk allows.
+    chunk_tokens
+        Tokens that prefill takes through a layer at a time, a multiple of 512.
+    read_depth
+        Most reads in flight at a time.
+    """
+
+    __slots__ = ()
+
+    def __init__(self, **values: Any) -> None:
+        names = [field.name for field in dataclasses.fields(_Fields)]
+        for name in values:
+            if name not in names:
+                near = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
+                hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(names)}"
+                raise ConfigError(f"unknown config key {name!r}", hint=hint)
+        super().__init__(**values)
+        self._check()
+
+    def __repr__(self) -> str:
+        values = ", ".join(f"{key}={value!r}" for key, value in self.to_dict().items())
+        return f"Config({values})"
+
+    def _check(self) -> None:
+        _integer("select_tokens", self.select_tokens, low=1)
+        _integer("group_tokens", self.group_tokens, low=1, high=64)
+        _integer("sink_tokens", self.sink_tokens, low=0)
+        _integer("recent_tokens", self.recent_tokens, low=0)
+        _integer("read_depth", self.read_depth, low=1, high=1024)
+        _integer("chunk_tokens", self.chunk_tokens, low=512)
+        if self.chunk_tokens % 512:
+            raise ConfigError(f"chunk_tokens: {self.chunk_tokens} is not a multiple of 512", hint="use 512 or 1024")
+        if self.sketch_rank is not None:
+            _integer("sketch_rank", self.sketch_rank, low=1)
+        _choice("sketch_bits", self.sketch_bits, (2, 4, 8))
+        _choice("store_dtype", self.store_dtype, STORE_DTYPES)
+        _choice("backend", self.backend, BACKENDS)
+        if self.kv_memory != "auto":
+            parse_bytes(self.kv_memory, name="kv_memory")
+        if self.select_tokens < self.pinned_tokens + self.group_tokens:
+            raise ConfigError(
+                f"select_tokens: {self.select_tokens} leaves no group to select beside {self.pinned_tokens} "
+                "sink and recent tokens",
+                hint=f"use at least {self.pinned_tokens + self.group_tokens}",
+            )
+
+    @property
+    def sink_groups(self) -> int:
+        """Groups that hold the sinks."""
+        return ceil_div(self.sink_tokens, self.group_tokens)
+
+    @property
+    def recent_groups(self) -> int:
+        """Whole groups of the recent window, the rolling tail apart."""
+        return ceil_div(self.recent_tokens, self.group_tokens)
+
+    @property
+    def pinned_tokens(self) -> int:
+        """Tokens in whole groups that are always attended to."""
+        return (self.sink_groups + self.recent_groups) * self.group_tokens
+
+    @property
+    def select_groups(self) -> int:
+        """Groups chosen by prediction at each step and layer."""
+        return (self.select_tokens - self.pinned_tokens) // self.group_tokens
+
+    def to_dict(self) -> dict[str, Any]:
+        """All keys and values, enough to build the same Config again."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(_Fields)}
+
+    def replace(self, **changes: Any) -> Config:
+        """A copy with some values changed."""
+        return Config(**{**self.to_dict(), **changes})
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> Config:
+        """Read a JSON object of config keys, as ``to_dict`` gives them. Raises ConfigError."""
+        try:
+            values = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"config file {path}: {error}", hint="it must be a JSON object of config keys") from error
+        if not isinstance(values, dict):
+            raise ConfigError(f"config file {path}: not a JSON object", hint='write for example {"select_tokens": 400}')
+        return cls(**values)
+
+
+def _integer(name: str, value: object, *, low: int, high: int | None = None) -> None:
+    allowed = f"an integer from {low}" + (f" to {high}" if high is not None else " up")
+    if isinstance(value, bool) or not isinstance(value, int) or value < low or (high is not None and value > high):
+        raise ConfigError(f"{name}: got {value!r}, must be {allowed}", hint="change the value or leave it out")
+
+
+def _choice(name: str, value: object, allowed: tuple[object, ...]) -> None:
+    if value not in allowed:
+        raise ConfigError(f"{name}: got {value!r}", hint=f"use one of {', '.join(map(str, allowed))}")

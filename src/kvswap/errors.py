@@ -1,0 +1,78 @@
+"""One tree of errors. A message says what, got and allowed; ``hint`` says what to do next.
+
+``exit_code`` is what the command line ends with: 2 for the user's errors, 1 for faults at run time.
+``retryable`` tells a caller whether the same call may succeed later without a change.
+"""
+
+from __future__ import annotations
+
+
+class KVSwapError(Exception):
+    """Base of all errors that this package raises on purpose."""
+
+    exit_code = 1
+    retryable = False
+
+    def __init__(self, message: str, *, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return f"{self.message}; {self.hint}" if self.hint else self.message
+
+
+class UserError(KVSwapError):
+    """Something the caller can put right."""
+
+    exit_code = 2
+
+
+class ConfigError(UserError):
+    """A parameter is unknown or out of range."""
+
+
+class InputError(UserError):
+    """A document, question or prompt cannot be used."""
+
+
+class ModelError(UserError):
+    """The model cannot be found, loaded or attached to."""
+
+
+class UnsupportedError(UserError):
+    """A generation mode or call that a cache on disk cannot serve."""
+
+
+class StorageError(UserError):
+    """The folder for the cache cannot be used: unwritable, in memory, too small."""
+
+
+class MemoryBudgetError(UserError):
+    """The memory limit is too small for the request.
+
+    ``minimum_bytes`` is the smallest limit that works, ``longest_tokens`` the longest context under the given one.
+    """
+
+    def __init__(self, message: str, *, minimum_bytes: int, longest_tokens: int, hint: str = "") -> None:
+        super().__init__(message, hint=hint)
+        self.minimum_bytes = minimum_bytes
+        self.longest_tokens = longest_tokens
+
+
+class DiskError(KVSwapError):
+    """The disk failed while the engine ran."""
+
+    retryable = True
+
+
+class DiskReadError(DiskError):
+    """Bytes did not arrive, also after retries."""
+
+
+class DiskWriteError(DiskError):
+    """Bytes could not be written."""
+
+
+class DiskFullError(DiskWriteError):
+    """No space was left on the device in the middle of a run."""
