@@ -1,0 +1,95 @@
+"""How one memory limit is divided. Pure arithmetic: from geometry and parameters to bytes of each part.
+
+Everything that lives through decode is here. What is left of the limit after the fixed parts becomes reuse slots.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kvswap.plan.attended import Window
+from kvswap.terms import ceil_div, round_up
+
+GROWTH_TOKENS = 1024
+WRITE_QUEUE_BYTES = 1 << 20
+OWNER_BYTES = 8 + 4  # who lives in a reuse slot, and its worth
+STAGING_SLACK = 1.25  # room for gaps that are read through
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryNeeds:
+    """All that decides how much memory a request takes.
+
+    ``sketch_token_bytes``: sketch of one token in one layer, scales included. ``basis_bytes``: all layers together.
+    """
+
+    layers: int
+    batch: int
+    query_heads: int
+    window: Window
+    slot_bytes: int
+    token_bytes: int
+    compute_itemsize_bytes: int
+    store_itemsize_bytes: int
+    sketch_token_bytes: int
+    basis_bytes: int
+
+    @property
+    def sequences(self) -> int:
+        """Sequence-layer pairs."""
+        return self.layers * self.batch
+
+    @property
+    def staging_groups(self) -> int:
+        """Groups that can land for one layer."""
+        return self.batch * max(1, int(self.window.select_groups * STAGING_SLACK))
+
+    def parts(self, capacity_tokens: int) -> dict[str, int]:
+        """Bytes of every part but the slots when the context may grow to ``capacity_tokens``."""
+        window = self.window
+        groups = ceil_div(capacity_tokens, window.group_tokens)
+        attended = self.batch * window.attended_groups
+        gathered = attended * self.slot_bytes + attended * window.group_tokens * self.token_bytes * (
+            self.compute_itemsize_bytes // self.store_itemsize_bytes or 1
+        )
+        scoring = 3 * self.batch * self.query_heads * capacity_tokens * 4
+        return {
+            "basis": self.basis_bytes,
+            "sketch": self.sequences * capacity_tokens * self.sketch_token_bytes,
+            "tables": self.sequences * groups * 4,
+            "tails": self.sequences * window.pinned_groups * self.slot_bytes,
+            "staging": 2 * self.staging_groups * self.slot_bytes,
+            "scratch": gathered + scoring,
+            "write_queue": WRITE_QUEUE_BYTES,
+        }
+
+    def minimum_bytes(self, tokens: int) -> int:
+        """Smallest limit under which a context of ``tokens`` works, without any reuse."""
+        return sum(self.parts(capacity_for(tokens)).values())
+
+    def longest_tokens(self, limit_bytes: int) -> int:
+        """Longest context that works under ``limit_bytes``; 0 when none does."""
+        low, high = 0, 1 << 32
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if self.minimum_bytes(middle) <= limit_bytes else (low, middle - 1)
+        return low
+
+    def full_bytes(self, tokens: int) -> int:
+        """K and V of all offloaded layers for ``tokens`` tokens a sequence, as stored, without padding."""
+        return self.sequences * tokens * self.token_bytes
+
+    def auto_limit_bytes(self, tokens: int) -> int:
+        """The limit that ``"auto"`` means: an eighth of the full 16-bit KV, at least the workable minimum."""
+        sixteen_bit = self.full_bytes(tokens) * 2 // self.store_itemsize_bytes
+        return max(sixteen_bit // 8, self.minimum_bytes(tokens))
+
+    def reuse_slots(self, capacity_tokens: int, free_bytes: int) -> int:
+        """Reuse slots that ``free_bytes`` pay for, no more than there are groups."""
+        groups = self.sequences * ceil_div(capacity_tokens, self.window.group_tokens)
+        return max(0, min(groups, free_bytes // (self.slot_bytes + OWNER_BYTES)))
+
+
+def capacity_for(tokens: int) -> int:
+    """Tokens to make room for when the context has ``tokens``: whole growth steps with some headroom."""
+    return round_up(tokens + GROWTH_TOKENS // 4, GROWTH_TOKENS)

@@ -1,0 +1,58 @@
+"""From groups that are missing in memory to the fewest sensible reads. Pure arithmetic on arrays.
+
+Groups that are neighbours on disk become one extent. Two extents are also joined over a gap of groups nobody asked
+for when reading the gap costs less than another request, as long as there is room where the reads land.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Int = NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class ReadPlan:
+    """Extents in units of groups.
+
+    ``files, first, count, landing``: one entry an extent: file, first group, groups, first landing place.
+    ``place``: one entry a wanted group, in the order given: the landing place it will be found at.
+    """
+
+    files: Int
+    first: Int
+    count: Int
+    landing: Int
+    place: Int
+
+
+def plan_reads(files: Int, groups: Int, *, gap_groups: int, places: int) -> ReadPlan:
+    """Plan reads for wanted groups, sorted by (file, group) and without repeats.
+
+    ``gap_groups`` is the longest gap worth reading through; ``places`` how many groups can land, at least
+    ``len(groups)``.
+    """
+    if len(groups) == 0:
+        none = np.zeros(0, np.int64)
+        return ReadPlan(none, none, none, none, none)
+    step = np.diff(groups)
+    same_file = files[1:] == files[:-1]
+    joined = same_file & (step <= 1 + gap_groups)
+    extra = np.where(joined, step - 1, 0)
+    spare = places - len(groups)
+    if extra.sum() > spare:  # bridge the narrowest gaps first
+        order = np.argsort(extra, kind="stable")
+        fits = np.zeros(len(extra), bool)
+        fits[order] = np.cumsum(extra[order]) <= spare
+        joined &= fits
+    begin = np.concatenate(([True], ~joined))
+    starts = np.flatnonzero(begin)
+    ends = np.concatenate((starts[1:], [len(groups)])) - 1
+    first = groups[starts]
+    count = groups[ends] - first + 1
+    landing = np.cumsum(count) - count
+    extent = np.cumsum(begin) - 1
+    return ReadPlan(files[starts], first, count, landing, landing[extent] + groups - first[extent])

@@ -1,0 +1,51 @@
+"""Which groups the next layer will attend to, from estimated attention mass.
+
+The published scheme (KVSwap, arXiv 2511.11907, section 3) sums raw logits over heads. Here every head's logits go
+through the softmax first, so that a head's vote is the share of its attention, and heads that look at the sinks alone
+do not outvote those that look for something.
+"""
+
+from __future__ import annotations
+
+import torch
+
+
+def group_mass(logits: torch.Tensor, group_tokens: int) -> torch.Tensor:
+    """Largest estimated attention mass of a token in each group.
+
+    Parameters
+    ----------
+    logits
+        ``[B, H_q, T]`` float32, scaled, -inf where there is no token. Overwritten. T is a multiple of G.
+
+    Returns
+    -------
+    ``[B, T / G]`` float32: summed over heads, then the maximum over the tokens of the group.
+    """
+    mass = torch.softmax(logits, dim=-1).sum(dim=1)
+    return mass.unflatten(1, (-1, group_tokens)).amax(dim=-1)
+
+
+def top_groups(mass: torch.Tensor, first: int, ends: list[int], count: int) -> torch.Tensor:
+    """The ``count`` groups of most mass within ``[first, ends[b])``, in ascending order.
+
+    Parameters
+    ----------
+    mass
+        ``[B, N]`` float32.
+
+    Returns
+    -------
+    ``[B, count]`` int64. Where a range holds fewer groups than ``count``, the surplus entries are N, at the end.
+    """
+    batch, groups = mass.shape
+    low, high = first, max(ends)
+    window = mass[:, low:high]
+    for row, end in enumerate(ends):
+        if end < high:
+            window[row, end - low :] = -1.0
+    picked = window.topk(min(count, high - low), dim=1, sorted=False)
+    found = torch.where(picked.values < 0, groups, picked.indices + low).sort(dim=1).values
+    if found.shape[1] < count:
+        found = torch.nn.functional.pad(found, (0, count - found.shape[1]), value=groups)
+    return found

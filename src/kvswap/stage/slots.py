@@ -1,0 +1,222 @@
+"""Slots: all memory that holds groups through decode, in one slab, pooled over layers and sequences.
+
+Three regions, in this order::
+
+    pinned    sinks, ring of newest groups, rolling tail: fixed places for every (layer, sequence)
+    staging   two halves in turn: where the reads of one layer land while the layer before computes
+    reuse     groups worth keeping, of any layer and sequence, found through a table
+
+On the CPU the slab is the memory that direct reads land in. On another device the slots live there, reads land in
+pinned host memory and ``land`` copies them over on a side stream.
+
+Replacement: a slot's worth is one for a selection just now, and decays each time its own layer selects without it.
+A missed group replaces only a slot of less worth. Since all layers are visited in a cycle, plain recency would always
+throw out what is needed soonest; comparing worth at each layer's own last visit does not.
+Not thread-safe: one thread, the one that runs the model.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from kvswap.disk.slab import Slab
+from kvswap.plan.attended import Window
+from kvswap.store.layout import GroupLayout
+
+Int = NDArray[np.int64]
+
+WORTH_DECAY = 0.9
+SLOT_OVERHEAD_BYTES = 12
+
+
+class SlotPool:
+    """Memory for groups of ``layers`` x ``batch`` sequences.
+
+    ``dtypes`` holds the stored dtype of each layer (equal sizes) and may be changed before a layer's first use.
+    """
+
+    def __init__(
+        self,
+        *,
+        layers: int,
+        batch: int,
+        layout: GroupLayout,
+        window: Window,
+        staging_groups: int,
+        reuse_slots: int,
+        capacity_groups: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.layout, self.window, self.batch, self.layers = layout, window, batch, layers
+        self.dtypes = [dtype] * layers
+        self.staging_groups = staging_groups
+        self.staging_start = layers * batch * window.pinned_groups
+        self.reuse_start = self.staging_start + 2 * staging_groups
+        slots = self.reuse_start + reuse_slots
+        self.host = device.type == "cpu"
+        if self.host:
+            self.slab = Slab(slots * layout.slot_bytes)
+            raw = torch.from_numpy(self.slab.array)[: slots * layout.slot_bytes]
+            self._landing_address = self.slab.address + self.staging_start * layout.slot_bytes
+        else:
+            raw = torch.zeros(slots * layout.slot_bytes, dtype=torch.uint8, device=device)
+            pinned = device.type == "cuda"
+            self._landing = torch.zeros(2 * staging_groups * layout.slot_bytes, dtype=torch.uint8, pin_memory=pinned)
+            self._landing_address = self._landing.data_ptr()
+            self._stream = torch.cuda.Stream(device) if pinned else None
+        self._raw = raw
+        self._rows = {d: raw.view(d).view(slots, layout.slot_elements) for d in (dtype, *_same_size(dtype))}
+        self.table: NDArray[np.int32] = np.full((layers * batch, capacity_groups), -1, np.int32)
+        self.owner: Int = np.full(reuse_slots, -1, np.int64)
+        self.worth: NDArray[np.float32] = np.full(reuse_slots, -1, np.float32)
+
+    # ---- shape
+
+    @property
+    def reuse_slots(self) -> int:
+        """Slots that selected groups compete for."""
+        return len(self.owner)
+
+    def grow_table(self, capacity_groups: int) -> None:
+        """Make room in the table for longer sequences."""
+        wider = np.full((len(self.table), capacity_groups), -1, np.int32)
+        wider[:, : self.table.shape[1]] = self.table
+        owned = np.flatnonzero(self.owner >= 0)
+        sequence, group = np.divmod(self.owner[owned], self.table.shape[1])
+        self.owner[owned] = sequence * capacity_groups + group
+        self.table = wider
+
+    def shrink_reuse(self, reuse_slots: int) -> None:
+        """Give up the last reuse slots and return their memory to the system (host slots)."""
+        gone = self.owner[reuse_slots:]
+        self.table.reshape(-1)[gone[gone >= 0]] = -1
+        self.owner, self.worth = self.owner[:reuse_slots].copy(), self.worth[:reuse_slots].copy()
+        if self.host:
+            self.slab.shrink((self.reuse_start + reuse_slots) * self.layout.slot_bytes)
+
+    def close(self) -> None:
+        """Drop all views and release the slab."""
+        self._rows.clear()
+        del self._raw
+        if self.host:
+            self.slab.close()
+
+    # ---- views
+
+    def groups(self, layer: int) -> torch.Tensor:
+        """All slots as ``[slots, 2, H_kv, G, d]`` in this layer's stored dtype; a view."""
+        rows = self._rows[self.dtypes[layer]]
+        return rows[:, : self.layout.group_elements].unflatten(1, self.layout.group_shape)
+
+    def home_base(self, layer: int, sequence: int) -> int:
+        """First pinned slot of this layer and sequence."""
+        return (layer * self.batch + sequence) * self.window.pinned_groups
+
+    # ---- pinned
+
+    def put_groups(self, layer: int, sequence: int, first: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Put groups into their pinned slots, from ``first`` on: K and V ``[H_kv, n, d]``, the last group may be partial."""
+        group_tokens, tokens = self.window.group_tokens, keys.shape[1]
+        home = self.home_base(layer, sequence) + self.window.home(
+            first + np.arange(-(-tokens // group_tokens), dtype=np.int64)
+        )
+        slots = self.groups(layer)
+        whole = tokens // group_tokens
+        index = torch.from_numpy(home[:whole]).to(slots.device)
+        for part, source in enumerate((keys, values)):
+            body = source[:, : whole * group_tokens].unflatten(1, (whole, group_tokens)).transpose(0, 1)
+            slots[:, part].index_copy_(0, index, body.to(slots.dtype))
+            if whole < len(home):
+                slots[int(home[-1]), part, :, : tokens - whole * group_tokens] = source[:, whole * group_tokens :].to(
+                    slots.dtype
+                )
+
+    def put_token(self, layer: int, home: torch.Tensor, offset: torch.Tensor, kv: torch.Tensor) -> None:
+        """Put the newest token of every sequence: ``kv`` is ``[B, 2, H_kv, d]``, ``home``/``offset`` are ``[B]`` int64."""
+        slots = self.groups(layer)
+        if self.batch == 1:
+            slots[int(home[0]), :, :, int(offset[0])] = kv[0]
+        else:
+            slots[home, :, :, offset] = kv.to(slots.dtype)
+
+    def read_home(self, layer: int, sequence: int, first: int, count: int) -> torch.Tensor:
+        """Copy of ``count`` pinned groups from ``first`` on: ``[2, H_kv, count * G, d]`` in the stored dtype."""
+        home = self.home_base(layer, sequence) + self.window.home(first + np.arange(count, dtype=np.int64))
+        return self.gather(layer, torch.from_numpy(home)[None])[:, 0]
+
+    # ---- reuse
+
+    def lookup(self, layer: int, sequences: Int, groups: Int) -> Int:
+        """Slot of each group, or -1 where it must be read. Counts the visit: hits gain worth, the rest of the layer decays."""
+        rows = layer * self.batch + sequences
+        found = self.table[rows, groups].astype(np.int64)
+        if self.reuse_slots:
+            low, high = layer * self.batch * self.table.shape[1], (layer + 1) * self.batch * self.table.shape[1]
+            mine = (self.owner >= low) & (self.owner < high)
+            np.multiply(self.worth, WORTH_DECAY, out=self.worth, where=mine)
+            self.worth[found[found >= 0] - self.reuse_start] += 1
+        return found
+
+    def admit(self, layer: int, sequences: Int, groups: Int, staged: Int) -> None:
+        """Keep groups that have just landed in slots ``staged``, as far as something of less worth can go."""
+        room = min(len(groups), self.reuse_slots)
+        if room == 0:
+            return
+        victims = np.argpartition(self.worth, room - 1)[:room] if room < self.reuse_slots else np.arange(room)
+        victims = victims[self.worth[victims] < 1]
+        count = len(victims)
+        if count == 0:
+            return
+        flat = self.table.reshape(-1)
+        old = self.owner[victims]
+        flat[old[old >= 0]] = -1
+        key = (layer * self.batch + sequences[:count]) * self.table.shape[1] + groups[:count]
+        self.owner[victims], self.worth[victims] = key, 1
+        target = victims + self.reuse_start
+        flat[key] = target
+        rows = self._rows[self.dtypes[layer]]
+        rows[torch.from_numpy(target)] = rows[torch.from_numpy(staged[:count])]
+
+    # ---- staging and gathering
+
+    def landing_address(self, half: int) -> int:
+        """Host address where reads of staging half 0 or 1 begin."""
+        return self._landing_address + half * self.staging_groups * self.layout.slot_bytes
+
+    def landing_slot(self, half: int) -> int:
+        """Slot in which landing place 0 of this half is found after ``land``."""
+        return self.staging_start + half * self.staging_groups
+
+    def land(self, half: int, count: int) -> None:
+        """Make the first ``count`` landing places visible as slots; a copy to the device unless slots are host memory."""
+        if self.host or count == 0:
+            return
+        size = self.layout.slot_bytes
+        start, source = self.landing_slot(half) * size, half * self.staging_groups * size
+        target, landed = self._raw[start : start + count * size], self._landing[source : source + count * size]
+        if self._stream is None:
+            target.copy_(landed)
+            return
+        current = torch.cuda.current_stream(self._raw.device)
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
+            target.copy_(landed, non_blocking=True)
+        current.wait_stream(self._stream)
+        self._stream.synchronize()  # the host half is overwritten by the reads after next
+
+    def gather(self, layer: int, slots: torch.Tensor) -> torch.Tensor:
+        """Copy of slots ``[B, W]`` as ``[2, B, H_kv, W * G, d]`` in the stored dtype, tokens in the order of the slots."""
+        rows = self._rows[self.dtypes[layer]]
+        batch, width = slots.shape
+        picked = rows.index_select(0, slots.reshape(-1).to(rows.device))[:, : self.layout.group_elements]
+        kv = picked.unflatten(1, self.layout.group_shape).unflatten(0, (batch, width))
+        return kv.permute(2, 0, 3, 1, 4, 5).flatten(3, 4)
+
+
+def _same_size(dtype: torch.dtype) -> tuple[torch.dtype, ...]:
+    """The other 16-bit dtype, since a layer whose values overflow float16 is stored as bfloat16."""
+    pair = (torch.float16, torch.bfloat16)
+    return tuple(d for d in pair if d != dtype) if dtype in pair else ()

@@ -1,0 +1,47 @@
+"""Where a group lies on disk and in memory. Arithmetic only.
+
+A group is one contiguous extent: K of all KV heads, then V, each ``[H_kv, G, d]``, padded to what direct I/O needs.
+The groups of one layer of one sequence lie in order in one file, so group g starts at ``g * slot_bytes``. The same
+bytes, padding included, are a slot in memory: a read never needs to be rearranged.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kvswap.terms import KVGeometry, round_up
+
+FILE_GROWTH_BYTES = 4 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class GroupLayout:
+    """Geometry plus the padding that the disk asks for."""
+
+    geometry: KVGeometry
+    alignment_bytes: int
+
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of one group with its padding, on disk and in memory."""
+        return round_up(self.geometry.group_bytes, self.alignment_bytes)
+
+    @property
+    def slot_elements(self) -> int:
+        """Stored elements of one slot, padding included."""
+        return self.slot_bytes // self.geometry.itemsize_bytes
+
+    @property
+    def group_elements(self) -> int:
+        """Stored elements of one group without padding."""
+        return self.geometry.group_bytes // self.geometry.itemsize_bytes
+
+    @property
+    def group_shape(self) -> tuple[int, int, int, int]:
+        """Shape of one group: K or V, KV head, token, element."""
+        geometry = self.geometry
+        return (2, geometry.kv_heads, geometry.group_tokens, geometry.head_dim)
+
+    def file_bytes(self, groups: int) -> int:
+        """Size to allocate for a file that holds ``groups`` groups: whole growth steps."""
+        return round_up(max(groups, 1) * self.slot_bytes, FILE_GROWTH_BYTES)

@@ -1,0 +1,57 @@
+"""Counters of one cache, and the snapshot of them that users see.
+
+One thread writes (the one that runs the model); a snapshot may be taken from any thread.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+
+@dataclass(slots=True)
+class Trace:
+    """What happened so far. Times in seconds, counts in groups or steps."""
+
+    prefill_s: float = 0.0
+    calibration_s: float = 0.0
+    decode_steps: int = 0
+    selected_groups: int = 0
+    reused_groups: int = 0
+    prefill_peak_bytes: int = 0
+    notices: list[str] = field(default_factory=list)
+
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """Add the wall time of the block to the field ``name``."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            setattr(self, name, getattr(self, name) + time.perf_counter() - start)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheStats:
+    """What a cache did and holds. ``kv_memory_limit_bytes`` is None where no limit applies."""
+
+    prefill_s: float = 0.0
+    calibration_s: float = 0.0
+    decode_steps: int = 0
+    kv_full_bytes: int = 0
+    kv_memory_limit_bytes: int | None = None
+    kv_memory_peak_bytes: int = 0
+    memory_parts: dict[str, int] = field(default_factory=dict)
+    sliding_kv_bytes: int = 0
+    prefill_peak_bytes: int = 0
+    disk_write_bytes: int = 0
+    disk_read_bytes: int = 0
+    disk_reads: int = 0
+    selected_groups: int = 0
+    reuse_rate: float = 0.0
+    io_wait_s: float = 0.0
+    backend: str = "none"
+    direct_io: bool = False
+    sketch: str = "none"
