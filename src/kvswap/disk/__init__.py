@@ -1,0 +1,25 @@
+"""KV files and how they are read and written: the only part that touches the disk. No torch in here."""
+
+from kvswap.disk.backend import ReadBackend, ReadCounters
+from kvswap.disk.choose import create_backend
+from kvswap.disk.direct import DirectProbe, probe_direct
+from kvswap.disk.files import check_free, default_kv_dir, free_bytes, prepare_dir
+from kvswap.disk.memory import Faults, MemoryBackend
+from kvswap.disk.slab import Slab
+from kvswap.disk.write_behind import WriteBehind
+
+__all__ = [
+    "DirectProbe",
+    "Faults",
+    "MemoryBackend",
+    "ReadBackend",
+    "ReadCounters",
+    "Slab",
+    "WriteBehind",
+    "check_free",
+    "create_backend",
+    "default_kv_dir",
+    "free_bytes",
+    "prepare_dir",
+    "probe_direct",
+]

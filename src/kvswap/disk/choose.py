@@ -1,0 +1,48 @@
+"""The best backend that this disk and this process allow; each step down is said aloud with its reason."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from kvswap.config import BACKENDS
+from kvswap.disk.backend import ReadBackend
+from kvswap.disk.buffered import BufferedBackend
+from kvswap.disk.direct import probe_direct
+from kvswap.disk.files import prepare_dir
+from kvswap.disk.memory import MemoryBackend
+from kvswap.disk.threads import ThreadsBackend
+from kvswap.disk.uring import UringBackend, probe_uring
+from kvswap.errors import StorageError
+
+
+def create_backend(name: str, directory: str | Path, depth: int, *, on_notice: Callable[[str], None]) -> ReadBackend:
+    """A backend on ``directory``, which is created, with at most ``depth`` reads in flight.
+
+    ``"auto"`` is uring where it works, else threads, else buffered; ``on_notice`` gets one sentence for each step
+    down, and ``.name`` and ``.direct`` of the result tell what it became. Any other name is that backend or
+    StorageError with the reason.
+    """
+    if name not in BACKENDS:
+        raise StorageError(f"backend {name!r} is unknown", hint=f"use one of {', '.join(BACKENDS)}")
+    if name == "memory":
+        return MemoryBackend()
+    folder = prepare_dir(directory)
+    if name == "buffered":
+        return BufferedBackend(folder, depth)
+    probe = probe_direct(folder)
+    if not probe.ok:
+        reason = f"direct I/O does not work in {folder}: {probe.reason}"
+        if name != "auto":
+            raise StorageError(f"backend {name}: {reason}", hint='use backend="buffered" or another kv_dir')
+        on_notice(f"{reason}. Reads go through the page cache, whose memory is not under the limit.")
+        return BufferedBackend(folder, depth)
+    alignment_bytes = max(probe.alignment_bytes, probe.memory_alignment_bytes)
+    if name != "threads":
+        works, reason = probe_uring()
+        if works:
+            return UringBackend(folder, alignment_bytes, depth)
+        if name == "uring":
+            raise StorageError(f"backend uring: io_uring cannot be used here: {reason}", hint='use backend="threads"')
+        on_notice(f"io_uring cannot be used here ({reason}). Reads go through threads, which is slower.")
+    return ThreadsBackend(folder, alignment_bytes, depth)

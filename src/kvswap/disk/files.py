@@ -1,0 +1,192 @@
+"""Where KV files live, and how they are made: in a private folder on a real disk, nameless as soon as they are open.
+
+Nothing here is durable: a file from ``open_unlinked`` has no name and dies with its descriptor, also after a kill.
+All functions may be called from any thread.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import re
+import secrets
+import shutil
+import sys
+from pathlib import Path
+
+from kvswap.errors import DiskFullError, DiskWriteError, StorageError
+from kvswap.units import format_bytes
+
+_IN_MEMORY = ("tmpfs", "ramfs", "devtmpfs", "hugetlbfs")
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# glibc falls back to writing a byte per block, which a direct descriptor answers with EINVAL.
+_NO_FALLOCATE = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
+_MOUNTINFO = Path("/proc/self/mountinfo")
+
+
+def default_kv_dir() -> Path:
+    """The user's cache folder for KV files; it need not exist yet."""
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches" / "kvswap" / "kv"
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    # The XDG rule: a relative path is to be ignored.
+    root = Path(base) if base and Path(base).is_absolute() else Path.home() / ".cache"
+    return root / "kvswap" / "kv"
+
+
+def prepare_dir(path: str | Path) -> Path:
+    """Create the folder (mode 0700) and check that files in it would be on a disk and can be written.
+
+    Returns the absolute path. Raises StorageError with what to do next.
+    """
+    folder = Path(path).expanduser().absolute()
+    hint = "choose another folder with kv_dir"
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise StorageError(f"KV folder {folder}: it or a part of its path is a file", hint=hint) from error
+    except OSError as error:
+        raise StorageError(f"KV folder {folder} cannot be created: {error.strerror}", hint=hint) from error
+    filesystem = filesystem_of(folder)
+    if filesystem in _IN_MEMORY:
+        raise StorageError(
+            f"KV folder {folder} is in memory ({filesystem}), so the cache would fill the memory it is meant to save",
+            hint="choose a folder on a disk with kv_dir",
+        )
+    try:
+        os.close(_create_unlinked(folder, os.O_RDWR))
+    except OSError as error:
+        raise StorageError(f"KV folder {folder} cannot be written: {error.strerror}", hint=hint) from error
+    return folder
+
+
+def filesystem_of(path: str | Path) -> str:
+    """Type of the file system that holds ``path``, such as ``ext4``; ``"unknown"`` where the system does not tell."""
+    try:
+        lines = _MOUNTINFO.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+    except OSError:
+        return "unknown"
+    return match_mount(os.path.realpath(path), lines) or "unknown"
+
+
+def match_mount(path: str, mountinfo: list[str]) -> str | None:
+    """Type of the mount with the longest prefix of the absolute ``path``; of equal ones the last, which is on top."""
+    found, longest = None, -1
+    for line in mountinfo:
+        left, _, right = line.partition(" - ")
+        fields, kind = left.split(" "), right.split(" ")[0]
+        if len(fields) < 5 or not kind:
+            continue
+        mount = re.sub(r"\\([0-7]{3})", lambda octal: chr(int(octal[1], 8)), fields[4])
+        inside = path == mount or path.startswith(mount.rstrip("/") + "/")
+        if inside and len(mount) >= longest:
+            found, longest = kind, len(mount)
+    return found
+
+
+def free_bytes(path: str | Path) -> int:
+    """Bytes that this user may still write to the file system of ``path``. Raises StorageError."""
+    try:
+        return shutil.disk_usage(path).free
+    except OSError as error:
+        raise StorageError(f"free space of {path}: {error.strerror}", hint="check that the folder exists") from error
+
+
+def check_free(path: str | Path, needed_bytes: int) -> None:
+    """Raise StorageError unless ``needed_bytes`` can be written to the file system of ``path`` now."""
+    free = free_bytes(path)
+    if free < needed_bytes:
+        raise StorageError(
+            f"full disk: {path} has {format_bytes(free)} free, {format_bytes(needed_bytes)} are needed",
+            hint="free some space, choose another folder with kv_dir, or shorten the context",
+        )
+
+
+def open_unlinked(directory: str | Path, size_bytes: int, direct: bool) -> int:
+    """A descriptor of a new nameless file of ``size_bytes``, with its space reserved. The caller closes it.
+
+    Mode 0600, unlinked before any byte is in it. ``direct`` opens it with O_DIRECT where the system has that.
+    Raises DiskFullError, or StorageError when it cannot be opened like that.
+    """
+    flags = os.O_RDWR | (getattr(os, "O_DIRECT", 0) if direct else 0)
+    try:
+        fd = _create_unlinked(Path(directory), flags)
+    except OSError as error:
+        if error.errno in _FULL:
+            raise full_error(f"a file in {directory} cannot be created", error) from error
+        what = " with direct I/O" if direct else ""
+        raise StorageError(
+            f"a file in {directory} cannot be opened{what}: {error.strerror}", hint="choose another folder with kv_dir"
+        ) from error
+    try:
+        ensure_size(fd, size_bytes)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def ensure_size(fd: int, size_bytes: int) -> None:
+    """Grow the file to at least ``size_bytes`` with its space reserved; it never gets smaller.
+
+    Not for two threads at once on one file. Raises DiskFullError and leaves the file as it was.
+    """
+    old_bytes = os.fstat(fd).st_size
+    if size_bytes <= old_bytes:
+        return
+    try:
+        _reserve(fd, old_bytes, size_bytes)
+    except OSError as error:
+        # A full disk can leave the file half grown: give that space back.
+        with contextlib.suppress(OSError):
+            os.ftruncate(fd, old_bytes)
+        what = f"a KV file cannot grow from {format_bytes(old_bytes)} to {format_bytes(size_bytes)}"
+        if error.errno in _FULL:
+            raise full_error(what, error) from error
+        raise DiskWriteError(f"{what}: {error.strerror}", hint="check the disk") from error
+
+
+def is_full(error: OSError) -> bool:
+    """Whether this error means that no space is left: disk, quota or file size limit."""
+    return error.errno in _FULL
+
+
+def full_error(what: str, error: OSError) -> DiskFullError:
+    """The DiskFullError for ``what`` that failed with ENOSPC, EDQUOT or EFBIG."""
+    hints = {
+        errno.EDQUOT: "raise the disk quota or choose another folder with kv_dir",
+        errno.EFBIG: "raise the file size limit (ulimit -f) or choose another file system with kv_dir",
+    }
+    hint = hints.get(error.errno or 0, "free some space or choose another folder with kv_dir")
+    return DiskFullError(f"{what}: {error.strerror}", hint=hint)
+
+
+def _reserve(fd: int, old_bytes: int, size_bytes: int) -> None:
+    if hasattr(os, "posix_fallocate"):
+        try:
+            os.posix_fallocate(fd, old_bytes, size_bytes - old_bytes)
+            return
+        except OSError as error:
+            if error.errno not in _NO_FALLOCATE:
+                raise
+    os.ftruncate(fd, size_bytes)
+
+
+def _create_unlinked(folder: Path, flags: int) -> int:
+    name = folder / f".kv-{secrets.token_hex(12)}"
+    try:
+        fd = os.open(name, flags | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    except FileExistsError:
+        raise
+    except OSError:
+        # tmpfs and others create the name before they refuse O_DIRECT.
+        with contextlib.suppress(OSError):
+            os.unlink(name)
+        raise
+    try:
+        os.unlink(name)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd

@@ -1,0 +1,55 @@
+"""Page-aligned memory that direct I/O can read into: anonymous, private, zero until touched.
+
+Torch tensors are aligned to 64 bytes only, so every buffer that the disk fills is a view of a slab. A slab is not
+locked: its owner decides which thread uses which part.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvswap.terms import round_up
+
+
+class Slab:
+    """One anonymous mapping of at least ``nbytes`` bytes.
+
+    Attributes
+    ----------
+    array : uint8 ``(mapped,)``
+        View of the whole mapping; it stays valid as long as somebody holds it, also after ``close``.
+    address : int
+        Address of the first byte, a multiple of the page size.
+    nbytes : int
+        Bytes that may be used and are charged to the memory ledger; less than ``array.nbytes`` after ``shrink``.
+    """
+
+    def __init__(self, nbytes: int) -> None:
+        if nbytes <= 0:
+            raise ValueError(f"a slab needs at least one byte, got {nbytes}")
+        self.nbytes = round_up(nbytes, mmap.PAGESIZE)
+        # Private, not Python's default of shared: shared anonymous memory keeps its pages through MADV_DONTNEED
+        # and is counted as shared memory, not as this process's own.
+        self._map = mmap.mmap(-1, self.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self.array: NDArray[np.uint8] = np.frombuffer(self._map, dtype=np.uint8)
+        self.address = int(self.array.ctypes.data)
+
+    def shrink(self, nbytes: int) -> None:
+        """Give the pages past ``nbytes`` back to the system. The mapping stays; what was in them is lost."""
+        keep = round_up(nbytes, mmap.PAGESIZE)
+        if not 0 <= keep <= self.nbytes:
+            raise ValueError(f"cannot shrink a slab of {self.nbytes} bytes to {nbytes}")
+        if keep < self.nbytes:
+            self._map.madvise(mmap.MADV_DONTNEED, keep, self.nbytes - keep)
+        self.nbytes = keep
+
+    def close(self) -> None:
+        """Unmap, or leave that to the last view that is still held elsewhere. May be called twice."""
+        self.nbytes = 0
+        self.array = np.empty(0, dtype=np.uint8)
+        with contextlib.suppress(BufferError):
+            self._map.close()
