@@ -107,8 +107,8 @@ class Config(_Fields):
 
     @property
     def recent_groups(self) -> int:
-        """Whole groups of the recent window, the rolling tail apart."""
-        return ceil_div(self.recent_tokens, self.group_tokens)
+        """Whole groups of the recent window, the rolling tail apart; at least one, which is on its way to disk."""
+        return max(1, ceil_div(self.recent_tokens, self.group_tokens))
 
     @property
     def pinned_tokens(self) -> int:

@@ -93,3 +93,24 @@ class MemoryNeeds:
 def capacity_for(tokens: int) -> int:
     """Tokens to make room for when the context has ``tokens``: whole growth steps with some headroom."""
     return round_up(tokens + GROWTH_TOKENS // 4, GROWTH_TOKENS)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrefillNeeds:
+    """What a prompt needs in passing, beside one layer's K, V and what lives on: hidden states and one chunk."""
+
+    batch: int
+    tokens: int
+    chunk_tokens: int
+    hidden_elements: int
+    inner_elements: int
+    query_elements: int
+    itemsize_bytes: int
+
+    def passing_bytes(self) -> int:
+        """Embeddings, a layer's input and its output; the widest moment of one chunk; the chunk's mask."""
+        hidden = 3 * self.batch * self.tokens * self.hidden_elements * self.itemsize_bytes
+        wide = max(3 * self.inner_elements, 4 * self.query_elements) + 4 * self.hidden_elements
+        chunk = self.batch * self.chunk_tokens * wide * self.itemsize_bytes
+        mask = self.batch * self.chunk_tokens * self.tokens * (1 + self.itemsize_bytes)
+        return hidden + chunk + mask

@@ -145,7 +145,7 @@ class SlotPool:
     def read_home(self, layer: int, sequence: int, first: int, count: int) -> torch.Tensor:
         """Copy of ``count`` pinned groups from ``first`` on: ``[2, H_kv, count * G, d]`` in the stored dtype."""
         home = self.home_base(layer, sequence) + self.window.home(first + np.arange(count, dtype=np.int64))
-        return self.gather(layer, torch.from_numpy(home)[None])[:, 0]
+        return self.gather(layer, torch.from_numpy(home)[None], self.dtypes[layer])[:, 0]
 
     # ---- reuse
 
@@ -207,13 +207,15 @@ class SlotPool:
         current.wait_stream(self._stream)
         self._stream.synchronize()  # the host half is overwritten by the reads after next
 
-    def gather(self, layer: int, slots: torch.Tensor) -> torch.Tensor:
-        """Copy of slots ``[B, W]`` as ``[2, B, H_kv, W * G, d]`` in the stored dtype, tokens in the order of the slots."""
+    def gather(self, layer: int, slots: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Copy of slots ``[B, W]`` (int64) as ``[2, B, H_kv, W * G, d]`` of ``dtype``, tokens in the order of the slots."""
         rows = self._rows[self.dtypes[layer]]
         batch, width = slots.shape
         picked = rows.index_select(0, slots.reshape(-1).to(rows.device))[:, : self.layout.group_elements]
-        kv = picked.unflatten(1, self.layout.group_shape).unflatten(0, (batch, width))
-        return kv.permute(2, 0, 3, 1, 4, 5).flatten(3, 4)
+        kv = picked.unflatten(1, self.layout.group_shape).unflatten(0, (batch, width)).permute(2, 0, 3, 1, 4, 5)
+        gathered = torch.empty(kv.shape, dtype=dtype, device=kv.device)
+        gathered.copy_(kv)  # one pass: rearranges and converts
+        return gathered.flatten(3, 4)
 
 
 def _same_size(dtype: torch.dtype) -> tuple[torch.dtype, ...]:

@@ -1,0 +1,218 @@
+"""Wires a model, a cache and the two paths together, and takes everything apart again.
+
+While attached, every decoder layer's ``forward`` is ours (an instance attribute: hooks cannot chunk, and replacing
+modules would rename weights), and the model's attention and mask functions are ours by name. A call whose cache is not
+of this attachment gets the model's original attention and mask.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.masking_utils import AttentionMaskInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from kvswap.cache import FullCache, KVSwapCache, LayerMajorCache, Progress
+from kvswap.calibrate import calibrate
+from kvswap.config import Config
+from kvswap.disk import create_backend
+from kvswap.disk.files import check_free, default_kv_dir, prepare_dir
+from kvswap.errors import ModelError, UnsupportedError
+from kvswap.models.adapter import LayerParts, ModelParts, inspect
+from kvswap.models.masks import NAME, defer_mask, resolve
+from kvswap.sketch.basis import Basis, identity_basis, rank_for
+
+_MARK = "_kvswap_attachment"
+
+
+class Attachment:
+    """One model under kvswap. ``restore`` leaves it as it was."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        if getattr(model, _MARK, None) is not None:
+            raise ModelError("this model is attached already", hint="leave the first attach block before the second")
+        self.parts = inspect(model)
+        self.implementation: str = self.parts.config._attn_implementation
+        self._restore: list[Callable[[], None]] = []
+        AttentionInterface.register(NAME, _attention)
+        AttentionMaskInterface.register(NAME, defer_mask)
+        setattr(model, _MARK, self)
+        self._restore.append(partial(delattr, model, _MARK))
+        for part in self.parts.layers:
+            self._wrap(part)
+        self.parts.config._attn_implementation = NAME
+        self._restore.append(partial(setattr, self.parts.config, "_attn_implementation", self.implementation))
+
+    def restore(self) -> None:
+        """Undo everything, last change first."""
+        while self._restore:
+            self._restore.pop()()
+
+    def _wrap(self, part: LayerParts) -> None:
+        # accelerate keeps the layer's own forward there and moves weights round it: chunks must not each move them
+        name = "_old_forward" if hasattr(part.module, "_hf_hook") else "forward"
+        module, forward = part.module, getattr(part.module, name)
+        had = name in module.__dict__
+        object.__setattr__(module, name, partial(self._forward, part, forward))
+        undo = partial(object.__setattr__, module, name, forward) if had else partial(module.__dict__.pop, name)
+        self._restore.append(undo)
+        if part.attention is not None:
+            part.attention.__dict__[_MARK] = self
+            self._restore.append(partial(part.attention.__dict__.pop, _MARK))
+
+    def _forward(self, part: LayerParts, forward: Callable[..., Any], hidden_states: torch.Tensor, **kwargs: Any) -> Any:
+        cache = kwargs.get("past_key_values")
+        if not isinstance(cache, LayerMajorCache) or cache.parts is not self.parts:
+            mask = resolve(kwargs.pop("attention_mask", None), self.implementation)
+            return forward(hidden_states, attention_mask=mask, **kwargs)
+        ours = _Call(cache, part) if part.order is not None else None
+        output = cache.run_layer(part, forward, hidden_states, {**kwargs, "kvswap_call": ours})
+        if ours is not None and not ours.attended:
+            raise ModelError(
+                f"{type(self.parts.model).__name__}: layer {part.index} does not hand its keyword arguments to attention",
+                hint="this family is not supported",
+            )
+        return output
+
+
+class _Call:
+    """Travels as a keyword argument from a layer's wrapper to its attention, which thus finds its cache."""
+
+    __slots__ = ("attended", "cache", "part")
+
+    def __init__(self, cache: LayerMajorCache, part: LayerParts) -> None:
+        self.cache, self.part, self.attended = cache, part, False
+
+
+def _attention(
+    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any, **kwargs: Any
+) -> tuple[torch.Tensor, None]:
+    """The attention function registered under our name."""
+    attachment: Attachment = module.__dict__[_MARK]
+    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    stock = ALL_ATTENTION_FUNCTIONS.get_interface(attachment.implementation, eager)
+    call: _Call | None = kwargs.pop("kvswap_call", None)
+    if call is None:
+        output: tuple[torch.Tensor, None] = stock(module, query, key, value, attention_mask, **kwargs)
+        return output
+    call.attended = True
+    return call.cache.attention(call.part, stock, query, key, value, attention_mask, kwargs), None
+
+
+@contextmanager
+def attach(
+    model: PreTrainedModel,
+    config: Config | None = None,
+    *,
+    tokenizer: Any = None,
+    method: Literal["kvswap", "full"] = "kvswap",
+    on_progress: Progress | None = None,
+    on_notice: Callable[[str], None] | None = None,
+) -> Iterator[KVSwapCache | FullCache]:
+    """Put a model's KV cache on disk for the length of a ``with`` block.
+
+    Gives a cache for ``model.generate(**inputs, past_key_values=cache)``. The cache trusts the caller that what it
+    stores is a prefix of the input, as transformers' caches do. On leaving, also by an exception, files are gone and
+    the model is as it was. One attachment per model at a time; the block and ``generate`` may be in different threads.
+
+    Parameters
+    ----------
+    tokenizer
+        For calibration, once per model; without it (and without a cached calibration) whole-key codes are used.
+    method
+        ``"full"`` keeps everything in memory, with the same chunked prefill.
+    on_progress
+        Called with ``("calibrate" | "prefill", done, total)``.
+    on_notice
+        Called with a sentence where something falls back.
+
+    Raises
+    ------
+    ModelError, StorageError, ConfigError
+        At the start; MemoryBudgetError and UnsupportedError when a prompt arrives.
+    """
+    config = config or Config()
+    notice = on_notice or (lambda text: None)
+    attachment = Attachment(model)
+    cache: KVSwapCache | FullCache | None = None
+    try:
+        parts, implementation = attachment.parts, attachment.implementation
+        if method == "full":
+            cache = FullCache(parts, implementation, chunk_tokens=config.chunk_tokens, on_progress=on_progress)
+        else:
+            cache = _open_cache(attachment, config, tokenizer, on_progress, notice)
+        yield cache
+    finally:
+        attachment.restore()
+        if isinstance(cache, KVSwapCache):
+            cache.close()
+
+
+def _open_cache(
+    attachment: Attachment, config: Config, tokenizer: Any, on_progress: Progress | None, notice: Callable[[str], None]
+) -> KVSwapCache:
+    parts = attachment.parts
+    folder = prepare_dir(Path(config.kv_dir) if config.kv_dir else default_kv_dir())
+    backend = create_backend(config.backend, folder, config.read_depth, on_notice=notice)
+    try:
+        started_s = time.perf_counter()
+        bases, config = _bases(attachment, config, tokenizer, on_progress, notice)
+        cache = KVSwapCache(
+            parts,
+            attachment.implementation,
+            config=config,
+            backend=backend,
+            bases=bases,
+            store_dtype=_store_dtype(config, parts),
+            check_space=partial(check_free, folder),
+            on_progress=on_progress,
+        )
+        cache.trace.calibration_s = time.perf_counter() - started_s
+    except BaseException:
+        backend.close()
+        raise
+    return cache
+
+
+def _bases(
+    attachment: Attachment, config: Config, tokenizer: Any, on_progress: Progress | None, notice: Callable[[str], None]
+) -> tuple[list[Basis], Config]:
+    """One basis a layer, and the configuration with rank and bits that go with them."""
+    parts, elements = attachment.parts, attachment.parts.kv_heads * attachment.parts.head_dim
+    if tokenizer is None:
+        notice("no tokenizer to calibrate with: whole-key 2-bit codes are used for the sketch")
+        return [identity_basis(elements)] * len(parts.offloaded), config.replace(sketch_bits=2, sketch_rank=None)
+    found = calibrate(
+        parts,
+        attachment.implementation,
+        tokenizer,
+        default_kv_dir().parent / "calibration",
+        run=partial(_run, parts),
+        chunk_tokens=config.chunk_tokens,
+        on_progress=on_progress,
+    )
+    rank = config.sketch_rank or rank_for(elements, config.sketch_bits, elements // 8 * 2)
+    if rank > elements:
+        raise UnsupportedError(f"sketch_rank {rank} is more than the {elements} elements of a key", hint="lower it")
+    return [covariance.basis(rank) for covariance in found], config
+
+
+@torch.no_grad()
+def _run(parts: ModelParts, ids: torch.Tensor, cache: LayerMajorCache) -> None:
+    parts.decoder(input_ids=ids, past_key_values=cache, use_cache=True)
+
+
+def _store_dtype(config: Config, parts: ModelParts) -> torch.dtype:
+    if config.store_dtype != "auto":
+        dtype: torch.dtype = getattr(torch, config.store_dtype)
+        return dtype
+    return parts.dtype if parts.dtype.itemsize == 2 else torch.float16

@@ -1,0 +1,415 @@
+"""The transformers Cache objects: what ``generate`` sees of a context.
+
+``LayerMajorCache`` takes prompts through the model one layer at a time, in chunks. ``KVSwapCache`` keeps full-attention
+layers on disk; ``FullCache`` keeps everything in memory, for comparison. Layers with a sliding window keep their stock
+in-memory state in both. The cache never sees token ids: as with any transformers cache, the caller vouches that the
+stored tokens are a prefix of the input.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, Cache, CacheLayerMixin
+
+from kvswap.attend.dense import chunk_attention
+from kvswap.config import Config
+from kvswap.decode import Decode
+from kvswap.disk.backend import ReadBackend
+from kvswap.errors import UnsupportedError
+from kvswap.models.adapter import LayerParts, ModelParts
+from kvswap.models.masks import DeferredMask, resolve
+from kvswap.plan.budget import PrefillNeeds
+from kvswap.prefill import Prefill, chunk_spans, run_layer
+from kvswap.sketch.basis import Basis
+from kvswap.state import BatchState, Shape, open_state
+from kvswap.trace import CacheStats, Trace
+
+Progress = Callable[[str, int, int], None]
+LayerForward = Callable[..., torch.Tensor]
+
+
+class LayerMajorCache(Cache):
+    """A cache whose prompts go through the model layer by layer, in chunks of ``chunk_tokens``."""
+
+    is_compileable = False
+
+    def __init__(
+        self, parts: ModelParts, implementation: str, layers: list[Any], *, chunk_tokens: int, on_progress: Progress | None
+    ) -> None:
+        super().__init__(layers=layers)
+        self.parts, self.implementation, self.chunk_tokens = parts, implementation, chunk_tokens
+        self.trace = Trace()
+        self._on_progress = on_progress
+        self._started_s = 0.0
+        self._stored = 0  # padded tokens stored before the running forward
+
+    # ---- one layer of a forward, called by the wrapper round each decoder layer
+
+    def run_layer(self, part: LayerParts, forward: LayerForward, hidden: torch.Tensor, kwargs: dict[str, Any]) -> Any:
+        """Run one decoder layer on ``hidden`` ``[B, T, E]`` with the keyword arguments the model gave."""
+        mask = kwargs.get("attention_mask")
+        if part.index == 0:
+            self._check_call(mask, kwargs)
+            self._stored = self.get_seq_length()
+            self.begin(hidden, mask)
+        if hidden.shape[1] == 1 and self._stored:
+            output = self.decode_layer(part, forward, hidden, kwargs)
+        else:
+            output = self._prefill_layer(part, forward, hidden, kwargs)
+        if part.index == len(self.parts.layers) - 1:
+            self.end(hidden.shape[1])
+        return output
+
+    def begin(self, hidden: torch.Tensor, mask: DeferredMask) -> None:
+        """A forward begins."""
+        self._started_s = time.perf_counter()
+
+    def end(self, tokens: int) -> None:
+        """A forward is through all layers."""
+        if tokens > 1 or not self._stored:
+            self.trace.prefill_s += time.perf_counter() - self._started_s
+
+    def leave(self, part: LayerParts) -> None:
+        """A prompt is through one layer."""
+
+    def decode_layer(self, part: LayerParts, forward: LayerForward, hidden: torch.Tensor, kwargs: dict[str, Any]) -> Any:
+        """Run one layer for a single new token."""
+        kwargs = {**kwargs, "attention_mask": resolve(kwargs.get("attention_mask"), self.implementation)}
+        return forward(hidden, **kwargs)
+
+    def attention(
+        self, part: LayerParts, stock: Callable[..., Any], query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor,
+        mask: Any, kwargs: dict[str, Any],
+    ) -> torch.Tensor:  # fmt: skip
+        """Attention of one offloaded layer: ``[B, H_q, q, d]`` to ``[B, q, H_q, d]``."""
+        if self.implementation == "sdpa" and query.shape[2] > 1 and not _special(kwargs):
+            return chunk_attention(query, keys, values, mask, self.parts.scaling)
+        output: torch.Tensor = stock(part.attention, query, keys, values, mask, **kwargs)[0]
+        return output
+
+    def _prefill_layer(self, part: LayerParts, forward: LayerForward, hidden: torch.Tensor, kwargs: dict[str, Any]) -> Any:
+        tokens = hidden.shape[1]
+        chunks = len(list(chunk_spans(tokens, self.chunk_tokens)))
+        done = 0
+
+        def chunk(piece: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+            nonlocal done
+            output = forward(piece, **self._chunk_kwargs(part, kwargs, start, stop))
+            done += 1
+            if self._on_progress is not None:
+                self._on_progress("prefill", part.index * chunks + done, len(self.parts.layers) * chunks)
+            return output
+
+        output = run_layer(chunk, hidden, self.chunk_tokens)
+        self.leave(part)
+        return output
+
+    def _chunk_kwargs(self, part: LayerParts, kwargs: dict[str, Any], start: int, stop: int) -> dict[str, Any]:
+        changed = dict(kwargs)
+        cos, sin = kwargs["position_embeddings"]
+        changed["position_embeddings"] = (cos[:, start:stop], sin[:, start:stop])
+        if kwargs.get("position_ids") is not None:
+            changed["position_ids"] = kwargs["position_ids"][:, start:stop]
+        mask = cast(DeferredMask, kwargs["attention_mask"])
+        changed["attention_mask"] = mask.chunk(
+            self.implementation,
+            q_offset=self._stored + start,
+            q_length=stop - start,
+            sizes=self.layers[part.index].get_mask_sizes(stop - start),
+        )
+        return changed
+
+    def _check_call(self, mask: Any, kwargs: dict[str, Any]) -> None:
+        if not isinstance(mask, DeferredMask):
+            raise UnsupportedError("attention_mask: a prepared mask was given", hint="pass a 2-D padding mask or none")
+        if torch.is_grad_enabled():
+            raise UnsupportedError("gradients are enabled", hint="call the model under torch.no_grad()")
+        if kwargs.get("output_attentions") or getattr(self.parts.config, "output_attentions", False):
+            raise UnsupportedError("output_attentions=True", hint="attention weights are never materialised; leave it off")
+
+    # ---- what generate may ask for and cannot have
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Beam search moves sequences between beams; a cache on disk does not."""
+        raise UnsupportedError("beam search", hint="use num_beams=1")
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Assisted decoding takes tokens back; not supported."""
+        raise UnsupportedError("taking tokens back (assisted decoding)", hint="generate without an assistant model")
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Several continuations of one prompt; not supported."""
+        raise UnsupportedError("repeating a stored context", hint="repeat the prompt in the batch instead")
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Dropping sequences of a batch; not supported."""
+        raise UnsupportedError("selecting sequences of a batch", hint="run the sequences apart")
+
+
+def stock_layers(parts: ModelParts) -> list[Any]:
+    """transformers' own in-memory state for every layer."""
+    return [
+        DYNAMIC_LAYER_TYPE_MAPPING[part.layer_type](**kwargs)
+        for part, kwargs in zip(parts.layers, parts.layer_kwargs, strict=True)
+    ]
+
+
+class FullCache(LayerMajorCache):
+    """Everything in memory, with the same chunked prefill: what kvswap is compared with."""
+
+    def __init__(self, parts: ModelParts, implementation: str, *, chunk_tokens: int, on_progress: Progress | None) -> None:
+        super().__init__(parts, implementation, stock_layers(parts), chunk_tokens=chunk_tokens, on_progress=on_progress)
+
+    @property
+    def stats(self) -> CacheStats:
+        """What is held now; there is no limit."""
+        sizes = [sum(t.nbytes for t in (layer.keys, layer.values) if t is not None) for layer in self.layers]
+        full = sum(size for size, part in zip(sizes, self.parts.layers, strict=True) if part.order is not None)
+        return CacheStats(
+            prefill_s=self.trace.prefill_s, kv_full_bytes=full, kv_memory_peak_bytes=full, sliding_kv_bytes=sum(sizes) - full
+        )
+
+
+class OffloadedLayer(CacheLayerMixin):
+    """One full-attention layer as transformers sees it; its K, V are in the cache's batch state."""
+
+    is_sliding = False
+    is_croppable = False
+
+    def __init__(self, cache: KVSwapCache, order: int) -> None:
+        super().__init__()
+        self._cache, self._order = cache, order
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Nothing to set up."""
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Take new K, V ``[B, H_kv, n, d]``. In prefill returns the prompt's K, V so far, in decode just the new."""
+        return self._cache.take(self._order, key_states, value_states)
+
+    def get_seq_length(self) -> int:
+        """Padded tokens seen."""
+        return self._cache.padded_tokens
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Length and offset of K in a mask."""
+        return self._cache.mask_tokens(query_length), 0
+
+    def get_max_length(self) -> int:
+        """No limit of its own."""
+        return -1
+
+    def reset(self) -> None:
+        """A context on disk is dropped by closing it."""
+        raise UnsupportedError("reset of a stored context", hint="leave the attach block and enter a new one")
+
+
+class KVSwapCache(LayerMajorCache):
+    """Full-attention layers on disk, a sketch of their keys in memory. Made by ``attach``; one batch for its life."""
+
+    def __init__(
+        self,
+        parts: ModelParts,
+        implementation: str,
+        *,
+        config: Config,
+        backend: ReadBackend,
+        bases: Sequence[Basis],
+        store_dtype: torch.dtype,
+        check_space: Callable[[int], None],
+        on_progress: Progress | None,
+    ) -> None:
+        layers = [
+            OffloadedLayer(self, part.order) if part.order is not None else stock
+            for part, stock in zip(parts.layers, stock_layers(parts), strict=True)
+        ]
+        super().__init__(parts, implementation, layers, chunk_tokens=config.chunk_tokens, on_progress=on_progress)
+        self.config, self.padded_tokens = config, 0
+        self._backend, self._bases, self._check_space = backend, bases, check_space
+        self._shape = Shape(
+            layers=len(parts.offloaded),
+            query_heads=parts.query_heads,
+            kv_heads=parts.kv_heads,
+            head_dim=parts.head_dim,
+            scaling=parts.scaling,
+            dtype=parts.dtype,
+            store_dtype=store_dtype,
+            device=parts.device,
+        )
+        self._state: BatchState | None = None
+        self._decode: Decode | None = None
+        self._prefill: Prefill | None = None
+        self._pads: NDArray[np.int64] = np.zeros(0, np.int64)
+        self._rope: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    # ---- a forward
+
+    def begin(self, hidden: torch.Tensor, mask: DeferredMask) -> None:
+        """Start a prompt or a decode step; the first prompt opens the batch state."""
+        super().begin(hidden, mask)
+        batch, tokens = hidden.shape[:2]
+        padding = mask.padding
+        if self._state is None:
+            self._pads = _left_pads(padding, batch, tokens)
+            self._state = self._open(batch, tokens)
+            self._decode = Decode(self._state)
+        elif batch != self._state.batch:
+            raise UnsupportedError(f"batch of {batch} on a cache of {self._state.batch}", hint="attach anew for it")
+        elif padding is not None and not bool(padding[:, self._stored :].all()):
+            raise UnsupportedError("padding after stored tokens", hint="continue sequences of a batch by equal lengths")
+        assert self._decode is not None
+        if tokens == 1 and self._stored:
+            self._prefill = None
+            self._decode.begin_step()
+            self._rope.clear()
+        else:
+            self._prefill = Prefill(self._state, tokens, np.zeros_like(self._pads) if self._stored else self._pads)
+            needs = PrefillNeeds(
+                batch=batch, tokens=tokens, chunk_tokens=min(tokens, self.chunk_tokens * 3 // 2), hidden_elements=hidden.shape[2],
+                inner_elements=getattr(self.parts.config, "intermediate_size", 4 * hidden.shape[2]),
+                query_elements=self._shape.query_heads * self._shape.head_dim, itemsize_bytes=hidden.element_size(),
+            )  # fmt: skip
+            peak = needs.passing_bytes() + self._prefill.passing_bytes + self._state.ledger.held_bytes
+            self.trace.prefill_peak_bytes = max(self.trace.prefill_peak_bytes, peak)
+
+    def end(self, tokens: int) -> None:
+        """Count the tokens of this forward as stored."""
+        super().end(tokens)
+        assert self._decode is not None
+        if self._prefill is not None:
+            self._prefill.done()
+            self._prefill = None
+        else:
+            self._decode.end_step()
+        self.padded_tokens += tokens
+
+    def leave(self, part: LayerParts) -> None:
+        """Hand the layer's K, V of a prompt to disk and sketch."""
+        if part.order is not None and self._prefill is not None:
+            self._prefill.finish(part.order)
+
+    def decode_layer(self, part: LayerParts, forward: LayerForward, hidden: torch.Tensor, kwargs: dict[str, Any]) -> Any:
+        """Start what the next layer needs, then run this one."""
+        if part.index == 0:
+            self._prefetch(part, hidden, kwargs, part.layer_type)
+        if part.index + 1 < len(self.parts.layers):
+            self._prefetch(self.parts.layers[part.index + 1], hidden, kwargs, part.layer_type)
+        if part.order is None:
+            return super().decode_layer(part, forward, hidden, kwargs)
+        return forward(hidden, **{**kwargs, "attention_mask": None})
+
+    def attention(
+        self, part: LayerParts, stock: Callable[..., Any], query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor,
+        mask: Any, kwargs: dict[str, Any],
+    ) -> torch.Tensor:  # fmt: skip
+        """Prefill: exact over the prompt (and the stored context). Decode: exact over what was selected."""
+        assert self._decode is not None and part.order is not None
+        if self._prefill is None:
+            keys, values, mask = self._decode.attend(part.order)
+        elif self._prefill.appending:
+            if _special(kwargs):
+                raise UnsupportedError("appending with softcap or attention sinks", hint="start with the whole prompt")
+            return self._prefill.attend(part.order, query, mask)
+        return super().attention(part, stock, query, keys, values, mask, kwargs)
+
+    def take(self, order: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """New K, V of one offloaded layer."""
+        if self._prefill is not None:
+            return self._prefill.extend(keys, values)
+        assert self._decode is not None
+        self._decode.put(order, keys, values)
+        return keys, values
+
+    def mask_tokens(self, query_length: int) -> int:
+        """Length of K in the mask of the next chunk: the prompt so far, or everything while no prompt runs."""
+        if self._prefill is None:
+            return self.padded_tokens + query_length
+        return self._prefill.filled_tokens + query_length
+
+    def _prefetch(self, target: LayerParts, hidden: torch.Tensor, kwargs: dict[str, Any], layer_type: str) -> None:
+        if target.order is None:
+            return
+        assert self._decode is not None and self._decode.step is not None
+        query = None
+        if not self._decode.step.select_all:
+            cos, sin = kwargs["position_embeddings"]
+            if target.layer_type != layer_type:  # RoPE differs by layer type (Gemma 3)
+                cos, sin = self._rope_of(target.layer_type, hidden, kwargs["position_ids"])
+            query = target.predict_query(hidden, cos, sin)
+        self._decode.prefetch(target.order, query)
+
+    def _rope_of(self, layer_type: str, hidden: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if layer_type not in self._rope:
+            self._rope[layer_type] = self.parts.position_embeddings(hidden, position_ids, layer_type)
+        return self._rope[layer_type]
+
+    def _open(self, batch: int, tokens: int) -> BatchState:
+        state = open_state(
+            self.config, self._shape, self._backend, self._bases,
+            batch=batch, tokens=tokens, trace=self.trace, check_space=self._check_space,
+        )  # fmt: skip
+        return state
+
+    # ---- what users see
+
+    @property
+    def stats(self) -> CacheStats:
+        """Counters and sizes up to now."""
+        state, trace, counters = self._state, self.trace, self._backend.counters
+        if state is None:
+            return CacheStats(backend=self._backend.name, direct_io=self._backend.direct)
+        shape = self._shape
+        return CacheStats(
+            prefill_s=trace.prefill_s,
+            calibration_s=trace.calibration_s,
+            decode_steps=trace.decode_steps,
+            kv_full_bytes=int(state.tokens.sum()) * shape.layers * state.layout.geometry.token_bytes,
+            kv_memory_limit_bytes=state.ledger.limit_bytes,
+            kv_memory_peak_bytes=state.ledger.peak_bytes,
+            memory_parts=dict(state.ledger.peaks),
+            sliding_kv_bytes=_bytes_in(self.layers),
+            prefill_peak_bytes=trace.prefill_peak_bytes,
+            disk_write_bytes=counters.write_bytes,
+            disk_read_bytes=counters.read_bytes,
+            disk_reads=counters.reads,
+            selected_groups=trace.selected_groups,
+            reuse_rate=trace.reused_groups / max(1, trace.selected_groups),
+            io_wait_s=counters.wait_s,
+            backend=self._backend.name,
+            direct_io=self._backend.direct,
+            sketch=f"{self._bases[0].kind} rank {self._bases[0].matrix.shape[1]}, {self.config.sketch_bits} bit",
+        )
+
+    def close(self) -> None:
+        """Drop the files and the memory; the cache is of no use afterwards."""
+        if self._state is not None:
+            self._state.close()
+        else:
+            self._backend.close()
+
+
+def _left_pads(padding: torch.Tensor | None, batch: int, tokens: int) -> NDArray[np.int64]:
+    """Padding tokens on the left of each sequence. Raises UnsupportedError for any other mask."""
+    if padding is None:
+        return np.zeros(batch, np.int64)
+    mask = padding[:, :tokens].cpu().numpy().astype(bool)
+    if mask.shape != (batch, tokens) or (np.diff(mask.astype(np.int8), axis=1) < 0).any():
+        raise UnsupportedError("padding that is not on the left", hint='set tokenizer.padding_side = "left"')
+    if not mask.any(axis=1).all():
+        raise UnsupportedError("a sequence of padding alone", hint="give every sequence at least one token")
+    return tokens - mask.sum(axis=1, dtype=np.int64)
+
+
+def _bytes_in(layers: Sequence[Any]) -> int:
+    tensors = (t for layer in layers for t in (getattr(layer, "keys", None), getattr(layer, "values", None)))
+    return sum(t.nbytes for t in tensors if t is not None)
+
+
+def _special(kwargs: dict[str, Any]) -> bool:
+    return any(kwargs.get(name) is not None for name in ("softcap", "s_aux", "position_bias"))

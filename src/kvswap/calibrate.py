@@ -1,0 +1,87 @@
+"""The basis of the sketch: which directions of a layer's keys matter, learned once per model and cached.
+
+The model reads Python's own language reference (the calibration half of ``kvswap.corpus``, never what is evaluated)
+layer-major; each layer's keys after RoPE are added to a D x D covariance and dropped. Without a tokenizer nothing can
+be read, and whole-key codes are used instead.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kvswap.cache import LayerMajorCache, Progress, stock_layers
+from kvswap.corpus import calibration_topics
+from kvswap.models.adapter import LayerParts, ModelParts
+from kvswap.prefill import chunk_spans
+from kvswap.sketch.basis import KeyCovariance, load_bases, save_bases
+
+CALIBRATION_TOKENS = 16_384
+SEQUENCE_TOKENS = 8_192
+VERSION = "1"
+
+
+class CalibrationCache(LayerMajorCache):
+    """Takes the keys of every offloaded layer into its covariance and forgets them."""
+
+    def __init__(self, parts: ModelParts, implementation: str, covariances: list[KeyCovariance], **kwargs: Any) -> None:
+        super().__init__(parts, implementation, stock_layers(parts), **kwargs)
+        self._covariances = covariances
+
+    def leave(self, part: LayerParts) -> None:
+        """Count the layer's keys, then drop them."""
+        if part.order is not None:
+            layer = self.layers[part.index]
+            self._covariances[part.order].add(layer.keys[0].transpose(0, 1))
+            layer.keys, layer.values = layer.keys[:, :, :0].clone(), layer.values[:, :, :0].clone()
+
+
+def calibrate(
+    parts: ModelParts,
+    implementation: str,
+    tokenizer: Any,
+    folder: Path,
+    *,
+    run: Callable[[torch.Tensor, LayerMajorCache], None],
+    chunk_tokens: int,
+    on_progress: Progress | None,
+) -> list[KeyCovariance]:
+    """Statistics of the keys of every offloaded layer, from the cache folder or measured now.
+
+    ``run(ids, cache)`` takes token ids ``[1, T]`` through the attached model.
+    """
+    identity = {"model": fingerprint(parts), "version": VERSION, "tokens": str(CALIBRATION_TOKENS)}
+    path = folder / f"{identity['model'][:24]}.safetensors"
+    found = load_bases(path, identity)
+    if isinstance(found, dict):
+        return [found[part.index] for part in parts.offloaded]
+    limit = int(getattr(parts.config, "max_position_embeddings", SEQUENCE_TOKENS))
+    ids = tokenizer("\n\n".join(text for _, text in calibration_topics()), add_special_tokens=False)["input_ids"]
+    ids = ids[:CALIBRATION_TOKENS]
+    covariances = [KeyCovariance(parts.kv_heads, parts.head_dim) for _ in parts.offloaded]
+    spans = list(chunk_spans(len(ids), min(SEQUENCE_TOKENS, limit)))
+    for number, (start, stop) in enumerate(spans):
+
+        def report(_: str, done: int, total: int, number: int = number) -> None:
+            if on_progress is not None:
+                on_progress("calibrate", number * total + done, len(spans) * total)
+
+        cache = CalibrationCache(parts, implementation, covariances, chunk_tokens=chunk_tokens, on_progress=report)
+        run(torch.tensor([ids[start:stop]], device=parts.device), cache)
+    save_bases(path, {part.index: covariances[part.order or 0] for part in parts.offloaded}, identity)
+    return covariances
+
+
+def fingerprint(parts: ModelParts) -> str:
+    """Identity of a model for calibration: its key and query projections' look and its configuration."""
+    digest = hashlib.sha256(parts.config.to_json_string(use_diff=False).encode())
+    for part in (parts.offloaded[0], parts.offloaded[-1]):
+        for name, tensor in part.attention.named_parameters():
+            flat = tensor.detach().reshape(-1)
+            sample = flat[:: max(1, flat.numel() // 1024)].float().cpu()
+            digest.update(name.encode() + sample.numpy().tobytes())
+    return digest.hexdigest()

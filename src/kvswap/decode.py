@@ -1,0 +1,192 @@
+"""Path two: one token goes through the layers while the groups it needs come from disk.
+
+Entering the layer before an offloaded one, ``prefetch`` predicts which groups that layer will attend to and starts
+the reads; the layer before computes meanwhile; ``attend`` waits, gathers sinks, selected groups, recent window and
+rolling tail in the order of positions, and hands K, V to the model's own attention. Nothing here loops over groups or
+tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from kvswap.plan.extents import plan_reads
+from kvswap.predict.mass import group_mass, top_groups
+from kvswap.state import BatchState
+
+Int = NDArray[np.int64]
+
+GAP_BYTES = 8 << 10  # reading through a gap this long costs less than another request
+FLOAT16_MAX = 65504.0
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What is the same for all layers of one step. Places are counted from a layer's first pinned slot."""
+
+    current: Int  # [B] group of the newest token
+    offset: Int  # [B] its place in that group
+    ends: list[int]  # [B] end of the groups to select from
+    select_all: bool
+    tail: Int  # [B] place of the newest group
+    sinks: Int  # [B, <= S]
+    ring: Int  # [B, <= ring]
+    sinks_valid: NDArray[np.bool_]
+    ring_valid: NDArray[np.bool_]
+
+
+@dataclass(frozen=True, slots=True)
+class Fetch:
+    """Groups of one layer on their way: ``slots[b]`` in order of position, ``valid`` where there is one."""
+
+    ticket: int
+    half: int
+    landed: int
+    slots: Int
+    valid: NDArray[np.bool_]
+    sequences: Int
+    groups: Int
+    staged: Int
+
+
+class Decode:
+    """Decode steps over one state. One step at a time; layers in order."""
+
+    def __init__(self, state: BatchState) -> None:
+        self.state = state
+        self._bases = [
+            np.array([state.pool.home_base(layer, b) for b in range(state.batch)], np.int64)
+            for layer in range(state.shape.layers)
+        ]
+        self._fetches: dict[int, Fetch] = {}
+        self._half = 0
+        self._gap_groups = GAP_BYTES // state.layout.slot_bytes
+        self.step: Step | None = None
+
+    def begin_step(self) -> None:
+        """Start a step: one more token for every sequence."""
+        state, window = self.state, self.state.window
+        tokens = state.tokens + 1
+        state.ensure_capacity(int(tokens.max()))
+        self._abandon()
+        current, offset = np.divmod(tokens - 1, window.group_tokens)
+        ring_start = np.maximum(window.sink_groups, current - window.recent_groups)
+        sinks = np.broadcast_to(np.arange(window.sink_groups), (state.batch, window.sink_groups))
+        ring = current[:, None] + np.arange(-window.recent_groups, 1)
+        self.step = Step(
+            current=current,
+            offset=offset,
+            ends=[int(end) for end in ring_start],
+            select_all=bool((ring_start - window.sink_groups <= window.select_groups).all()),
+            tail=window.home(current),
+            sinks=sinks,
+            ring=window.home(ring),
+            sinks_valid=sinks <= current[:, None],
+            ring_valid=ring >= ring_start[:, None],
+        )
+
+    def end_step(self) -> None:
+        """All layers are through."""
+        self.state.tokens += 1
+        self.state.trace.decode_steps += 1
+        self.step = None
+
+    def prefetch(self, layer: int, query: torch.Tensor | None) -> None:
+        """Choose the groups of ``layer`` and start reading those that are not in memory.
+
+        ``query`` is the predicted query ``[B, H_q, d]``; it may be None when ``step.select_all``.
+        """
+        state, step = self.state, self.step
+        assert step is not None
+        groups, valid = self._choose(layer, query, step)
+        sequences = np.broadcast_to(np.arange(state.batch)[:, None], groups.shape)[valid]
+        wanted = groups[valid]
+        found = state.pool.lookup(layer, sequences, wanted)
+        missing = found < 0
+        rows = layer * state.batch + sequences[missing]
+        plan = plan_reads(rows, wanted[missing], gap_groups=self._gap_groups, places=state.needs.staging_groups)
+        half, self._half = self._half, 1 - self._half
+        addresses = state.pool.landing_address(half) + plan.landing * state.layout.slot_bytes
+        ticket = state.store.submit(plan.files, plan.first, plan.count, addresses)
+        staged = state.pool.landing_slot(half) + plan.place
+        found[missing] = staged
+        slots = np.zeros(groups.shape, np.int64)
+        slots[valid] = found
+        landed = int(plan.count.sum())
+        self._fetches[layer] = Fetch(ticket, half, landed, slots, valid, sequences[missing], wanted[missing], staged)
+        state.trace.selected_groups += len(wanted)
+        state.trace.reused_groups += len(wanted) - len(staged)
+
+    def put(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Take the newest token's K, V ``[B, H_kv, 1, d]`` into the rolling tail."""
+        state, step = self.state, self.step
+        assert step is not None
+        self._flush(layer, step)
+        kv = torch.stack((keys[:, :, 0], values[:, :, 0]), dim=1)
+        if state.pool.dtypes[layer] == torch.float16 and kv.dtype != torch.float16:
+            kv = kv.clamp(-FLOAT16_MAX, FLOAT16_MAX)
+        home = torch.from_numpy(self._bases[layer] + step.tail)
+        state.pool.put_token(layer, home, torch.from_numpy(step.offset), kv)
+
+    def attend(self, layer: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Wait for the reads of ``layer``; returns K, V ``[B, H_kv, S, d]`` in order of position, and a mask.
+
+        The mask is boolean ``[B, 1, 1, S]``, or None where all sequences attend to all of it.
+        """
+        state, step = self.state, self.step
+        assert step is not None
+        fetch = self._fetches.pop(layer)
+        state.store.backend.wait(fetch.ticket)
+        state.pool.land(fetch.half, fetch.landed)
+        base = self._bases[layer][:, None]
+        valid = np.concatenate((step.sinks_valid, fetch.valid, step.ring_valid), axis=1)
+        slots = np.concatenate((base + step.sinks, fetch.slots, base + step.ring), axis=1)
+        if state.batch == 1:
+            slots, valid = slots[valid][None], valid[valid][None]
+        slots = np.where(valid, slots, base)
+        kv = state.pool.gather(layer, torch.from_numpy(slots), state.shape.dtype)
+        mask = self._mask(valid, step)
+        if mask is None:
+            kv = kv[:, :, :, : kv.shape[3] - state.window.group_tokens + int(step.offset[0]) + 1]
+        state.pool.admit(layer, fetch.sequences, fetch.groups, fetch.staged)
+        return kv[0], kv[1], mask
+
+    def _choose(self, layer: int, query: torch.Tensor | None, step: Step) -> tuple[Int, NDArray[np.bool_]]:
+        """Groups to attend to, ``[B, n]`` ascending, and which entries are real."""
+        state, first = self.state, self.state.window.sink_groups
+        ends = np.array(step.ends)[:, None]
+        if step.select_all:
+            groups = np.broadcast_to(np.arange(first, int(ends.max())), (state.batch, int(ends.max()) - first))
+        else:
+            assert query is not None
+            logits = state.sketches[layer].logits(query, state.shape.scaling)
+            mass = group_mass(logits, state.window.group_tokens)
+            groups = top_groups(mass, first, step.ends, state.window.select_groups).cpu().numpy()
+        return groups, groups < ends
+
+    def _mask(self, valid: NDArray[np.bool_], step: Step) -> torch.Tensor | None:
+        group_tokens = self.state.window.group_tokens
+        if valid.all() and (step.offset == step.offset[0]).all():
+            return None
+        tokens = np.repeat(valid, group_tokens, axis=1)
+        tokens[:, -group_tokens:] &= np.arange(group_tokens) <= step.offset[:, None]
+        return torch.from_numpy(tokens)[:, None, None].to(self.state.shape.device)
+
+    def _flush(self, layer: int, step: Step) -> None:
+        """Write and sketch the whole groups that wait in the ring, some at a time; layers take turns."""
+        state, window = self.state, self.state.window
+        for sequence in np.flatnonzero((step.offset == 0) & ((step.current + layer) % window.flush_groups == 0)):
+            first, current = int(state.flushed[layer, sequence]), int(step.current[sequence])
+            if first < current:
+                keys, values = state.pool.read_home(layer, int(sequence), first, current - first)
+                state.append(layer, int(sequence), keys, values)
+
+    def _abandon(self) -> None:
+        """Reads of a step that broke off must not land in memory that is used again."""
+        for fetch in self._fetches.values():
+            self.state.store.backend.wait(fetch.ticket)
+        self._fetches.clear()

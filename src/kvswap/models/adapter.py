@@ -1,0 +1,160 @@
+"""Where a model keeps what the engine needs: decoder layers, their norm, query projection and RoPE.
+
+One generic adapter serves every family whose decoder layers have ``input_layernorm`` and ``self_attn`` with
+``q_proj`` (Llama, Mistral, Qwen2, Qwen3, Gemma 3 and their kin). Modules are called, never taken apart: ``q_proj`` may
+be quantised or offloaded. ``inspect`` raises ModelError that names what is missing.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.cache_utils import get_layer_types_and_kwargs
+
+from kvswap.errors import ModelError
+
+Rope = Callable[..., tuple[torch.Tensor, torch.Tensor]]
+
+
+@dataclass(frozen=True, slots=True)
+class LayerParts:
+    """One decoder layer. ``order`` counts the offloaded layers; None where the layer stays in memory."""
+
+    index: int
+    order: int | None
+    layer_type: str
+    module: nn.Module
+    attention: Any
+    rope: Rope
+
+    def predict_query(self, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        """The query this layer would compute from ``hidden``, the input of this layer or of the one before.
+
+        This layer's own input norm, projection, query norm and RoPE are used (the published artifact normalises with
+        the previous layer's norm).
+
+        Parameters
+        ----------
+        hidden
+            ``[B, 1, E]``; ``cos`` and ``sin`` are ``[B or 1, 1, d]``.
+
+        Returns
+        -------
+        ``[B, H_q, d]``.
+        """
+        attention = self.attention
+        query = attention.q_proj(self.module.input_layernorm(hidden))
+        query = query.view(*hidden.shape[:-1], -1, attention.head_dim)
+        norm = getattr(attention, "q_norm", None)
+        if norm is not None:
+            query = norm(query)
+        query = query.transpose(1, 2)
+        return self.rope(query, query[:, :1], cos, sin)[0][:, :, 0]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelParts:
+    """A model seen by the engine. All offloaded layers have the same geometry."""
+
+    model: PreTrainedModel
+    decoder: nn.Module
+    config: Any
+    layers: tuple[LayerParts, ...]
+    layer_kwargs: tuple[dict[str, Any], ...]
+    query_heads: int
+    kv_heads: int
+    head_dim: int
+    scaling: float
+
+    @property
+    def offloaded(self) -> list[LayerParts]:
+        """The layers whose K, V go to disk, in order."""
+        return [part for part in self.layers if part.order is not None]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the first offloaded layer computes."""
+        return next(self.offloaded[0].module.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The model's compute dtype."""
+        return self.model.dtype
+
+    def position_embeddings(
+        self, hidden: torch.Tensor, position_ids: torch.Tensor, layer_type: str
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin of the RoPE of one layer type, for families in which types differ (Gemma 3)."""
+        rotary: Any = self.decoder.rotary_emb
+        cos, sin = rotary(hidden, position_ids, layer_type)
+        return cos, sin
+
+
+def inspect(model: PreTrainedModel) -> ModelParts:
+    """Find the parts of a decoder-only model. Raises ModelError where one is missing."""
+    name = type(model).__name__
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+    modules = getattr(decoder, "layers", None)
+    if decoder is None or not isinstance(modules, nn.ModuleList):
+        raise ModelError(f"{name}: no decoder with a list of layers", hint="use a decoder-only causal language model")
+    config = decoder.config
+    kinds, layer_kwargs = get_layer_types_and_kwargs(config)
+    layers = _layers(name, modules, kinds)
+    full = [part.attention for part in layers if part.order is not None]
+    if not full:
+        raise ModelError(
+            f"{name}: no full-attention layer, only {', '.join(sorted(set(kinds)))}",
+            hint="its cache does not grow with the context, so run it without kvswap",
+        )
+    shapes = {(a.q_proj.out_features // a.head_dim, a.k_proj.out_features // a.head_dim, a.head_dim) for a in full}
+    if len(shapes) > 1 or len({a.scaling for a in full}) > 1:
+        raise ModelError(f"{name}: full-attention layers differ in heads or scaling: {shapes}", hint="not supported yet")
+    query_heads, kv_heads, head_dim = shapes.pop()
+    return ModelParts(
+        model=model,
+        decoder=decoder,
+        config=config,
+        layers=layers,
+        layer_kwargs=tuple(layer_kwargs),
+        query_heads=query_heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        scaling=float(full[0].scaling),
+    )
+
+
+def _layers(name: str, modules: nn.ModuleList, kinds: list[str]) -> tuple[LayerParts, ...]:
+    layers, order = [], 0
+    for index, (module, kind) in enumerate(zip(modules, kinds, strict=False)):
+        offload = kind == "full_attention"
+        attention = getattr(module, "self_attn", None)
+        if offload:
+            _check_layer(name, index, module, attention)
+        family = sys.modules[type(attention).__module__] if attention is not None else None
+        rope = getattr(family, "apply_rotary_pos_emb", None)
+        if offload and rope is None:
+            raise ModelError(f"{name}: its family has no apply_rotary_pos_emb", hint="only RoPE models are supported")
+        layers.append(LayerParts(index, order if offload else None, kind, module, attention, rope))
+        order += offload
+    return tuple(layers)
+
+
+def _check_layer(name: str, index: int, module: nn.Module, attention: Any) -> None:
+    wanted = {"input_layernorm": module, "q_proj": attention, "k_proj": attention, "head_dim": attention}
+    wanted["scaling"] = attention
+    missing = [part for part, owner in wanted.items() if not hasattr(owner, part)]
+    if missing:
+        raise ModelError(
+            f"{name}: decoder layer {index} has no {', '.join(missing)}",
+            hint="families that work: Llama, Mistral, Qwen2, Qwen2.5, Qwen3, Gemma 3 and models built like them",
+        )
+    norm = getattr(attention, "q_norm", None)
+    weight = getattr(norm, "weight", None)
+    if weight is not None and weight.numel() != attention.head_dim:
+        raise ModelError(f"{name}: q_norm of layer {index} is not per head", hint="this family is not supported yet")

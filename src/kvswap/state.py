@@ -1,0 +1,214 @@
+"""All state of one batch that lives between calls: lengths, store, slots, sketches, under one ledger.
+
+``open_state`` divides the memory limit before anything is allocated and refuses what cannot work. One thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from kvswap.config import Config
+from kvswap.disk.backend import ReadBackend
+from kvswap.errors import MemoryBudgetError
+from kvswap.ledger import Ledger
+from kvswap.plan.attended import Window
+from kvswap.plan.budget import WRITE_QUEUE_BYTES, MemoryNeeds, capacity_for
+from kvswap.sketch.basis import Basis
+from kvswap.sketch.codes import LayerSketch
+from kvswap.stage.slots import SlotPool
+from kvswap.store.groups import GroupStore
+from kvswap.store.layout import GroupLayout
+from kvswap.terms import KVGeometry, ceil_div
+from kvswap.trace import Trace
+from kvswap.units import format_bytes, parse_bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shape:
+    """What a batch state is built for: the model's side of it."""
+
+    layers: int
+    query_heads: int
+    kv_heads: int
+    head_dim: int
+    scaling: float
+    dtype: torch.dtype
+    store_dtype: torch.dtype
+    device: torch.device
+
+
+@dataclass(slots=True, kw_only=True)
+class BatchState:
+    """State of B sequences over all offloaded layers; layers are counted by ``order``.
+
+    ``tokens[b]`` tokens are stored of sequence b, padding excluded; groups ``[0, flushed[layer, b])`` are on disk (or
+    queued) and sketched, later ones are in pinned slots alone.
+    """
+
+    config: Config
+    shape: Shape
+    window: Window
+    layout: GroupLayout
+    needs: MemoryNeeds
+    ledger: Ledger
+    trace: Trace
+    store: GroupStore
+    pool: SlotPool
+    sketches: list[LayerSketch]
+    tokens: NDArray[np.int64]
+    flushed: NDArray[np.int64]
+    capacity_tokens: int
+
+    @property
+    def batch(self) -> int:
+        """B."""
+        return len(self.tokens)
+
+    def ensure_capacity(self, tokens: int) -> None:
+        """Make room for sequences of ``tokens``, giving up reuse slots for it. Raises MemoryBudgetError."""
+        if tokens <= self.capacity_tokens:
+            return
+        capacity = capacity_for(tokens)
+        before, after = self.needs.parts(self.capacity_tokens), self.needs.parts(capacity)
+        growth = {part: after[part] - before[part] for part in after}
+        short = sum(growth.values()) - self.ledger.free_bytes
+        if short > 0:
+            slot_bytes = self.layout.slot_bytes
+            drop = min(self.pool.reuse_slots, ceil_div(short, slot_bytes))
+            self.pool.shrink_reuse(self.pool.reuse_slots - drop)
+            self.ledger.release("slots", drop * slot_bytes)
+        for part, count_bytes in growth.items():
+            self.ledger.reserve(part, count_bytes)
+        self.pool.grow_table(ceil_div(capacity, self.window.group_tokens))
+        self.capacity_tokens = capacity
+
+    def append(self, layer: int, sequence: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Store, sketch and pin tokens from group ``flushed[layer, sequence]`` on: K, V ``[H_kv, n, d]``.
+
+        Whole groups go to disk and into the sketch; the newest ones and an incomplete last one are pinned.
+        """
+        first, group_tokens = int(self.flushed[layer, sequence]), self.window.group_tokens
+        whole = keys.shape[1] // group_tokens
+        if whole:
+            cut = slice(0, whole * group_tokens)
+            self.store.append(layer, sequence, first, keys[:, cut], values[:, cut], self.pool.dtypes[layer])
+            self.sketches[layer].append(sequence, keys[:, cut])
+            self.flushed[layer, sequence] = first + whole
+
+    def pin(self, layer: int, sequence: int, keys: torch.Tensor, values: torch.Tensor, first: int) -> None:
+        """Put the groups that stay pinned into their slots: K, V ``[H_kv, n, d]`` begin at group ``first``."""
+        group_tokens, sinks = self.window.group_tokens, self.window.sink_groups
+        last = first + ceil_div(keys.shape[1], group_tokens)
+        spans = ((first, min(sinks, last)), (max(first, self.window.ring_start(last - 1)), last))
+        for low, high in spans:
+            if low < high:
+                cut = slice((low - first) * group_tokens, (high - first) * group_tokens)
+                self.pool.put_groups(layer, sequence, low, keys[:, cut], values[:, cut])
+
+    def close(self) -> None:
+        """Drop files and memory."""
+        self.store.close()
+        self.pool.close()
+        self.sketches.clear()
+
+
+def open_state(
+    config: Config, shape: Shape, backend: ReadBackend, bases: Sequence[Basis], *, batch: int, tokens: int, trace: Trace,
+    check_space: Callable[[int], None],
+) -> BatchState:  # fmt: skip
+    """Divide the memory limit for ``batch`` sequences of ``tokens``, then allocate.
+
+    ``check_space`` is called with the bytes that will be written and raises when the disk lacks them. Raises
+    MemoryBudgetError.
+    """
+    window = Window(config.group_tokens, config.sink_groups, config.recent_groups, config.select_groups)
+    itemsize = shape.store_dtype.itemsize
+    geometry = KVGeometry(
+        kv_heads=shape.kv_heads, head_dim=shape.head_dim, group_tokens=config.group_tokens, itemsize_bytes=itemsize
+    )
+    layout = GroupLayout(geometry, max(backend.alignment_bytes, itemsize))
+    rank = bases[0].matrix.shape[1]
+    needs = MemoryNeeds(
+        layers=shape.layers,
+        batch=batch,
+        query_heads=shape.query_heads,
+        window=window,
+        slot_bytes=layout.slot_bytes,
+        token_bytes=geometry.token_bytes,
+        compute_itemsize_bytes=shape.dtype.itemsize,
+        store_itemsize_bytes=itemsize,
+        sketch_token_bytes=LayerSketch.bytes_for(geometry.key_elements, rank, config.sketch_bits, 1024, 1) // 1024,
+        basis_bytes=shape.layers * bases[0].matrix.numel() * 4,
+    )
+    limit = _limit_bytes(config, needs, tokens)
+    ledger = Ledger(limit)
+    capacity = capacity_for(tokens)
+    for part, count_bytes in needs.parts(capacity).items():
+        ledger.reserve(part, count_bytes)
+    reuse = needs.reuse_slots(capacity, ledger.free_bytes)
+    ledger.reserve("tables", reuse * 12)
+    ledger.reserve("slots", reuse * layout.slot_bytes)
+    groups = ceil_div(capacity, window.group_tokens)
+    check_space(shape.layers * batch * layout.file_bytes(groups))
+    pool = SlotPool(
+        layers=shape.layers,
+        batch=batch,
+        layout=layout,
+        window=window,
+        staging_groups=needs.staging_groups,
+        reuse_slots=reuse,
+        capacity_groups=groups,
+        dtype=shape.store_dtype,
+        device=shape.device,
+    )
+    store = GroupStore(
+        backend=backend, layout=layout, layers=shape.layers, batch=batch, queue_bytes=WRITE_QUEUE_BYTES, groups=groups
+    )
+    sketches = [
+        LayerSketch(
+            batch=batch,
+            kv_heads=shape.kv_heads,
+            head_dim=shape.head_dim,
+            basis=basis,
+            bits=config.sketch_bits,
+            capacity_tokens=capacity,
+            device=shape.device,
+        )
+        for basis in bases
+    ]
+    return BatchState(
+        config=config,
+        shape=shape,
+        window=window,
+        layout=layout,
+        needs=needs,
+        ledger=ledger,
+        trace=trace,
+        store=store,
+        pool=pool,
+        sketches=sketches,
+        tokens=np.zeros(batch, np.int64),
+        flushed=np.zeros((shape.layers, batch), np.int64),
+        capacity_tokens=capacity,
+    )
+
+
+def _limit_bytes(config: Config, needs: MemoryNeeds, tokens: int) -> int:
+    if config.kv_memory == "auto":
+        return needs.auto_limit_bytes(tokens)
+    limit, minimum = parse_bytes(config.kv_memory, name="kv_memory"), needs.minimum_bytes(tokens)
+    if limit < minimum:
+        longest = needs.longest_tokens(limit)
+        reach = f"it allows at most {longest:,} tokens" if longest else "it is too small for any context"
+        raise MemoryBudgetError(
+            f"kv_memory: {format_bytes(limit)} is too small for {tokens:,} tokens; {reach}",
+            minimum_bytes=minimum,
+            longest_tokens=longest,
+            hint=f"set kv_memory to at least {format_bytes(minimum)} or leave it at auto",
+        )
+    return limit
