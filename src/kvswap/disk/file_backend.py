@@ -44,7 +44,7 @@ class FileBackend(ReadBackend):
 
     def write(self, file: int, offset_bytes: int, data: NDArray[np.uint8]) -> None:
         check_aligned(self, offset_bytes, data)
-        fd, view = self._fd(file), data.data
+        fd, view = self._fd(file), data.reshape(-1).data
         done, stalls = 0, 0
         while done < len(view):
             fresh = self._write_some(fd, file, offset_bytes + done, view[done:])

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from kvswap.plan.attended import Window
 from kvswap.terms import ceil_div, round_up
 
-GROWTH_TOKENS = 1024
+GROWTH_TOKENS = 256
 WRITE_QUEUE_BYTES = 1 << 20
 OWNER_BYTES = 8 + 4  # who lives in a reuse slot, and its worth
 STAGING_SLACK = 1.25  # room for gaps that are read through
@@ -92,7 +92,7 @@ class MemoryNeeds:
 
 def capacity_for(tokens: int) -> int:
     """Tokens to make room for when the context has ``tokens``: whole growth steps with some headroom."""
-    return round_up(tokens + GROWTH_TOKENS // 4, GROWTH_TOKENS)
+    return round_up(tokens + GROWTH_TOKENS, GROWTH_TOKENS)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

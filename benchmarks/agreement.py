@@ -1,0 +1,144 @@
+"""kvswap beside full attention on real text: quality, speed, memory, in turns within one run.
+
+    python benchmarks/agreement.py --model smollm2-135m --texts 8 --tokens 7000 --steps 48 --json out.json
+
+Texts are evaluation topics of Python's own reference, never calibrated on. For every text: the plain transformers
+forward with a DynamicCache, then kvswap, the same prompt, then the same ``--steps`` tokens of the text one by one
+(teacher-forced). KL is KL(full || kvswap) of the next-token distribution, natural logarithm, mean over steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional
+from transformers import DynamicCache
+
+import kvswap
+from kvswap.corpus import evaluation_topics
+from kvswap.models.loading import load_model
+
+
+def texts(tokenizer: Any, count: int, tokens: int) -> list[list[int]]:
+    """``count`` stretches of ``tokens`` token ids: evaluation topics joined in order, cut one after another."""
+    joined: list[int] = []
+    for _, text in evaluation_topics():
+        joined += tokenizer(text + "\n\n", add_special_tokens=False)["input_ids"]
+    stretch = (len(joined) - tokens) // max(1, count - 1)
+    return [joined[i * stretch : i * stretch + tokens] for i in range(count)]
+
+
+@torch.no_grad()
+def teacher_forced(model: Any, ids: list[int], steps: int, cache: Any) -> tuple[torch.Tensor, float, list[float]]:
+    """Logits after the prompt and after each forced token but the last; prefill seconds; seconds of each step."""
+    prompt, forced = torch.tensor([ids[:-steps]]), ids[-steps:]
+    start = time.perf_counter()
+    output = model(input_ids=prompt, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    prefill_s = time.perf_counter() - start
+    logits, step_s = [output.logits[0, -1]], []
+    for token in forced[:-1]:
+        start = time.perf_counter()
+        output = model(input_ids=torch.tensor([[token]]), past_key_values=cache, use_cache=True)
+        step_s.append(time.perf_counter() - start)
+        logits.append(output.logits[0, -1])
+    return torch.stack(logits).float(), prefill_s, step_s
+
+
+def compare(full: torch.Tensor, other: torch.Tensor) -> tuple[list[float], list[int]]:
+    """KL and top-1 agreement of each step; the first row comes from prefill and is left out."""
+    p, q = full[1:].log_softmax(-1), other[1:].log_softmax(-1)
+    kl = functional.kl_div(q, p, log_target=True, reduction="none").sum(-1)
+    return kl.tolist(), (full[1:].argmax(-1) == other[1:].argmax(-1)).int().tolist()
+
+
+def run_text(model: Any, tokenizer: Any, ids: list[int], steps: int, config: kvswap.Config) -> dict[str, Any]:
+    """One text through both methods."""
+    full, full_prefill_s, full_step_s = teacher_forced(model, ids, steps, DynamicCache(config=model.config))
+    with kvswap.attach(model, config, tokenizer=tokenizer) as cache:
+        ours, prefill_s, step_s = teacher_forced(model, ids, steps, cache)
+        stats = cache.stats
+    kl, same = compare(full, ours)
+    return {
+        "kl": kl,
+        "same": same,
+        "prefill_error": float((full[0] - ours[0]).abs().max()),
+        "full_prefill_s": full_prefill_s,
+        "prefill_s": prefill_s,
+        "full_step_s": statistics.median(full_step_s),
+        "step_s": statistics.median(step_s),
+        "full_mean_step_s": statistics.mean(full_step_s),
+        "mean_step_s": statistics.mean(step_s),
+        "io_wait_s": stats.io_wait_s,
+        "reuse_rate": stats.reuse_rate,
+        "disk_read_bytes": stats.disk_read_bytes,
+        "kv_full_bytes": stats.kv_full_bytes,
+        "kv_memory_limit_bytes": stats.kv_memory_limit_bytes,
+        "kv_memory_peak_bytes": stats.kv_memory_peak_bytes,
+        "memory_parts": stats.memory_parts,
+        "prefill_peak_bytes": stats.prefill_peak_bytes,
+        "backend": stats.backend,
+        "sketch": stats.sketch,
+    }
+
+
+def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Means over texts, with standard errors over texts, and ratios to full attention."""
+    kl = [statistics.mean(row["kl"]) for row in rows]
+    same = [statistics.mean(row["same"]) for row in rows]
+    error = (lambda values: statistics.stdev(values) / len(values) ** 0.5) if len(rows) > 1 else (lambda values: None)
+    return {
+        "kl": statistics.mean(kl),
+        "kl_stderr": error(kl),
+        "top1": statistics.mean(same),
+        "top1_stderr": error(same),
+        "decode_speed_ratio": statistics.median(row["full_step_s"] / row["step_s"] for row in rows),
+        "decode_mean_speed_ratio": statistics.median(row["full_mean_step_s"] / row["mean_step_s"] for row in rows),
+        "decode_tokens_per_s": 1 / statistics.median(row["step_s"] for row in rows),
+        "full_decode_tokens_per_s": 1 / statistics.median(row["full_step_s"] for row in rows),
+        "prefill_time_ratio": statistics.median(row["prefill_s"] / row["full_prefill_s"] for row in rows),
+        "memory_share": max(row["kv_memory_peak_bytes"] / row["kv_full_bytes"] for row in rows),
+        "within_limit": all(row["kv_memory_peak_bytes"] <= row["kv_memory_limit_bytes"] for row in rows),
+        "reuse_rate": statistics.mean(row["reuse_rate"] for row in rows),
+    }
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--texts", type=int, default=8)
+    parser.add_argument("--tokens", type=int, default=7000)
+    parser.add_argument("--steps", type=int, default=48)
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="config values")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    values = dict(item.split("=", 1) for item in args.set)
+    config = kvswap.Config(**{key: int(value) if value.isdigit() else value for key, value in values.items()})
+    loaded = load_model(args.model, dtype=args.dtype)
+    rows = []
+    for number, ids in enumerate(texts(loaded.tokenizer, args.texts, args.tokens + args.steps)):
+        rows.append(run_text(loaded.model, loaded.tokenizer, ids, args.steps, config))
+        line = summary(rows[-1:])
+        print(number, {key: round(value, 4) for key, value in line.items() if isinstance(value, float)}, flush=True)
+    result = {
+        "arguments": {key: str(value) for key, value in vars(args).items()},
+        "config": config.to_dict(),
+        "machine": {"cpu": platform.processor(), "system": platform.platform(), "torch": torch.__version__},
+        "summary": summary(rows),
+        "texts": rows,
+    }
+    print(json.dumps(result["summary"], indent=1))
+    if args.json:
+        args.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,93 @@
+"""The directions of a layer's keys that the sketch keeps, from the covariance of keys after RoPE.
+
+After KVSwap (arXiv 2511.11907, section 3): all KV heads of a token are one row of D elements, projected to the R
+directions of most variance. The R directions are then rotated among themselves by a fixed orthogonal matrix, so that
+all have about the same variance and one scale a token serves them all (as QuaRot, arXiv 2404.00456, does for
+activations); the rotation is folded into the matrix and costs nothing.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+SCALE_BYTES = 4  # float16 scale and minimum of each token
+
+
+@dataclass(frozen=True, slots=True)
+class Basis:
+    """``matrix`` is ``[D, R]`` float32 with orthonormal columns; ``kind`` is ``svd`` or ``identity``."""
+
+    matrix: torch.Tensor
+    kind: str
+
+
+class KeyCovariance:
+    """Uncentred second moments of one layer's keys: D x D, float64."""
+
+    def __init__(self, kv_heads: int, head_dim: int) -> None:
+        self.matrix = torch.zeros(kv_heads * head_dim, kv_heads * head_dim, dtype=torch.float64)
+
+    def add(self, keys: torch.Tensor) -> None:
+        """Count keys ``[n, H_kv, d]`` of any float dtype."""
+        rows = keys.reshape(keys.shape[0], -1).float().cpu()
+        self.matrix += (rows.T @ rows).double()
+
+    def basis(self, rank: int) -> Basis:
+        """The ``rank`` leading directions, rotated among themselves."""
+        _, vectors = torch.linalg.eigh(self.matrix)
+        leading = vectors.flip(1)[:, :rank].float()
+        leading = leading * torch.where(leading.abs().amax(0) == leading.amax(0), 1.0, -1.0)  # the same sign everywhere
+        return Basis((leading @ rotation(rank)).contiguous(), "svd")
+
+
+def rotation(size: int) -> torch.Tensor:
+    """A fixed random orthogonal matrix ``[size, size]``."""
+    noise = torch.randn(size, size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    q, r = torch.linalg.qr(noise)
+    return (q * r.diagonal().sign()).float()
+
+
+def identity_basis(elements: int) -> Basis:
+    """Whole keys, rotated: needs no calibration. R = D."""
+    return Basis(rotation(elements), "identity")
+
+
+def rank_for(elements: int, bits: int, token_bytes: int) -> int:
+    """Largest rank, a multiple of 8, whose codes, scale and minimum fit ``token_bytes`` per token; at least 8."""
+    rank = (token_bytes - SCALE_BYTES) * 8 // bits // 8 * 8
+    return max(8, min(rank, elements))
+
+
+def save_bases(path: Path, statistics: dict[int, KeyCovariance], identity: dict[str, str]) -> None:
+    """Write the statistics of a model's layers, replacing the file in one move."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    tensors = {str(index): covariance.matrix.float() for index, covariance in statistics.items()}
+    save_file(tensors, partial, metadata={"kvswap": json.dumps(identity)})
+    partial.replace(path)
+
+
+def load_bases(path: Path, identity: dict[str, str]) -> dict[int, KeyCovariance] | str:
+    """Statistics by layer index, or the reason why the file cannot be used."""
+    if not path.exists():
+        return "no calibration yet"
+    try:
+        with safe_open(path, framework="pt") as file:
+            if json.loads((file.metadata() or {}).get("kvswap", "null")) != identity:
+                return "calibration of another model or version"
+            found = {}
+            for name in file.keys():  # noqa: SIM118 - not a dict
+                matrix = file.get_tensor(name)
+                if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1] or not bool(matrix.isfinite().all()):
+                    return f"calibration of layer {name} is damaged"
+                found[int(name)] = KeyCovariance(1, matrix.shape[0])
+                found[int(name)].matrix = matrix.double()
+            return found
+    except (SafetensorError, OSError, ValueError) as error:
+        return f"calibration file is damaged: {error}"
