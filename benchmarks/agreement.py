@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from kvswap.models.loading import load_model
 from torch.nn import functional
 from transformers import DynamicCache
 
 import kvswap
 from kvswap.corpus import evaluation_topics
-from kvswap.models.loading import load_model
 
 
 def texts(tokenizer: Any, count: int, tokens: int) -> list[list[int]]:

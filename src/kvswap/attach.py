@@ -69,7 +69,9 @@ class Attachment:
             part.attention.__dict__[_MARK] = self
             self._restore.append(partial(part.attention.__dict__.pop, _MARK))
 
-    def _forward(self, part: LayerParts, forward: Callable[..., Any], hidden_states: torch.Tensor, **kwargs: Any) -> Any:
+    def _forward(
+        self, part: LayerParts, forward: Callable[..., Any], hidden_states: torch.Tensor, **kwargs: Any
+    ) -> Any:
         cache = kwargs.get("past_key_values")
         if not isinstance(cache, LayerMajorCache) or cache.parts is not self.parts:
             mask = resolve(kwargs.pop("attention_mask", None), self.implementation)
@@ -78,7 +80,7 @@ class Attachment:
         output = cache.run_layer(part, forward, hidden_states, {**kwargs, "kvswap_call": ours})
         if ours is not None and not ours.attended:
             raise ModelError(
-                f"{type(self.parts.model).__name__}: layer {part.index} does not hand its keyword arguments to attention",
+                f"{type(self.parts.model).__name__}: layer {part.index} hands no keyword arguments to attention",
                 hint="this family is not supported",
             )
         return output

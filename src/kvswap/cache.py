@@ -40,7 +40,13 @@ class LayerMajorCache(Cache):
     is_compileable = False
 
     def __init__(
-        self, parts: ModelParts, implementation: str, layers: list[Any], *, chunk_tokens: int, on_progress: Progress | None
+        self,
+        parts: ModelParts,
+        implementation: str,
+        layers: list[Any],
+        *,
+        chunk_tokens: int,
+        on_progress: Progress | None,
     ) -> None:
         super().__init__(layers=layers)
         self.parts, self.implementation, self.chunk_tokens = parts, implementation, chunk_tokens
@@ -55,9 +61,8 @@ class LayerMajorCache(Cache):
         """Run one decoder layer on ``hidden`` ``[B, T, E]`` with the keyword arguments the model gave."""
         mask = kwargs.get("attention_mask")
         if part.index == 0:
-            self._check_call(mask, kwargs)
             self._stored = self.get_seq_length()
-            self.begin(hidden, mask)
+            self.begin(hidden, self._check_call(mask, kwargs))
         if hidden.shape[1] == 1 and self._stored:
             output = self.decode_layer(part, forward, hidden, kwargs)
         else:
@@ -78,22 +83,32 @@ class LayerMajorCache(Cache):
     def leave(self, part: LayerParts) -> None:
         """A prompt is through one layer."""
 
-    def decode_layer(self, part: LayerParts, forward: LayerForward, hidden: torch.Tensor, kwargs: dict[str, Any]) -> Any:
+    def decode_layer(
+        self, part: LayerParts, forward: LayerForward, hidden: torch.Tensor, kwargs: dict[str, Any]
+    ) -> Any:
         """Run one layer for a single new token."""
         kwargs = {**kwargs, "attention_mask": resolve(kwargs.get("attention_mask"), self.implementation)}
         return forward(hidden, **kwargs)
 
     def attention(
-        self, part: LayerParts, stock: Callable[..., Any], query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor,
-        mask: Any, kwargs: dict[str, Any],
-    ) -> torch.Tensor:  # fmt: skip
+        self,
+        part: LayerParts,
+        stock: Callable[..., Any],
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        mask: Any,
+        kwargs: dict[str, Any],
+    ) -> torch.Tensor:
         """Attention of one offloaded layer: ``[B, H_q, q, d]`` to ``[B, q, H_q, d]``."""
         if self.implementation == "sdpa" and query.shape[2] > 1 and not _special(kwargs):
             return chunk_attention(query, keys, values, mask, self.parts.scaling)
         output: torch.Tensor = stock(part.attention, query, keys, values, mask, **kwargs)[0]
         return output
 
-    def _prefill_layer(self, part: LayerParts, forward: LayerForward, hidden: torch.Tensor, kwargs: dict[str, Any]) -> Any:
+    def _prefill_layer(
+        self, part: LayerParts, forward: LayerForward, hidden: torch.Tensor, kwargs: dict[str, Any]
+    ) -> Any:
         tokens = hidden.shape[1]
         chunks = len(list(chunk_spans(tokens, self.chunk_tokens)))
         done = 0
@@ -125,13 +140,14 @@ class LayerMajorCache(Cache):
         )
         return changed
 
-    def _check_call(self, mask: Any, kwargs: dict[str, Any]) -> None:
+    def _check_call(self, mask: Any, kwargs: dict[str, Any]) -> DeferredMask:
         if not isinstance(mask, DeferredMask):
             raise UnsupportedError("attention_mask: a prepared mask was given", hint="pass a 2-D padding mask or none")
         if torch.is_grad_enabled():
             raise UnsupportedError("gradients are enabled", hint="call the model under torch.no_grad()")
         if kwargs.get("output_attentions") or getattr(self.parts.config, "output_attentions", False):
-            raise UnsupportedError("output_attentions=True", hint="attention weights are never materialised; leave it off")
+            raise UnsupportedError("output_attentions=True", hint="attention weights are never made; leave it off")
+        return mask
 
     # ---- what generate may ask for and cannot have
 
@@ -163,7 +179,9 @@ def stock_layers(parts: ModelParts) -> list[Any]:
 class FullCache(LayerMajorCache):
     """Everything in memory, with the same chunked prefill: what kvswap is compared with."""
 
-    def __init__(self, parts: ModelParts, implementation: str, *, chunk_tokens: int, on_progress: Progress | None) -> None:
+    def __init__(
+        self, parts: ModelParts, implementation: str, *, chunk_tokens: int, on_progress: Progress | None
+    ) -> None:
         super().__init__(parts, implementation, stock_layers(parts), chunk_tokens=chunk_tokens, on_progress=on_progress)
 
     @property
@@ -172,7 +190,10 @@ class FullCache(LayerMajorCache):
         sizes = [sum(t.nbytes for t in (layer.keys, layer.values) if t is not None) for layer in self.layers]
         full = sum(size for size, part in zip(sizes, self.parts.layers, strict=True) if part.order is not None)
         return CacheStats(
-            prefill_s=self.trace.prefill_s, kv_full_bytes=full, kv_memory_peak_bytes=full, sliding_kv_bytes=sum(sizes) - full
+            prefill_s=self.trace.prefill_s,
+            kv_full_bytes=full,
+            kv_memory_peak_bytes=full,
+            sliding_kv_bytes=sum(sizes) - full,
         )
 
 
@@ -271,10 +292,14 @@ class KVSwapCache(LayerMajorCache):
         else:
             self._prefill = Prefill(self._state, tokens, np.zeros_like(self._pads) if self._stored else self._pads)
             needs = PrefillNeeds(
-                batch=batch, tokens=tokens, chunk_tokens=min(tokens, self.chunk_tokens * 3 // 2), hidden_elements=hidden.shape[2],
+                batch=batch,
+                tokens=tokens,
+                chunk_tokens=min(tokens, self.chunk_tokens * 3 // 2),
+                hidden_elements=hidden.shape[2],
                 inner_elements=getattr(self.parts.config, "intermediate_size", 4 * hidden.shape[2]),
-                query_elements=self._shape.query_heads * self._shape.head_dim, itemsize_bytes=hidden.element_size(),
-            )  # fmt: skip
+                query_elements=self._shape.query_heads * self._shape.head_dim,
+                itemsize_bytes=hidden.element_size(),
+            )
             peak = needs.passing_bytes() + self._prefill.passing_bytes + self._state.ledger.held_bytes
             self.trace.prefill_peak_bytes = max(self.trace.prefill_peak_bytes, peak)
 
@@ -294,7 +319,9 @@ class KVSwapCache(LayerMajorCache):
         if part.order is not None and self._prefill is not None:
             self._prefill.finish(part.order)
 
-    def decode_layer(self, part: LayerParts, forward: LayerForward, hidden: torch.Tensor, kwargs: dict[str, Any]) -> Any:
+    def decode_layer(
+        self, part: LayerParts, forward: LayerForward, hidden: torch.Tensor, kwargs: dict[str, Any]
+    ) -> Any:
         """Start what the next layer needs, then run this one."""
         if part.index == 0:
             self._prefetch(part, hidden, kwargs, part.layer_type)
@@ -305,9 +332,15 @@ class KVSwapCache(LayerMajorCache):
         return forward(hidden, **{**kwargs, "attention_mask": None})
 
     def attention(
-        self, part: LayerParts, stock: Callable[..., Any], query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor,
-        mask: Any, kwargs: dict[str, Any],
-    ) -> torch.Tensor:  # fmt: skip
+        self,
+        part: LayerParts,
+        stock: Callable[..., Any],
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        mask: Any,
+        kwargs: dict[str, Any],
+    ) -> torch.Tensor:
         """Prefill: exact over the prompt (and the stored context). Decode: exact over what was selected."""
         assert self._decode is not None and part.order is not None
         if self._prefill is None:
@@ -344,16 +377,24 @@ class KVSwapCache(LayerMajorCache):
             query = target.predict_query(hidden, cos, sin)
         self._decode.prefetch(target.order, query)
 
-    def _rope_of(self, layer_type: str, hidden: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _rope_of(
+        self, layer_type: str, hidden: torch.Tensor, position_ids: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         if layer_type not in self._rope:
             self._rope[layer_type] = self.parts.position_embeddings(hidden, position_ids, layer_type)
         return self._rope[layer_type]
 
     def _open(self, batch: int, tokens: int) -> BatchState:
         state = open_state(
-            self.config, self._shape, self._backend, self._bases,
-            batch=batch, tokens=tokens, trace=self.trace, check_space=self._check_space,
-        )  # fmt: skip
+            self.config,
+            self._shape,
+            self._backend,
+            self._bases,
+            batch=batch,
+            tokens=tokens,
+            trace=self.trace,
+            check_space=self._check_space,
+        )
         return state
 
     # ---- what users see
@@ -403,7 +444,8 @@ def _left_pads(padding: torch.Tensor | None, batch: int, tokens: int) -> NDArray
         raise UnsupportedError("padding that is not on the left", hint='set tokenizer.padding_side = "left"')
     if not mask.any(axis=1).all():
         raise UnsupportedError("a sequence of padding alone", hint="give every sequence at least one token")
-    return tokens - mask.sum(axis=1, dtype=np.int64)
+    pads: NDArray[np.int64] = tokens - mask.sum(axis=1, dtype=np.int64)
+    return pads
 
 
 def _bytes_in(layers: Sequence[Any]) -> int:

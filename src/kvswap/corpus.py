@@ -1,4 +1,4 @@
-"""Text that every Python carries: the language reference in ``pydoc_data.topics``, split for calibration and evaluation.
+"""Text that every Python carries: the language reference, ``pydoc_data.topics``, for calibration and evaluation.
 
 Topics whose name's SHA-256 is even are for calibration. The others are for evaluation, less those with more than
 5 % of their lines in the calibration half, so that nothing evaluated was calibrated on.

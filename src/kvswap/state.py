@@ -118,9 +118,16 @@ class BatchState:
 
 
 def open_state(
-    config: Config, shape: Shape, backend: ReadBackend, bases: Sequence[Basis], *, batch: int, tokens: int, trace: Trace,
+    config: Config,
+    shape: Shape,
+    backend: ReadBackend,
+    bases: Sequence[Basis],
+    *,
+    batch: int,
+    tokens: int,
+    trace: Trace,
     check_space: Callable[[int], None],
-) -> BatchState:  # fmt: skip
+) -> BatchState:
     """Divide the memory limit for ``batch`` sequences of ``tokens``, then allocate.
 
     ``check_space`` is called with the bytes that will be written and raises when the disk lacks them. Raises

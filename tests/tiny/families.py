@@ -42,7 +42,9 @@ def tiny_model(family: str, **changes: Any) -> PreTrainedModel:
     """A random float32 model of a family, the same one at every call."""
     config_class, model_class, extra = _CLASSES[family]
     torch.manual_seed(7)
-    config = config_class(**{**_SHAPE, "pad_token_id": 0, "eos_token_id": None, "bos_token_id": None, **extra, **changes})
+    config = config_class(
+        **{**_SHAPE, "pad_token_id": 0, "eos_token_id": None, "bos_token_id": None, **extra, **changes}
+    )
     model: PreTrainedModel = model_class(config).eval()
     for name, parameter in model.named_parameters():
         if name.endswith(("bias", "q_norm.weight", "k_norm.weight")):  # zero or one at birth, which hides mistakes

@@ -120,9 +120,15 @@ def test_sampling_streaming_and_stopping_stay_those_of_transformers(select_all):
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (lambda model, ids, cache: model.generate(ids, past_key_values=cache, num_beams=2, max_new_tokens=3), "beam|repeat"),
+        (
+            lambda model, ids, cache: model.generate(ids, past_key_values=cache, num_beams=2, max_new_tokens=3),
+            "beam|repeat",
+        ),
         (lambda model, ids, cache: model(ids, past_key_values=cache), "gradients"),
-        (lambda model, ids, cache: torch.no_grad()(model)(ids, past_key_values=cache, output_attentions=True), "output_att"),
+        (
+            lambda model, ids, cache: torch.no_grad()(model)(ids, past_key_values=cache, output_attentions=True),
+            "output_att",
+        ),
         (
             lambda model, ids, cache: torch.no_grad()(model)(
                 ids, past_key_values=cache, attention_mask=torch.ones(1, 1, 20, 20, dtype=torch.bool)

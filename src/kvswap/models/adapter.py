@@ -29,9 +29,9 @@ class LayerParts:
     index: int
     order: int | None
     layer_type: str
-    module: nn.Module
+    module: Any
     attention: Any
-    rope: Rope
+    rope: Rope | None
 
     def predict_query(self, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         """The query this layer would compute from ``hidden``, the input of this layer or of the one before.
@@ -55,6 +55,7 @@ class LayerParts:
         if norm is not None:
             query = norm(query)
         query = query.transpose(1, 2)
+        assert self.rope is not None
         return self.rope(query, query[:, :1], cos, sin)[0][:, :, 0]
 
 
@@ -80,12 +81,14 @@ class ModelParts:
     @property
     def device(self) -> torch.device:
         """Where the first offloaded layer computes."""
-        return next(self.offloaded[0].module.parameters()).device
+        device: torch.device = next(self.offloaded[0].module.parameters()).device
+        return device
 
     @property
     def dtype(self) -> torch.dtype:
         """The model's compute dtype."""
-        return self.model.dtype
+        dtype: torch.dtype = self.model.dtype
+        return dtype
 
     def position_embeddings(
         self, hidden: torch.Tensor, position_ids: torch.Tensor, layer_type: str
@@ -114,7 +117,7 @@ def inspect(model: PreTrainedModel) -> ModelParts:
         )
     shapes = {(a.q_proj.out_features // a.head_dim, a.k_proj.out_features // a.head_dim, a.head_dim) for a in full}
     if len(shapes) > 1 or len({a.scaling for a in full}) > 1:
-        raise ModelError(f"{name}: full-attention layers differ in heads or scaling: {shapes}", hint="not supported yet")
+        raise ModelError(f"{name}: full-attention layers differ in heads: {shapes}", hint="not supported yet")
     query_heads, kv_heads, head_dim = shapes.pop()
     return ModelParts(
         model=model,

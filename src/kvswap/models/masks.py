@@ -36,7 +36,7 @@ class DeferredMask:
         return self._stock[implementation]
 
     def chunk(self, implementation: str, *, q_offset: int, q_length: int, sizes: tuple[int, int]) -> Any:
-        """The mask of ``q_length`` queries from position ``q_offset`` on; ``sizes`` is the layer's (kv length, offset)."""
+        """The mask of ``q_length`` queries from ``q_offset`` on; ``sizes`` is the layer's (kv length, offset)."""
         kv_length, kv_offset = sizes
         changed = {"q_offset": q_offset, "q_length": q_length, "kv_length": kv_length, "kv_offset": kv_offset}
         return _mask_function(implementation)(**{**self.arguments, **changed})
@@ -55,7 +55,7 @@ def resolve(mask: Any, implementation: str) -> Any:
 
 def _mask_function(implementation: str) -> Any:
     known = ALL_MASK_ATTENTION_FUNCTIONS._global_mapping
-    return known[implementation] if implementation in known else _no_mask
+    return known.get(implementation, _no_mask)
 
 
 def _no_mask(**_: Any) -> None:

@@ -46,7 +46,8 @@ class Window:
 
     def home(self, groups: Int) -> Int:
         """Pinned place of each group, counted from the first place of its sequence and layer."""
-        return np.where(groups < self.sink_groups, groups, self.sink_groups + (groups - self.sink_groups) % self.ring_groups)
+        ring = self.sink_groups + (groups - self.sink_groups) % self.ring_groups
+        return np.where(groups < self.sink_groups, groups, ring)
 
     def ring_start(self, current: int) -> int:
         """First group that the ring holds when ``current`` is the newest."""

@@ -23,7 +23,8 @@ def group_mass(logits: torch.Tensor, group_tokens: int) -> torch.Tensor:
     ``[B, T / G]`` float32: summed over heads, then the maximum over the tokens of the group.
     """
     mass = torch.softmax(logits, dim=-1).sum(dim=1)
-    return mass.unflatten(1, (-1, group_tokens)).amax(dim=-1)
+    best: torch.Tensor = mass.unflatten(1, (-1, group_tokens)).amax(dim=-1)
+    return best
 
 
 def top_groups(mass: torch.Tensor, first: int, ends: list[int], count: int) -> torch.Tensor:
@@ -38,7 +39,7 @@ def top_groups(mass: torch.Tensor, first: int, ends: list[int], count: int) -> t
     -------
     ``[B, count]`` int64. Where a range holds fewer groups than ``count``, the surplus entries are N, at the end.
     """
-    batch, groups = mass.shape
+    groups = mass.shape[1]
     low, high = first, max(ends)
     window = mass[:, low:high]
     for row, end in enumerate(ends):

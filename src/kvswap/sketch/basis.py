@@ -50,7 +50,8 @@ def rotation(size: int) -> torch.Tensor:
     """A fixed random orthogonal matrix ``[size, size]``."""
     noise = torch.randn(size, size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     q, r = torch.linalg.qr(noise)
-    return (q * r.diagonal().sign()).float()
+    orthogonal: torch.Tensor = (q * r.diagonal().sign()).float()
+    return orthogonal
 
 
 def identity_basis(elements: int) -> Basis:

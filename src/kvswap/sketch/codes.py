@@ -68,7 +68,7 @@ class LayerSketch:
         self.tokens[sequence] = stop
 
     def logits(self, query: torch.Tensor, scaling: float) -> torch.Tensor:
-        """Estimated attention logits ``[B, H_q, T]`` float32 of ``query`` ``[B, H_q, d]``; -inf past a sequence's end."""
+        """Estimated logits ``[B, H_q, T]`` float32 of ``query`` ``[B, H_q, d]``; -inf past a sequence's end."""
         batch, heads, head_dim = query.shape
         longest = int(self.tokens.max())
         by_head = (query.float() * scaling).view(batch, self.kv_heads, -1, head_dim)

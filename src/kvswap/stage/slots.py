@@ -109,7 +109,8 @@ class SlotPool:
     def groups(self, layer: int) -> torch.Tensor:
         """All slots as ``[slots, 2, H_kv, G, d]`` in this layer's stored dtype; a view."""
         rows = self._rows[self.dtypes[layer]]
-        return rows[:, : self.layout.group_elements].unflatten(1, self.layout.group_shape)
+        groups: torch.Tensor = rows[:, : self.layout.group_elements].unflatten(1, self.layout.group_shape)
+        return groups
 
     def home_base(self, layer: int, sequence: int) -> int:
         """First pinned slot of this layer and sequence."""
@@ -118,7 +119,7 @@ class SlotPool:
     # ---- pinned
 
     def put_groups(self, layer: int, sequence: int, first: int, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Put groups into their pinned slots, from ``first`` on: K and V ``[H_kv, n, d]``, the last group may be partial."""
+        """Put groups from ``first`` on into their pinned slots: K, V ``[H_kv, n, d]``; the last may be partial."""
         group_tokens, tokens = self.window.group_tokens, keys.shape[1]
         home = self.home_base(layer, sequence) + self.window.home(
             first + np.arange(-(-tokens // group_tokens), dtype=np.int64)
@@ -135,7 +136,7 @@ class SlotPool:
                 )
 
     def put_token(self, layer: int, home: torch.Tensor, offset: torch.Tensor, kv: torch.Tensor) -> None:
-        """Put the newest token of every sequence: ``kv`` is ``[B, 2, H_kv, d]``, ``home``/``offset`` are ``[B]`` int64."""
+        """Put every sequence's newest token: ``kv`` ``[B, 2, H_kv, d]``, ``home`` and ``offset`` ``[B]`` int64."""
         slots = self.groups(layer)
         if self.batch == 1:
             slots[int(home[0]), :, :, int(offset[0])] = kv[0]
@@ -150,7 +151,7 @@ class SlotPool:
     # ---- reuse
 
     def lookup(self, layer: int, sequences: Int, groups: Int) -> Int:
-        """Slot of each group, or -1 where it must be read. Counts the visit: hits gain worth, the rest of the layer decays."""
+        """Slot of each group, or -1 where it must be read. Hits gain worth, the rest of the layer decays."""
         rows = layer * self.batch + sequences
         found = self.table[rows, groups].astype(np.int64)
         if self.reuse_slots:
@@ -191,7 +192,7 @@ class SlotPool:
         return self.staging_start + half * self.staging_groups
 
     def land(self, half: int, count: int) -> None:
-        """Make the first ``count`` landing places visible as slots; a copy to the device unless slots are host memory."""
+        """Make the first ``count`` landing places visible as slots: a copy, unless slots are host memory."""
         if self.host or count == 0:
             return
         size = self.layout.slot_bytes
@@ -208,7 +209,7 @@ class SlotPool:
         self._stream.synchronize()  # the host half is overwritten by the reads after next
 
     def gather(self, layer: int, slots: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """Copy of slots ``[B, W]`` (int64) as ``[2, B, H_kv, W * G, d]`` of ``dtype``, tokens in the order of the slots."""
+        """Copy of slots ``[B, W]`` (int64) as ``[2, B, H_kv, W * G, d]`` of ``dtype``, in the order of the slots."""
         rows = self._rows[self.dtypes[layer]]
         batch, width = slots.shape
         picked = rows.index_select(0, slots.reshape(-1).to(rows.device))[:, : self.layout.group_elements]

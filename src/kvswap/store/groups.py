@@ -40,7 +40,7 @@ class GroupStore:
     def append(
         self, layer: int, sequence: int, first: int, keys: torch.Tensor, values: torch.Tensor, dtype: torch.dtype
     ) -> None:
-        """Queue whole groups from group ``first`` on: K and V ``[H_kv, n * G, d]`` of any dtype, stored as ``dtype``."""
+        """Queue whole groups from ``first`` on: K, V ``[H_kv, n * G, d]`` of any dtype, stored as ``dtype``."""
         layout, row = self.layout, self.row(layer, sequence)
         group_tokens = layout.geometry.group_tokens
         groups = keys.shape[1] // group_tokens
@@ -125,9 +125,7 @@ class TileReader:
             return
         slab = self._slabs[(self._next // self._tile) % 2]
         one = np.ones(1, np.int64)
-        self._ticket = self._store.submit(
-            one * self._row, one * self._next, one * count, one * slab.address
-        )
+        self._ticket = self._store.submit(one * self._row, one * self._next, one * count, one * slab.address)
 
     def close(self) -> None:
         """Wait for a read in flight, then release the tiles."""
