@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -52,7 +53,7 @@ def test_random_extents_are_byte_equal(
         for index, (file, sector, sectors) in enumerate(extents)
     ]
     edges = [0, *sorted(min(cut, len(rows)) for cut in cuts), len(rows)]
-    tickets = [submit(backend, rows[low:high]) for low, high in zip(edges, edges[1:], strict=False)]
+    tickets = [submit(backend, rows[low:high]) for low, high in itertools.pairwise(edges)]
     order.shuffle(tickets)
     for ticket in tickets:
         backend.wait(ticket)
