@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import random
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -39,7 +40,7 @@ def slab() -> Iterator[Slab]:
 )
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_random_extents_are_byte_equal(
-    backend: ReadBackend, extents: list[tuple[int, int, int]], cuts: list[int], order
+    backend: ReadBackend, extents: list[tuple[int, int, int]], cuts: list[int], order: random.Random
 ) -> None:
     """Extents of 512-byte sectors of two files, split over several tickets waited for in any order."""
     data = [content(FILE_BYTES, seed) for seed in (1, 2)]

@@ -24,14 +24,49 @@ from kvswap.errors import DiskReadError
 _MOST_THREADS = 16
 
 
-class _Ticket:
-    """Reads of one submit; ``left`` and ``error`` are guarded by ``changed``."""
+_Row = tuple[int, int, int, int, int]  # descriptor, file, offset, length, address
 
-    def __init__(self, rows: list[tuple[int, int, int, int, int]]) -> None:
+
+class _Ticket:
+    """Reads of one submit, taken by the workers one by one; no more are taken once there is an error."""
+
+    def __init__(self, rows: list[_Row]) -> None:
         self.rows = rows
-        self.left = len(rows)
         self.error: Exception | None = None
-        self.changed = threading.Condition()
+        self._next = 0
+        self._flying = 0
+        self._changed = threading.Condition()
+
+    def take(self) -> _Row | None:
+        """The next read, which has to be settled, or None."""
+        with self._changed:
+            if self.error is not None or self._next == len(self.rows):
+                return None
+            self._next += 1
+            self._flying += 1
+            return self.rows[self._next - 1]
+
+    def settle(self, error: Exception | None) -> None:
+        with self._changed:
+            self._flying -= 1
+            self.error = self.error or error
+            if self._over():
+                self._changed.notify_all()
+
+    def join(self) -> None:
+        """Block until no read is in flight and none will be taken."""
+        with self._changed:
+            while not self._over():
+                self._changed.wait()
+
+    def stop(self, why: BaseException) -> None:
+        """Let reads that have not begun be, and wait for those in flight: they write into memory."""
+        with self._changed:
+            self.error = self.error or DiskReadError(f"reads were given up: {why!r}")
+        self.join()
+
+    def _over(self) -> bool:
+        return not self._flying and (self.error is not None or self._next == len(self.rows))
 
 
 class ThreadsBackend(FileBackend):
@@ -41,7 +76,7 @@ class ThreadsBackend(FileBackend):
 
     def __init__(self, directory: Path, alignment_bytes: int, depth: int, *, direct: bool = True) -> None:
         super().__init__(directory, alignment_bytes, direct=direct)
-        self._queue: queue.SimpleQueue[tuple[_Ticket, int] | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[_Ticket | None] = queue.SimpleQueue()
         self._numbers = itertools.count(1)
         self._tickets: dict[int, _Ticket] = {}
         self._workers = [
@@ -63,8 +98,12 @@ class ThreadsBackend(FileBackend):
         ticket = _Ticket(list(zip(*(column.tolist() for column in columns), strict=True)))
         number = next(self._numbers)
         self._tickets[number] = ticket
-        for index in range(len(ticket.rows)):
-            self._queue.put((ticket, index))
+        try:
+            for _ in self._workers[: len(ticket.rows)]:
+                self._queue.put(ticket)
+        except BaseException as interrupt:
+            ticket.stop(interrupt)
+            raise
         return number
 
     def wait(self, ticket: int) -> None:
@@ -73,9 +112,9 @@ class ThreadsBackend(FileBackend):
             raise ValueError(f"ticket {ticket} is unknown or was waited for already")
         started = time.perf_counter()
         try:
-            self._join(reads)
+            reads.join()
         except BaseException as interrupt:
-            self._stop(reads, interrupt)
+            reads.stop(interrupt)
             raise
         finally:
             self.counters.wait_s += time.perf_counter() - started
@@ -86,7 +125,7 @@ class ThreadsBackend(FileBackend):
 
     def close(self) -> None:
         for reads in self._tickets.values():
-            self._stop(reads, DiskReadError("the backend was closed"))
+            reads.stop(DiskReadError("the backend was closed"))
         self._tickets.clear()
         for _ in self._workers:
             self._queue.put(None)
@@ -95,31 +134,15 @@ class ThreadsBackend(FileBackend):
         self._workers = []
         super().close()
 
-    def _join(self, reads: _Ticket) -> None:
-        with reads.changed:
-            while reads.left:
-                reads.changed.wait()
-
-    def _stop(self, reads: _Ticket, why: BaseException) -> None:
-        """Let reads that have not begun fall through, and wait for those in flight: they write into memory."""
-        with reads.changed:
-            reads.error = reads.error or DiskReadError(f"reads were given up: {why!r}")
-        self._join(reads)
-
     def _work(self) -> None:
-        while (item := self._queue.get()) is not None:
-            reads, index = item
-            error: Exception | None = None
-            try:
-                if reads.error is None:
-                    self._read(*reads.rows[index])
-            except Exception as caught:  # noqa: BLE001 - whatever it is, the waiting thread has to hear of it
-                error = caught
-            with reads.changed:
-                reads.error = reads.error or error
-                reads.left -= 1
-                if not reads.left:
-                    reads.changed.notify_all()
+        while (reads := self._queue.get()) is not None:
+            while (row := reads.take()) is not None:
+                error: Exception | None = None
+                try:
+                    self._read(*row)
+                except Exception as caught:  # noqa: BLE001 - whatever it is, the waiting thread has to hear of it
+                    error = caught
+                reads.settle(error)
 
     def _read(self, fd: int, file: int, offset: int, length: int, address: int) -> None:
         done, stalls, code = 0, 0, 0

@@ -74,6 +74,7 @@ class UringBackend(FileBackend):
         self._waiting: deque[_Ticket] = deque()  # tickets with rows that are not in the ring yet
         self._flying = 0
         self._last = 0
+        self._draining = False
         self._heads: NDArray[np.int64] = np.empty(0, dtype=np.int64)  # first word of a row, by file
         self._indices: NDArray[np.int64] = np.arange(depth)
 
@@ -98,6 +99,8 @@ class UringBackend(FileBackend):
         table[:, _ADDRESS] = addresses
         table[:, _LENGTH] = lengths
         with self._lock:
+            if self._draining:
+                self._give_up()
             # Fits the upper half of a signed word; the numbers come round after some weeks.
             self._last = number = self._last % 0x7FFFFFFF + 1
             np.add(self._indices[:count], number << _INDEX_BITS, out=table[:, _USER])
@@ -118,6 +121,8 @@ class UringBackend(FileBackend):
     def wait(self, ticket: int) -> None:
         started = time.perf_counter()
         with self._lock:
+            if self._draining:
+                self._give_up()
             reads = self._tickets.get(ticket)
             if reads is None:
                 raise ValueError(f"ticket {ticket} is unknown or was waited for already")
@@ -220,7 +225,11 @@ class UringBackend(FileBackend):
         return read_error(file, int(row[_OFFSET]), int(row[_LENGTH]), code)
 
     def _give_up(self) -> None:
-        """Wait for everything in flight, of all tickets: after an interruption the books may not tell whose it is."""
+        """Wait for everything in flight, of all tickets: after an interruption the books may not tell whose it is.
+
+        When this is interrupted too, the next call begins with it again.
+        """
+        self._draining = True
         self._ring.drain()
         for reads in self._tickets.values():
             if reads.flying or reads.next < len(reads.table):
@@ -228,3 +237,4 @@ class UringBackend(FileBackend):
                 reads.flying = 0
         self._waiting.clear()
         self._flying = 0
+        self._draining = False
