@@ -106,7 +106,7 @@ def test_acquire_blocks_until_there_is_room(gated: tuple[GatedBackend, WriteBehi
 
 def test_buffers_in_use_never_overlap() -> None:
     backend = MemoryBackend()
-    writes = WriteBehind(backend, 8 * UNIT)
+    writes = WriteBehind(backend, 8 * 512)  # so little that the ring is always full and wraps
     file = backend.open(1024 * UNIT)
     errors: list[str] = []
 
