@@ -223,13 +223,14 @@ def test_interrupted_wait_drains(name: str, tmp_path: Path, slab: Slab, monkeypa
 
     rows = [(file, unit * UNIT, UNIT, slab.address + unit * UNIT) for unit in range(16)]
     elsewhere = [(file, offset, length, address + 16 * UNIT) for file, offset, length, address in rows]
+    if name == "threads":
+        monkeypatch.setattr(os, "preadv", slow_preadv)
     tickets = [submit(backend, rows), submit(backend, elsewhere)]
     if name == "uring":
         assert isinstance(backend, UringBackend)
         monkeypatch.setattr(backend, "_collect", InterruptOnce(backend._collect))
     else:
         monkeypatch.setattr(threading.Condition, "wait", InterruptOnce(threading.Condition.wait))
-        monkeypatch.setattr(os, "preadv", slow_preadv)
     with pytest.raises(KeyboardInterrupt):
         backend.wait(tickets[0])
     slab.array[: 16 * UNIT] = POISON
