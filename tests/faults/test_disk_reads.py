@@ -220,7 +220,6 @@ def test_interrupted_wait_drains(name: str, tmp_path: Path, slab: Slab, monkeypa
     """Ctrl-C in the middle of a wait: nothing is in flight when it arrives, and the backend goes on."""
     backend = make(name, tmp_path, depth=4)
     file = filled(backend)
-
     rows = [(file, unit * UNIT, UNIT, slab.address + unit * UNIT) for unit in range(16)]
     elsewhere = [(file, offset, length, address + 16 * UNIT) for file, offset, length, address in rows]
     if name == "threads":
@@ -230,6 +229,7 @@ def test_interrupted_wait_drains(name: str, tmp_path: Path, slab: Slab, monkeypa
         assert isinstance(backend, UringBackend)
         monkeypatch.setattr(backend, "_collect", InterruptOnce(backend._collect))
     else:
+        time.sleep(0.01)  # the workers are inside their first reads now
         monkeypatch.setattr(threading.Condition, "wait", InterruptOnce(threading.Condition.wait))
     with pytest.raises(KeyboardInterrupt):
         backend.wait(tickets[0])
@@ -247,8 +247,8 @@ def test_interrupted_wait_drains(name: str, tmp_path: Path, slab: Slab, monkeypa
 
 
 def slow_preadv(fd: int, buffers: list[ctypes.Array[ctypes.c_char]], offset: int, real: Any = os.preadv) -> int:
-    """So slow that a wait surely blocks."""
-    time.sleep(0.01)
+    """So slow that a read is surely in flight when its wait is interrupted."""
+    time.sleep(0.03)
     return int(real(fd, buffers, offset))
 
 
