@@ -137,9 +137,7 @@ def impure(modules: Modules) -> list[str]:
 
 
 def users_of_transformers(modules: Modules) -> set[str]:
-    return {
-        name for name in modules if any(full.split(".")[0] == "transformers" for full in imports(modules, name))
-    }
+    return {name for name in modules if any(full.split(".")[0] == "transformers" for full in imports(modules, name))}
 
 
 def slow_to_load(modules: Modules) -> list[str]:
@@ -148,7 +146,9 @@ def slow_to_load(modules: Modules) -> list[str]:
     for name in modules:
         for other in sorted(reach(modules, name, when_loaded=True)) if inside(name, QUICK_TO_LOAD) else ():
             libraries = {full.split(".")[0] for full in imports(modules, other, when_loaded=True)}
-            wrong += [f"loading {name} loads {library} through {other}" for library in sorted(libraries & SLOW_LIBRARIES)]
+            wrong += [
+                f"loading {name} loads {library} through {other}" for library in sorted(libraries & SLOW_LIBRARIES)
+            ]
     return wrong
 
 

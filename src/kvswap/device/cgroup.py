@@ -1,0 +1,82 @@
+"""The memory limit that a container or a service manager sets on this process, cgroup version 1 and 2.
+
+A process sits in a folder of the hierarchy and every folder above it may have a limit as well: the smallest holds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+_UNLIMITED_BYTES = 1 << 60
+"""Version 1 writes a huge number for no limit."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryLimit:
+    """``used_bytes`` is what the group holds now, less file cache, which the kernel drops when it has to."""
+
+    limit_bytes: int
+    used_bytes: int
+
+
+def memory_limit(proc: str | Path = "/proc") -> MemoryLimit | None:
+    """The smallest limit on this process, or None where there is none or the system does not tell."""
+    try:
+        groups = Path(proc, "self/cgroup").read_text(encoding="utf-8").splitlines()
+        mounts = Path(proc, "self/mountinfo").read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+    except OSError:
+        return None
+    found = []
+    for folder in _folders(groups, mounts):
+        with contextlib.suppress(OSError, ValueError):  # a folder that has no limit file, or the word "max" in it
+            limit = _read(folder)
+            if limit.limit_bytes < _UNLIMITED_BYTES:
+                found.append(limit)
+    return min(found, key=lambda limit: limit.limit_bytes, default=None)
+
+
+def _folders(groups: list[str], mounts: list[str]) -> Iterator[Path]:
+    """Every folder of a hierarchy with memory limits from this process's own up to the mount."""
+    for line in mounts:
+        left, _, right = line.partition(" - ")
+        fields, kinds = left.split(" "), right.split(" ")
+        if len(fields) < 5 or len(kinds) < 3:
+            continue
+        second = kinds[0] == "cgroup2"
+        if not second and not (kinds[0] == "cgroup" and "memory" in kinds[2].split(",")):
+            continue
+        path = _path_of(groups, second)
+        if path is None:
+            continue
+        mount = Path(re.sub(r"\\([0-7]{3})", lambda octal: chr(int(octal[1], 8)), fields[4]))
+        # In a container the mount may show only a part of the hierarchy, and the path may lie outside of it.
+        inside = PurePosixPath(path).is_relative_to(fields[3])
+        own = mount / PurePosixPath(path).relative_to(fields[3]) if inside else mount
+        yield own
+        if own != mount:
+            yield from (folder for folder in own.parents if folder == mount or mount in folder.parents)
+
+
+def _path_of(groups: list[str], second: bool) -> str | None:
+    """Path of this process in the hierarchy of version 2, or in that of version 1 with the memory controller."""
+    for line in groups:
+        number, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
+        if (number == "0" and not controllers) if second else "memory" in controllers.split(","):
+            return path
+    return None
+
+
+def _read(folder: Path) -> MemoryLimit:
+    """Raises OSError or ValueError where the folder has no limit."""
+    second = (folder / "memory.max").exists()
+    limit_bytes = int((folder / ("memory.max" if second else "memory.limit_in_bytes")).read_text())
+    used_bytes = int((folder / ("memory.current" if second else "memory.usage_in_bytes")).read_text())
+    statistics = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+    prefix = "" if second else "total_"
+    cached = sum(int(statistics.get(f"{prefix}{kind}_file", 0)) for kind in ("active", "inactive"))
+    return MemoryLimit(limit_bytes=limit_bytes, used_bytes=max(0, used_bytes - cached))
