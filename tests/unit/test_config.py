@@ -87,7 +87,7 @@ def test_only_keywords() -> None:
         ("select_tokens", 0),
         ("select_tokens", 400.0),
         ("select_tokens", "400"),
-        ("select_tokens", True),
+        ("group_tokens", True),
         ("group_tokens", 0),
         ("group_tokens", 65),
         ("sink_tokens", -1),

@@ -158,7 +158,8 @@ def test_bytes_are_what_was_reserved(bits: int, rank: int, batch: int, capacity_
 
 def test_basis_keeps_the_directions_of_most_variance() -> None:
     random = torch.Generator().manual_seed(3)
-    inside = torch.randn(500, 8, generator=random) @ torch.randn(8, ELEMENTS, generator=random)
+    directions = rotation(ELEMENTS)[:8] * torch.logspace(0, 1.5, 8)[:, None]  # variances from 1 to 1,000
+    inside = torch.randn(500, 8, generator=random) @ directions
     rows = inside + 0.001 * torch.randn(500, ELEMENTS, generator=random)
     statistics = KeyCovariance(KV_HEADS, HEAD_DIM)
     for part in rows.split(170):
@@ -171,7 +172,7 @@ def test_basis_keeps_the_directions_of_most_variance() -> None:
     lost = rows - rows @ matrix @ matrix.T
     assert float(lost.norm() / rows.norm()) < 0.002
     variances = (rows @ matrix).pow(2).mean(0)
-    assert float(variances.max() / variances.min()) < 20  # rotated among themselves: one scale serves all
+    assert float(variances.max() / variances.min()) < 100  # rotated among themselves: one scale serves all
 
 
 def test_basis_is_the_same_every_time() -> None:

@@ -65,3 +65,10 @@ def test_selecting_all_is_when_the_selection_holds_every_candidate(window: Windo
 @given(WINDOWS)
 def test_groups_wait_for_a_flush_within_the_ring_only(window: Window) -> None:
     assert 1 <= window.flush_groups <= window.recent_groups
+
+
+def test_selecting_all_ends_with_one_candidate_too_many() -> None:
+    window = Window(group_tokens=4, sink_groups=1, recent_groups=2, select_groups=5)
+    full = 4 * (1 + 5 + 3)  # sinks, selection, recent window and tail
+    assert window.selects_all(full)
+    assert not window.selects_all(full + 1)
