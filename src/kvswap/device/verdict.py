@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from kvswap.units import GIB, format_bytes, format_rate
 
-SLOW_BYTES_PER_S = 100e6
+SLOW_BYTES_PER_S = 150e6
 """Below this for 64 KiB reads, reading is what a token waits for, also for a small model."""
 LITTLE_FREE_BYTES = 4 * GIB
 
