@@ -27,7 +27,7 @@ from kvswap.config import Config
 from kvswap.disk import create_backend
 from kvswap.disk.files import check_free, default_kv_dir, prepare_dir
 from kvswap.errors import ModelError, UnsupportedError
-from kvswap.models.adapter import LayerParts, ModelParts, inspect
+from kvswap.models.adapter import LayerParts, ModelParts, cache_keyword, inspect
 from kvswap.models.masks import NAME, defer_mask, resolve
 from kvswap.sketch.basis import Basis, identity_basis, rank_for
 
@@ -42,6 +42,7 @@ class Attachment:
             raise ModelError("this model is attached already", hint="leave the first attach block before the second")
         self.parts = inspect(model)
         self.implementation: str = self.parts.config._attn_implementation
+        self._cache_keyword = cache_keyword(model)
         self._restore: list[Callable[[], None]] = []
         AttentionInterface.register(NAME, _attention)
         AttentionMaskInterface.register(NAME, defer_mask)
@@ -72,7 +73,7 @@ class Attachment:
     def _forward(
         self, part: LayerParts, forward: Callable[..., Any], hidden_states: torch.Tensor, **kwargs: Any
     ) -> Any:
-        cache = kwargs.get("past_key_values")
+        cache = kwargs.get(self._cache_keyword)
         if not isinstance(cache, LayerMajorCache) or cache.parts is not self.parts:
             mask = resolve(kwargs.pop("attention_mask", None), self.implementation)
             return forward(hidden_states, attention_mask=mask, **kwargs)
@@ -210,7 +211,7 @@ def _bases(
 
 @torch.no_grad()
 def _run(parts: ModelParts, ids: torch.Tensor, cache: LayerMajorCache) -> None:
-    parts.decoder(input_ids=ids, past_key_values=cache, use_cache=True)
+    parts.decoder(input_ids=ids, use_cache=True, **{cache_keyword(parts.model): cache})
 
 
 def _store_dtype(config: Config, parts: ModelParts) -> torch.dtype:

@@ -8,6 +8,8 @@ import torch
 import transformers
 from transformers import DynamicCache, PreTrainedModel
 
+from kvswap.models.adapter import cache_keyword
+
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gemma3")
 VOCABULARY = 128
 
@@ -66,7 +68,7 @@ def forced_logits(
     def call(chunk: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         positions = None if mask is None else (mask.cumsum(1) - 1).clamp(min=0)[:, -chunk.shape[1] :]
         output = model(
-            input_ids=chunk, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
+            input_ids=chunk, attention_mask=mask, position_ids=positions, use_cache=True, **given(model, cache)
         )
         logits: torch.Tensor = output.logits[:, -1]
         return logits
@@ -77,6 +79,11 @@ def forced_logits(
             mask = torch.cat((mask, torch.ones_like(mask[:, :1])), dim=1)
         logits.append(call(column[:, None], mask))
     return torch.stack(logits)
+
+
+def given(model: PreTrainedModel, cache: Any) -> dict[str, Any]:
+    """The cache as a keyword argument, by the name that this version of transformers uses."""
+    return {cache_keyword(model): cache}
 
 
 def full_cache(model: PreTrainedModel) -> DynamicCache:

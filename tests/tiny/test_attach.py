@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, StoppingCriteriaLis
 from kvswap.attach import attach
 from kvswap.config import Config
 from kvswap.errors import ConfigError, ModelError, UnsupportedError
-from tests.tiny.families import forced_logits, full_cache, tiny_model, tokens
+from tests.tiny.families import forced_logits, full_cache, given, tiny_model, tokens
 
 
 def traces(model) -> list[object]:
@@ -68,7 +68,7 @@ def test_calls_with_another_cache_get_the_models_own_attention(select_all):
     with attach(model, select_all) as cache, torch.no_grad():
         assert torch.equal(forced_logits(model, ids, forced, full_cache(model), mask), expected)
         forced_logits(model, ids, forced, cache, mask)
-        assert torch.equal(model(ids).logits, model(ids, past_key_values=full_cache(model)).logits)
+        assert torch.equal(model(ids).logits, model(ids, **given(model, full_cache(model))).logits)
 
 
 def test_second_attach_on_one_model_is_refused(select_all):
@@ -102,12 +102,12 @@ def test_sampling_streaming_and_stopping_stay_those_of_transformers(select_all):
     torch.manual_seed(3)
     expected = model.generate(ids, stopping_criteria=StoppingCriteriaList([stop]), **options)
     with attach(model, select_all) as cache:
-        streamer = TextIteratorStreamer(Words(), skip_prompt=True)
+        streamer = TextIteratorStreamer(Words(), skip_prompt=True, timeout=30)
 
         def run():
             torch.manual_seed(3)
             model.generate(
-                ids, past_key_values=cache, streamer=streamer, stopping_criteria=StoppingCriteriaList([stop]), **options
+                ids, streamer=streamer, **given(model, cache), stopping_criteria=StoppingCriteriaList([stop]), **options
             )
 
         worker = threading.Thread(target=run)
@@ -121,23 +121,23 @@ def test_sampling_streaming_and_stopping_stay_those_of_transformers(select_all):
     ("call", "words"),
     [
         (
-            lambda model, ids, cache: model.generate(ids, past_key_values=cache, num_beams=2, max_new_tokens=3),
+            lambda model, ids, cache: model.generate(ids, num_beams=2, max_new_tokens=3, **given(model, cache)),
             "beam|repeat",
         ),
-        (lambda model, ids, cache: model(ids, past_key_values=cache), "gradients"),
+        (lambda model, ids, cache: model(ids, **given(model, cache)), "gradients"),
         (
-            lambda model, ids, cache: torch.no_grad()(model)(ids, past_key_values=cache, output_attentions=True),
+            lambda model, ids, cache: torch.no_grad()(model)(ids, output_attentions=True, **given(model, cache)),
             "output_att",
         ),
         (
             lambda model, ids, cache: torch.no_grad()(model)(
-                ids, past_key_values=cache, attention_mask=torch.ones(1, 1, 20, 20, dtype=torch.bool)
+                ids, **given(model, cache), attention_mask=torch.ones(1, 1, 20, 20, dtype=torch.bool)
             ),
             "prepared mask",
         ),
         (
             lambda model, ids, cache: torch.no_grad()(model)(
-                ids, past_key_values=cache, attention_mask=torch.tensor([[1] * 10 + [0] * 10])
+                ids, **given(model, cache), attention_mask=torch.tensor([[1] * 10 + [0] * 10])
             ),
             "left",
         ),
@@ -167,9 +167,9 @@ def test_model_without_the_parts_says_what_is_missing(select_all):
 def test_hidden_states_are_captured_unharmed(select_all):
     model, ids = tiny_model("llama"), tokens(1, 1200)
     with torch.no_grad():
-        expected = model(ids, past_key_values=DynamicCache(config=model.config), output_hidden_states=True)
+        expected = model(ids, **given(model, DynamicCache(config=model.config)), output_hidden_states=True)
         with attach(model, select_all) as cache:
-            result = model(ids, past_key_values=cache, output_hidden_states=True)
+            result = model(ids, **given(model, cache), output_hidden_states=True)
     for mine, theirs in zip(result.hidden_states, expected.hidden_states, strict=True):
         assert torch.equal(mine, theirs)
 
@@ -179,5 +179,5 @@ def test_callers_embeddings_are_not_written_to(select_all):
     embeddings = model.get_input_embeddings()(tokens(1, 1200)).detach()
     copy = embeddings.clone()
     with attach(model, select_all) as cache, torch.no_grad():
-        model(inputs_embeds=embeddings, past_key_values=cache)
+        model(inputs_embeds=embeddings, **given(model, cache))
     assert torch.equal(embeddings, copy)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kvswap.attach import attach
-from tests.tiny.families import FAMILIES, forced_logits, full_cache, tiny_model, tokens
+from tests.tiny.families import FAMILIES, forced_logits, full_cache, given, tiny_model, tokens
 
 STEPS = 70  # more than the recent window, so that groups leave it and come back from disk
 
@@ -73,10 +73,10 @@ def test_generate_over_two_turns(family, select_all):
     first = model.generate(ids, max_new_tokens=20, do_sample=False)
     second = model.generate(torch.cat((first, more), dim=1), max_new_tokens=20, do_sample=False)
     with attach(model, select_all) as cache:
-        got = model.generate(ids, max_new_tokens=20, do_sample=False, past_key_values=cache)
+        got = model.generate(ids, max_new_tokens=20, do_sample=False, **given(model, cache))
         assert torch.equal(got, first)
         computed = cache.get_seq_length()
-        got = model.generate(torch.cat((got, more), dim=1), max_new_tokens=20, do_sample=False, past_key_values=cache)
+        got = model.generate(torch.cat((got, more), dim=1), max_new_tokens=20, do_sample=False, **given(model, cache))
         assert torch.equal(got, second)
         assert cache.get_seq_length() == computed + 1 + 40 + 19
 

@@ -7,6 +7,7 @@ be quantised or offloaded. ``inspect`` raises ModelError that names what is miss
 
 from __future__ import annotations
 
+import inspect as signatures
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -97,6 +98,11 @@ class ModelParts:
         rotary: Any = self.decoder.rotary_emb
         cos, sin = rotary(hidden, position_ids, layer_type)
         return cos, sin
+
+
+def cache_keyword(model: PreTrainedModel) -> str:
+    """The keyword by which this version of transformers takes a cache: ``cache`` since 5.24, ``past_key_values`` before."""
+    return "cache" if "cache" in signatures.signature(model.forward).parameters else "past_key_values"
 
 
 def inspect(model: PreTrainedModel) -> ModelParts:
