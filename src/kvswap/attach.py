@@ -21,12 +21,13 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from kvswap.cache import FullCache, KVSwapCache, LayerMajorCache, Progress
+from kvswap.cache import KVSwapCache
 from kvswap.calibrate import calibrate
 from kvswap.config import Config
 from kvswap.disk import create_backend
 from kvswap.disk.files import check_free, default_kv_dir, prepare_dir
 from kvswap.errors import ModelError, UnsupportedError
+from kvswap.layer_major import FullCache, LayerMajorCache, Progress
 from kvswap.models.adapter import LayerParts, ModelParts, cache_keyword, inspect
 from kvswap.models.masks import NAME, defer_mask, resolve
 from kvswap.sketch.basis import Basis, identity_basis, rank_for

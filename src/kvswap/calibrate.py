@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from kvswap.cache import LayerMajorCache, Progress, stock_layers
 from kvswap.corpus import calibration_topics
+from kvswap.layer_major import LayerMajorCache, Progress, stock_layers
 from kvswap.models.adapter import LayerParts, ModelParts
 from kvswap.prefill import chunk_spans
 from kvswap.sketch.basis import KeyCovariance, load_bases, save_bases

@@ -88,6 +88,8 @@ class Config(_Fields):
             raise ConfigError(f"chunk_tokens: {self.chunk_tokens} is not a multiple of 512", hint="use 512 or 1024")
         if self.sketch_rank is not None:
             _integer("sketch_rank", self.sketch_rank, low=1)
+        if self.kv_dir is not None and not isinstance(self.kv_dir, str):
+            raise ConfigError(f"kv_dir: got {self.kv_dir!r}", hint="write the path of a folder as text")
         _choice("sketch_bits", self.sketch_bits, (2, 4, 8))
         _choice("store_dtype", self.store_dtype, STORE_DTYPES)
         _choice("backend", self.backend, BACKENDS)
@@ -147,5 +149,5 @@ def _integer(name: str, value: object, *, low: int, high: int | None = None) -> 
 
 
 def _choice(name: str, value: object, allowed: tuple[object, ...]) -> None:
-    if value not in allowed:
+    if not any(value == choice and type(value) is type(choice) for choice in allowed):
         raise ConfigError(f"{name}: got {value!r}", hint=f"use one of {', '.join(map(str, allowed))}")

@@ -54,7 +54,7 @@ class MemoryBudgetError(UserError):
     ``minimum_bytes`` is the smallest limit that works, ``longest_tokens`` the longest context under the given one.
     """
 
-    def __init__(self, message: str, *, minimum_bytes: int, longest_tokens: int, hint: str = "") -> None:
+    def __init__(self, message: str, *, minimum_bytes: int = 0, longest_tokens: int = 0, hint: str = "") -> None:
         super().__init__(message, hint=hint)
         self.minimum_bytes = minimum_bytes
         self.longest_tokens = longest_tokens

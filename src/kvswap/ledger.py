@@ -45,7 +45,15 @@ class Ledger:
         self.peaks[part] = max(self.peaks.get(part, 0), self.held[part])
         self.peak_bytes = max(self.peak_bytes, self.held_bytes)
 
+    def reserve_all(self, parts: dict[str, int]) -> None:
+        """Take bytes for several parts, all or nothing. Raises MemoryBudgetError past the limit."""
+        needed = sum(parts.values())
+        if needed > self.free_bytes:
+            self.reserve(max(parts, key=lambda part: parts[part]), needed)
+        for part, count_bytes in parts.items():
+            self.reserve(part, count_bytes)
+
     def release(self, part: str, count_bytes: int) -> None:
         """Give ``count_bytes`` of ``part`` back."""
         assert count_bytes <= self.held.get(part, 0), (part, count_bytes)
-        self.held[part] -= count_bytes
+        self.held[part] = self.held.get(part, 0) - count_bytes

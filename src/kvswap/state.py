@@ -16,8 +16,7 @@ from kvswap.config import Config
 from kvswap.disk.backend import ReadBackend
 from kvswap.errors import MemoryBudgetError
 from kvswap.ledger import Ledger
-from kvswap.plan.attended import Window
-from kvswap.plan.budget import WRITE_QUEUE_BYTES, MemoryNeeds, capacity_for
+from kvswap.plan.budget import OWNER_BYTES, WRITE_QUEUE_BYTES, MemoryNeeds, capacity_for
 from kvswap.sketch.basis import Basis
 from kvswap.sketch.codes import LayerSketch
 from kvswap.stage.slots import SlotPool
@@ -26,6 +25,7 @@ from kvswap.store.layout import GroupLayout
 from kvswap.terms import KVGeometry, ceil_div
 from kvswap.trace import Trace
 from kvswap.units import format_bytes, parse_bytes
+from kvswap.window import Window
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,13 +77,21 @@ class BatchState:
         before, after = self.needs.parts(self.capacity_tokens), self.needs.parts(capacity)
         growth = {part: after[part] - before[part] for part in after}
         short = sum(growth.values()) - self.ledger.free_bytes
-        if short > 0:
-            slot_bytes = self.layout.slot_bytes
-            drop = min(self.pool.reuse_slots, ceil_div(short, slot_bytes))
+        slot_bytes = self.layout.slot_bytes
+        drop = max(0, ceil_div(short, slot_bytes))
+        if drop > self.pool.reuse_slots:
+            limit, minimum = self.ledger.limit_bytes, self.needs.minimum_bytes(tokens)
+            longest = self.needs.longest_tokens(limit)
+            raise MemoryBudgetError(
+                f"kv_memory: {format_bytes(limit)} is used up; it allows {longest:,} tokens, {tokens:,} are needed",
+                minimum_bytes=minimum,
+                longest_tokens=longest,
+                hint=f"set kv_memory to at least {format_bytes(minimum)} or generate fewer tokens",
+            )
+        if drop:
             self.pool.shrink_reuse(self.pool.reuse_slots - drop)
             self.ledger.release("slots", drop * slot_bytes)
-        for part, count_bytes in growth.items():
-            self.ledger.reserve(part, count_bytes)
+        self.ledger.reserve_all(growth)
         self.pool.grow_table(ceil_div(capacity, self.window.group_tokens))
         self.capacity_tokens = capacity
 
@@ -133,34 +141,14 @@ def open_state(
     ``check_space`` is called with the bytes that will be written and raises when the disk lacks them. Raises
     MemoryBudgetError.
     """
-    window = Window(config.group_tokens, config.sink_groups, config.recent_groups, config.select_groups)
-    itemsize = shape.store_dtype.itemsize
-    geometry = KVGeometry(
-        kv_heads=shape.kv_heads, head_dim=shape.head_dim, group_tokens=config.group_tokens, itemsize_bytes=itemsize
-    )
-    layout = GroupLayout(geometry, max(backend.alignment_bytes, itemsize))
-    rank = bases[0].matrix.shape[1]
-    needs = MemoryNeeds(
-        layers=shape.layers,
-        batch=batch,
-        query_heads=shape.query_heads,
-        window=window,
-        slot_bytes=layout.slot_bytes,
-        token_bytes=geometry.token_bytes,
-        compute_itemsize_bytes=shape.dtype.itemsize,
-        store_itemsize_bytes=itemsize,
-        sketch_token_bytes=LayerSketch.bytes_for(geometry.key_elements, rank, config.sketch_bits, 1024, 1) // 1024,
-        basis_bytes=shape.layers * bases[0].matrix.numel() * 4,
-    )
-    limit = _limit_bytes(config, needs, tokens)
-    ledger = Ledger(limit)
-    capacity = capacity_for(tokens)
-    for part, count_bytes in needs.parts(capacity).items():
-        ledger.reserve(part, count_bytes)
-    reuse = needs.reuse_slots(capacity, ledger.free_bytes)
-    ledger.reserve("tables", reuse * 12)
-    ledger.reserve("slots", reuse * layout.slot_bytes)
+    needs, layout = _needs(config, shape, backend.alignment_bytes, bases[0], batch)
+    ledger = Ledger(_limit_bytes(config, needs, tokens))
+    capacity, window = capacity_for(tokens), needs.window
     groups = ceil_div(capacity, window.group_tokens)
+    ledger.reserve_all(needs.parts(capacity))
+    reuse = needs.reuse_slots(capacity, ledger.free_bytes)
+    ledger.reserve("tables", reuse * OWNER_BYTES)
+    ledger.reserve("slots", reuse * layout.slot_bytes)
     check_space(shape.layers * batch * layout.file_bytes(groups))
     pool = SlotPool(
         layers=shape.layers,
@@ -176,18 +164,6 @@ def open_state(
     store = GroupStore(
         backend=backend, layout=layout, layers=shape.layers, batch=batch, queue_bytes=WRITE_QUEUE_BYTES, groups=groups
     )
-    sketches = [
-        LayerSketch(
-            batch=batch,
-            kv_heads=shape.kv_heads,
-            head_dim=shape.head_dim,
-            basis=basis,
-            bits=config.sketch_bits,
-            capacity_tokens=capacity,
-            device=shape.device,
-        )
-        for basis in bases
-    ]
     return BatchState(
         config=config,
         shape=shape,
@@ -198,10 +174,45 @@ def open_state(
         trace=trace,
         store=store,
         pool=pool,
-        sketches=sketches,
+        sketches=[_sketch(config, shape, basis, batch, capacity) for basis in bases],
         tokens=np.zeros(batch, np.int64),
         flushed=np.zeros((shape.layers, batch), np.int64),
         capacity_tokens=capacity,
+    )
+
+
+def _needs(
+    config: Config, shape: Shape, alignment_bytes: int, basis: Basis, batch: int
+) -> tuple[MemoryNeeds, GroupLayout]:
+    itemsize, rank = shape.store_dtype.itemsize, basis.matrix.shape[1]
+    geometry = KVGeometry(
+        kv_heads=shape.kv_heads, head_dim=shape.head_dim, group_tokens=config.group_tokens, itemsize_bytes=itemsize
+    )
+    layout = GroupLayout(geometry, max(alignment_bytes, itemsize))
+    needs = MemoryNeeds(
+        layers=shape.layers,
+        batch=batch,
+        query_heads=shape.query_heads,
+        window=Window(config.group_tokens, config.sink_groups, config.recent_groups, config.select_groups),
+        slot_bytes=layout.slot_bytes,
+        token_bytes=geometry.token_bytes,
+        compute_itemsize_bytes=shape.dtype.itemsize,
+        store_itemsize_bytes=itemsize,
+        sketch_token_bytes=LayerSketch.token_bytes(rank, config.sketch_bits),
+        basis_bytes=shape.layers * basis.matrix.numel() * 4,
+    )
+    return needs, layout
+
+
+def _sketch(config: Config, shape: Shape, basis: Basis, batch: int, capacity_tokens: int) -> LayerSketch:
+    return LayerSketch(
+        batch=batch,
+        kv_heads=shape.kv_heads,
+        head_dim=shape.head_dim,
+        basis=basis,
+        bits=config.sketch_bits,
+        capacity_tokens=capacity_tokens,
+        device=shape.device,
     )
 
 

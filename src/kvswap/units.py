@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 from kvswap.errors import ConfigError
@@ -31,7 +32,8 @@ def parse_bytes(text: str | int, *, name: str = "size") -> int:
     """
     match = _SIZE.fullmatch(str(text))
     factor = _FACTORS.get(match[2].lower()) if match else None
-    value = int(float(match[1]) * factor) if match and factor else 0
+    count = float(match[1]) * factor if match and factor else 0.0
+    value = int(count) if math.isfinite(count) else 0
     if value <= 0:
         raise ConfigError(f"{name}: {text!r} is not a size", hint="write a number with a unit, such as 24MiB or 1.5GiB")
     return value

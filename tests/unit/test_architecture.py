@@ -20,17 +20,19 @@ LAYERS = (
     ("cli", "server"),
     ("__init__",),
     ("bench", "evals", "device"),
-    ("engine", "documents", "prompt"),
+    ("engine",),
+    ("prompt",),
     ("attach", "session"),
     ("calibrate",),
     ("cache",),
+    ("layer_major",),
     ("prefill", "decode"),
     ("state",),
     ("models", "baselines"),
     ("sketch", "predict", "plan", "stage", "attend"),
     ("store",),
     ("disk",),
-    ("config", "trace", "ledger", "corpus"),
+    ("config", "trace", "ledger", "corpus", "documents", "stats"),
     ("window", "units"),
     ("terms", "errors"),
 )
@@ -40,7 +42,7 @@ EVERYWHERE = ("device.cost",)
 
 PURE = ("plan", "store.layout", "device.cost", "terms", "units", "window")
 IMPURE_LIBRARIES = ("torch", "os")
-TRANSFORMERS_USERS = ("models", "cache", "calibrate", "attach", "engine")
+TRANSFORMERS_USERS = ("models", "layer_major", "cache", "calibrate", "attach", "engine")
 QUICK_TO_LOAD = ("__init__", "cli", "device.machine", "device.disk_test", "disk", "config")
 SLOW_LIBRARIES = {"torch", "transformers"}
 

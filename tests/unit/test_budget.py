@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvswap.plan.attended import Window
 from kvswap.plan.budget import OWNER_BYTES, MemoryNeeds, PrefillNeeds, capacity_for
+from kvswap.window import Window
 
 WINDOWS = st.builds(
     Window,

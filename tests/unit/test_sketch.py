@@ -21,7 +21,8 @@ from kvswap.sketch.basis import (
     rotation,
     save_bases,
 )
-from kvswap.sketch.codes import LayerSketch
+from kvswap.sketch.codes import STEP_TOKENS, LayerSketch
+from kvswap.terms import round_up
 
 KV_HEADS, HEAD_DIM = 2, 16
 ELEMENTS = KV_HEADS * HEAD_DIM
@@ -150,9 +151,11 @@ def test_half_precision_keys_and_queries() -> None:
 def test_bytes_are_what_was_reserved(bits: int, rank: int, batch: int, capacity_tokens: int, tokens: int) -> None:
     basis = Basis(rotation(ELEMENTS)[:, :rank].contiguous(), "svd")
     layer = sketch(basis, bits, batch=batch, capacity_tokens=capacity_tokens)
-    assert layer.nbytes == LayerSketch.bytes_for(ELEMENTS, rank, bits, capacity_tokens, batch)
+    assert layer.nbytes == batch * round_up(capacity_tokens, STEP_TOKENS) * LayerSketch.token_bytes(rank, bits)
     layer.append(batch - 1, keys(tokens))
-    assert layer.nbytes == LayerSketch.bytes_for(ELEMENTS, rank, bits, max(capacity_tokens, tokens), batch)
+    assert layer.nbytes == (
+        batch * round_up(max(capacity_tokens, tokens), STEP_TOKENS) * LayerSketch.token_bytes(rank, bits)
+    )
     assert layer.nbytes >= batch * tokens * (rank * bits // 8 + SCALE_BYTES)
 
 

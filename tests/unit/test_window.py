@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvswap.plan.attended import Window
+from kvswap.window import Window
 
 WINDOWS = st.builds(
     Window,

@@ -35,8 +35,9 @@ class TiledAttention:
         if mask is not None:
             logits = logits.unflatten(1, (-1, self._shape[1])).masked_fill(~mask, float("-inf")).flatten(1, 2)
         peak = torch.maximum(self._peak, logits.amax(dim=-1, keepdim=True))
-        weights = logits.sub_(peak).exp_()
-        keep = (self._peak - peak).exp()
+        shift = peak.clamp(min=torch.finfo(peak.dtype).min)  # a row that has seen no token yet: no inf - inf
+        weights = logits.sub_(shift).exp_()
+        keep = (self._peak - shift).exp()
         self._total = self._total * keep + weights.sum(dim=-1, keepdim=True)
         fresh = weights @ values.float()
         self._output = fresh if self._output is None else self._output * keep + fresh

@@ -40,20 +40,24 @@ def prepare_dir(path: str | Path) -> Path:
 
     Returns the absolute path. Raises StorageError with what to do next.
     """
-    folder = Path(path).expanduser().absolute()
     hint = "choose another folder with kv_dir"
+    try:
+        folder = Path(path).expanduser().absolute()
+    except RuntimeError as error:
+        raise StorageError(f"KV folder {path}: {error}", hint=hint) from error
+    existing = next(parent for parent in (folder, *folder.parents) if os.path.exists(parent))
+    filesystem = filesystem_of(existing)
+    if filesystem in _IN_MEMORY:
+        raise StorageError(
+            f"KV folder {folder} is in memory ({filesystem}), so the cache would fill the memory it is meant to save",
+            hint="choose a folder on a disk with kv_dir",
+        )
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
         raise StorageError(f"KV folder {folder}: it or a part of its path is a file", hint=hint) from error
     except OSError as error:
         raise StorageError(f"KV folder {folder} cannot be created: {error.strerror}", hint=hint) from error
-    filesystem = filesystem_of(folder)
-    if filesystem in _IN_MEMORY:
-        raise StorageError(
-            f"KV folder {folder} is in memory ({filesystem}), so the cache would fill the memory it is meant to save",
-            hint="choose a folder on a disk with kv_dir",
-        )
     try:
         os.close(_create_unlinked(folder, os.O_RDWR))
     except OSError as error:

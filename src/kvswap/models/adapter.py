@@ -101,7 +101,7 @@ class ModelParts:
 
 
 def cache_keyword(model: PreTrainedModel) -> str:
-    """The keyword by which this version of transformers takes a cache: ``cache`` since 5.24, ``past_key_values`` before."""
+    """The keyword by which transformers takes a cache: ``cache`` since 5.24, ``past_key_values`` before."""
     return "cache" if "cache" in signatures.signature(model.forward).parameters else "past_key_values"
 
 

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kvswap.plan.attended import Window
 from kvswap.terms import ceil_div, round_up
+from kvswap.window import Window
 
 GROWTH_TOKENS = 256
 WRITE_QUEUE_BYTES = 1 << 20

@@ -9,6 +9,7 @@ activations); the rotation is folded into the matrix and costs nothing.
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,7 +69,7 @@ def rank_for(elements: int, bits: int, token_bytes: int) -> int:
 def save_bases(path: Path, statistics: dict[int, KeyCovariance], identity: dict[str, str]) -> None:
     """Write the statistics of a model's layers, replacing the file in one move."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
+    partial = path.with_suffix(f".{os.getpid()}.partial")  # two processes may calibrate at once
     tensors = {str(index): covariance.matrix.float() for index, covariance in statistics.items()}
     save_file(tensors, partial, metadata={"kvswap": json.dumps(identity)})
     partial.replace(path)

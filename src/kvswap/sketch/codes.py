@@ -45,9 +45,9 @@ class LayerSketch:
         return self._codes.nbytes + self._scale.nbytes
 
     @staticmethod
-    def bytes_for(elements: int, rank: int, bits: int, capacity_tokens: int, batch: int) -> int:
-        """What ``nbytes`` will be."""
-        return batch * round_up(capacity_tokens, STEP_TOKENS) * (rank * bits // 8 + SCALE_BYTES)
+    def token_bytes(rank: int, bits: int) -> int:
+        """What one token of one layer takes: codes, scale and minimum."""
+        return rank * bits // 8 + SCALE_BYTES
 
     def append(self, sequence: int, keys: torch.Tensor) -> None:
         """Add keys ``[H_kv, n, d]`` of any float dtype to one sequence."""

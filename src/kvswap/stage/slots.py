@@ -22,13 +22,12 @@ import torch
 from numpy.typing import NDArray
 
 from kvswap.disk.slab import Slab
-from kvswap.plan.attended import Window
 from kvswap.store.layout import GroupLayout
+from kvswap.window import Window
 
 Int = NDArray[np.int64]
 
 WORTH_DECAY = 0.9
-SLOT_OVERHEAD_BYTES = 12
 
 
 class SlotPool:
