@@ -26,7 +26,8 @@ from kvswap.documents import Document, read_document
 from kvswap.errors import ConfigError, InputError
 from kvswap.layer_major import FullCache, Progress
 from kvswap.models.loading import LoadedModel, load_model
-from kvswap.models.streaming import Generation, Sampling, end_tokens
+from kvswap.models.sampling import Sampling
+from kvswap.models.streaming import Generation, end_tokens
 from kvswap.prompt import Request, Turn, encode, make_request, render
 from kvswap.stats import RunStats, latency_percentiles_ms, tokens_per_s
 from kvswap.trace import CacheStats

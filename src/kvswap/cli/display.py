@@ -1,0 +1,131 @@
+"""What a run shows on stderr: progress, notices, the closing summary. stdout carries the answer alone."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import TYPE_CHECKING, Any, TextIO
+
+from kvswap.units import format_bytes, format_s
+
+if TYPE_CHECKING:
+    from kvswap.stats import RunStats
+
+LABELS = {"calibrate": "learning this model's keys (once)", "prefill": "reading the prompt"}
+PLAIN_STEP = 0.25
+
+
+class Display:
+    """Progress bars on a terminal, a few plain lines elsewhere."""
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        self._stream = stream or sys.stderr
+        self._progress: Any = None
+        self._task: Any = None
+        self._stage = ""
+        self._plain_next = 0.0
+        self._started_s = 0.0
+
+    def notice(self, text: str) -> None:
+        """One line about something that is not as usual."""
+        self.finish()
+        self._write(f"note: {text}")
+
+    def progress(self, stage: str, done: int, total: int) -> None:
+        """A stage went on; called from any one thread at a time."""
+        if stage != self._stage:
+            self.finish()
+            self._begin(stage, total)
+        if self._progress is not None:
+            self._progress.update(self._task, completed=done)
+        else:
+            share = done / max(1, total)
+            if share >= self._plain_next:
+                self._write(
+                    f"{LABELS.get(stage, stage)}: {share:.0%}, {format_s(time.perf_counter() - self._started_s)}"
+                )
+                self._plain_next = min(1.0, self._plain_next + PLAIN_STEP)
+        if done >= total:
+            self.finish()
+
+    def finish(self) -> None:
+        """Take a progress bar away; harmless without one."""
+        if self._progress is not None:
+            self._progress.stop()
+        self._progress, self._stage = None, ""
+
+    def summary(self, stats: RunStats) -> None:
+        """The closing lines."""
+        self.finish()
+        rows = summary_rows(stats)
+        width = max(len(label) for label, _ in rows)
+        self._write("")
+        for label, value in rows:
+            self._write(f"{label.ljust(width)}  {value}")
+
+    def _begin(self, stage: str, total: int) -> None:
+        self._stage, self._started_s, self._plain_next = stage, time.perf_counter(), PLAIN_STEP
+        if not self._stream.isatty():
+            return
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TimeRemainingColumn(),
+            console=Console(file=self._stream),
+            transient=True,
+            redirect_stdout=False,
+            redirect_stderr=False,
+        )
+        self._task = self._progress.add_task(LABELS.get(stage, stage), total=total)
+        self._progress.start()
+
+    def _write(self, line: str) -> None:
+        print(line, file=self._stream, flush=True)
+
+
+def summary_rows(stats: RunStats) -> list[tuple[str, str]]:
+    """Labels and values of the closing summary."""
+    rate = stats.decode_tokens_per_s
+    speed = f"{rate:.1f} tokens/s" if rate else "no rate from a single token"
+    rows = [
+        ("context", f"{stats.prompt_tokens:,} tokens in, {stats.new_tokens:,} out"),
+        ("full KV cache", f"{format_bytes(stats.kv_full_bytes)} ({'in memory' if _full(stats) else 'on disk'})"),
+    ]
+    if not _full(stats):
+        rows += _kvswap_rows(stats)
+    if stats.sliding_kv_bytes:
+        rows.append(("sliding-window KV", f"{format_bytes(stats.sliding_kv_bytes)} in memory, beside the limit"))
+    return [
+        *rows,
+        ("first token", f"after {format_s(stats.ttft_s)}{_stored(stats)}"),
+        ("then", speed),
+    ]
+
+
+def _kvswap_rows(stats: RunStats) -> list[tuple[str, str]]:
+    held, limit = stats.kv_memory_peak_bytes, stats.kv_memory_limit_bytes
+    share = f"; 1/{stats.kv_full_bytes / held:.1f} of the full cache" if held and held < stats.kv_full_bytes else ""
+    of_limit = f" of a limit of {format_bytes(limit)}" if limit else ""
+    waited = f"{format_s(stats.io_wait_s)} spent waiting"
+    reads = f"{format_bytes(stats.disk_read_bytes)} in {stats.disk_reads:,} reads, {waited}"
+    page_cache = "" if stats.direct_io else ", through the page cache"
+    return [
+        ("KV memory held", f"{format_bytes(held)}{of_limit}{share}"),
+        ("written to disk", format_bytes(stats.disk_write_bytes)),
+        ("read from disk", f"{reads} ({stats.backend}{page_cache})"),
+        ("reuse", f"{stats.reuse_rate:.0%} of the selected groups were in memory already"),
+    ]
+
+
+def _full(stats: RunStats) -> bool:
+    return stats.method == "full"
+
+
+def _stored(stats: RunStats) -> str:
+    if stats.prefill_s <= 0:
+        return ""
+    return f", {(stats.prompt_tokens - stats.stored_tokens) / stats.prefill_s:.0f} tokens/s of reading"

@@ -1,0 +1,190 @@
+"""``kvswap run``: one question about documents, answered on stdout."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import gc
+import json
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from kvswap.config import Config
+    from kvswap.engine import Engine
+    from kvswap.models.sampling import Sampling
+    from kvswap.stats import RunStats
+
+
+@click.command()
+@click.option("--model", required=True, metavar="MODEL", help="Local directory, .gguf file, hub id, or smollm2-135m.")
+@click.option(
+    "--document",
+    "documents",
+    multiple=True,
+    metavar="FILE",
+    help="Text, Markdown, source code or PDF; may be given several times.",
+)
+@click.option("--ask", "question", required=True, metavar="TEXT", help="The question. It comes after the documents.")
+@click.option(
+    "--kv-memory",
+    metavar="SIZE",
+    help="Memory that the KV cache may hold, such as 24MiB.  [default: auto, an eighth of the full 16-bit cache]",
+)
+@click.option("--kv-dir", metavar="DIR", help="Folder on a disk for KV files.  [default: the user's cache folder]")
+@click.option(
+    "--method",
+    type=click.Choice(["kvswap", "full"]),
+    default="kvswap",
+    show_default=True,
+    help="full keeps the whole cache in memory, for comparison.",
+)
+@click.option("--max-new-tokens", type=int, default=256, show_default=True, metavar="N", help="Longest answer.")
+@click.option(
+    "--temperature", type=float, default=0.0, show_default=True, metavar="T", help="0 takes the likeliest token."
+)
+@click.option(
+    "--top-p", type=float, default=1.0, show_default=True, metavar="P", help="Sample from this share of probability."
+)
+@click.option("--seed", type=int, metavar="S", help="Make sampling repeatable.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
+    default="auto",
+    show_default=True,
+    help="Compute dtype. auto: the checkpoint's, or float32 on a CPU without bfloat16 instructions.",
+)
+@click.option("--no-mmap", is_flag=True, help="Copy the weights into memory instead of mapping their file.")
+@click.option(
+    "--config", "config_file", metavar="FILE", help="JSON object of further settings; options here override it."
+)
+@click.option("--stats-json", metavar="FILE", help="Write all numbers of the run there.")
+def run(
+    model: str,
+    documents: tuple[str, ...],
+    question: str,
+    kv_memory: str | None,
+    kv_dir: str | None,
+    method: str,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    seed: int | None,
+    dtype: str,
+    no_mmap: bool,
+    config_file: str | None,
+    stats_json: str | None,
+) -> None:
+    """Ask a model about documents, with its KV cache on disk.
+
+    The answer goes to stdout, everything else to stderr.
+
+    \b
+    Example:
+      kvswap run --model smollm2-135m --document notes.md --ask "What is decided?"
+    """
+    # What the user can get wrong is checked before the seconds that torch and a model take to load.
+    from kvswap.disk.files import default_kv_dir, prepare_dir
+    from kvswap.documents import read_document
+    from kvswap.models.sampling import Sampling
+    from kvswap.prompt import make_request
+
+    sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
+    config = _config(config_file, kv_memory=kv_memory, kv_dir=kv_dir)
+    texts = [read_document(path) for path in documents]
+    make_request(question, texts)
+    target = _check_writable(stats_json)
+    if method == "kvswap":
+        prepare_dir(config.kv_dir or default_kv_dir())
+    stats = _answer(model, config, question, texts, sampling, method=method, dtype=dtype, mmap=not no_mmap)
+    if target is not None:
+        _write_json(target, stats)
+
+
+def _answer(
+    model: str, config: Config, question: str, texts: list[Any], sampling: Sampling, **options: Any
+) -> RunStats:
+    from kvswap.cli.display import Display
+
+    display = Display()
+    try:
+        with _load(model, config, display, **options) as engine:
+            for text in engine.ask(question, texts, **dataclasses.asdict(sampling)):
+                display.finish()
+                click.echo(text, nl=False)
+                sys.stdout.flush()
+            click.echo()
+            display.summary(engine.stats)
+            return engine.stats
+    finally:
+        display.finish()
+
+
+def _load(model: str, config: Config, display: Any, *, method: Any, dtype: str, mmap: bool) -> Engine:
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # it would warn about the thread that generates
+    with _without_collection():
+        from transformers.utils import logging as transformers_logging
+
+        from kvswap.engine import load
+        from kvswap.models.loading import load_model
+
+        transformers_logging.set_verbosity_error()
+        loaded = load_model(model, dtype=dtype, mmap=mmap, on_notice=display.notice)
+    return load(loaded, config, method=method, on_progress=display.progress, on_notice=display.notice)
+
+
+@contextlib.contextmanager
+def _without_collection() -> Iterator[None]:
+    """Imports make objects by the hundred thousand; looking for garbage among them costs a sixth of the start."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
+def _config(config_file: str | None, **options: str | None) -> Config:
+    from kvswap.config import Config
+
+    given = {name: value for name, value in options.items() if value is not None}
+    base = Config.from_file(config_file) if config_file is not None else Config()
+    return base.replace(**given)
+
+
+def _check_writable(path: str | None) -> Path | None:
+    """Find out before the run, not after it, whether the numbers can be written."""
+    from kvswap.errors import ConfigError
+
+    if path is None:
+        return None
+    target = Path(path).expanduser().absolute()
+    if target.is_dir():
+        raise ConfigError(f"--stats-json {path}: a directory", hint="give the name of a file")
+    partial = _partial(target)
+    try:
+        partial.touch()
+        partial.unlink()
+    except OSError as error:
+        raise ConfigError(
+            f"--stats-json {path}: cannot be written: {error.strerror}", hint="give a file in a folder of yours"
+        ) from error
+    return target
+
+
+def _write_json(target: Path, stats: RunStats) -> None:
+    partial = _partial(target)
+    try:
+        partial.write_text(json.dumps(stats.to_dict(), indent=2) + "\n", encoding="utf-8")
+        partial.replace(target)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _partial(target: Path) -> Path:
+    return target.with_name(f".{target.name}.{os.getpid()}.partial")
