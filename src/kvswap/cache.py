@@ -18,8 +18,9 @@ from transformers.cache_utils import CacheLayerMixin
 from kvswap.config import Config
 from kvswap.decode import Decode
 from kvswap.disk.backend import ReadBackend
-from kvswap.errors import UnsupportedError
+from kvswap.errors import MemoryBudgetError, UnsupportedError
 from kvswap.layer_major import LayerForward, LayerMajorCache, Progress, special, stock_layers
+from kvswap.memory import available_bytes
 from kvswap.models.adapter import LayerParts, ModelParts
 from kvswap.models.masks import DeferredMask
 from kvswap.plan.budget import PrefillNeeds
@@ -27,6 +28,7 @@ from kvswap.prefill import Prefill
 from kvswap.sketch.basis import Basis
 from kvswap.state import BatchState, Shape, open_state
 from kvswap.trace import CacheStats
+from kvswap.units import format_bytes
 
 
 class OffloadedLayer(CacheLayerMixin):
@@ -108,6 +110,8 @@ class KVSwapCache(LayerMajorCache):
         super().begin(hidden, mask)
         batch, tokens = hidden.shape[:2]
         padding = mask.padding
+        decoding = tokens == 1 and self._stored > 0
+        passing_bytes = 0 if decoding else self._check_memory(hidden)
         if self._state is None:
             self._pads = _left_pads(padding, batch, tokens)
             self._state = self._open(batch, tokens)
@@ -117,23 +121,14 @@ class KVSwapCache(LayerMajorCache):
         elif padding is not None and not bool(padding[:, self._stored :].all()):
             raise UnsupportedError("padding after stored tokens", hint="continue sequences of a batch by equal lengths")
         assert self._decode is not None
-        if tokens == 1 and self._stored:
+        if decoding:
             self._prefill = None
             self._decode.begin_step()
             self._rope.clear()
         else:
             self._prefill = Prefill(self._state, tokens, np.zeros_like(self._pads) if self._stored else self._pads)
-            needs = PrefillNeeds(
-                batch=batch,
-                tokens=tokens,
-                chunk_tokens=min(tokens, self.chunk_tokens * 3 // 2),
-                hidden_elements=hidden.shape[2],
-                inner_elements=getattr(self.parts.config, "intermediate_size", 4 * hidden.shape[2]),
-                query_elements=self._shape.query_heads * self._shape.head_dim,
-                itemsize_bytes=hidden.element_size(),
-            )
-            peak = needs.passing_bytes() + self._prefill.passing_bytes + self._state.ledger.held_bytes
-            self.trace.prefill_peak_bytes = max(self.trace.prefill_peak_bytes, peak)
+            peak_bytes = passing_bytes + self._state.ledger.held_bytes
+            self.trace.prefill_peak_bytes = max(self.trace.prefill_peak_bytes, peak_bytes)
 
     def end(self, tokens: int) -> None:
         """Count the tokens of this forward as stored."""
@@ -196,6 +191,28 @@ class KVSwapCache(LayerMajorCache):
         if self._prefill is None:
             return self.padded_tokens + query_length
         return self._prefill.filled_tokens + query_length
+
+    def _check_memory(self, hidden: torch.Tensor) -> int:
+        """What a prompt needs in passing, in bytes. Raises MemoryBudgetError where that much is not free."""
+        shape, (batch, tokens, elements) = self._shape, hidden.shape
+        needs = PrefillNeeds(
+            batch=batch,
+            tokens=tokens,
+            chunk_tokens=min(tokens, self.chunk_tokens * 3 // 2),
+            hidden_elements=elements,
+            inner_elements=getattr(self.parts.config, "intermediate_size", 4 * elements),
+            query_elements=shape.query_heads * shape.head_dim,
+            key_elements=shape.kv_heads * shape.head_dim,
+            itemsize_bytes=hidden.element_size(),
+        )
+        passing_bytes = needs.passing_bytes()
+        if hidden.device.type == "cpu" and passing_bytes > available_bytes():
+            raise MemoryBudgetError(
+                f"prefill of {batch * tokens:,} tokens needs {format_bytes(passing_bytes)} in passing, "
+                f"{format_bytes(available_bytes())} of memory are free",
+                hint="close other programs, shorten the context, or lower chunk_tokens",
+            )
+        return passing_bytes
 
     def _prefetch(self, target: LayerParts, hidden: torch.Tensor, kwargs: dict[str, Any], layer_type: str) -> None:
         if target.order is None:

@@ -43,6 +43,7 @@ class LayerMajorCache(Cache):
         self.trace = Trace()
         self._on_progress = on_progress
         self._started_s = 0.0
+        self._running = False
         self._stored = 0  # padded tokens stored before the running forward
 
     # ---- one layer of a forward, called by the wrapper round each decoder layer
@@ -51,14 +52,21 @@ class LayerMajorCache(Cache):
         """Run one decoder layer on ``hidden`` ``[B, T, E]`` with the keyword arguments the model gave."""
         mask = kwargs.get("attention_mask")
         if part.index == 0:
+            if self._running:
+                raise UnsupportedError(
+                    "the last forward broke off, so layers hold different numbers of tokens",
+                    hint="leave the attach block and enter a new one",
+                )
             self._stored = self.get_seq_length()
             self.begin(hidden, self._check_call(mask, kwargs))
+            self._running = True
         if hidden.shape[1] == 1 and self._stored:
             output = self.decode_layer(part, forward, hidden, kwargs)
         else:
             output = self._prefill_layer(part, forward, hidden, kwargs)
         if part.index == len(self.parts.layers) - 1:
             self.end(hidden.shape[1])
+            self._running = False
         return output
 
     def begin(self, hidden: torch.Tensor, mask: DeferredMask) -> None:

@@ -69,11 +69,6 @@ class Prefill:
         self._filled = 0
 
     @property
-    def passing_bytes(self) -> int:
-        """Memory for one layer's K, V."""
-        return self._kv.nbytes
-
-    @property
     def filled_tokens(self) -> int:
         """Padded tokens of the prompt that this layer has taken."""
         return self._filled

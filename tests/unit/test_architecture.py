@@ -32,7 +32,7 @@ LAYERS = (
     ("sketch", "predict", "plan", "stage", "attend"),
     ("store",),
     ("disk",),
-    ("config", "trace", "ledger", "corpus", "documents", "stats"),
+    ("config", "trace", "ledger", "memory", "corpus", "documents", "stats"),
     ("window", "units"),
     ("terms", "errors"),
 )

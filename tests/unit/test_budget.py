@@ -119,7 +119,8 @@ def test_capacity_leaves_room_to_grow(tokens: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["batch", "tokens", "chunk_tokens", "hidden_elements", "query_elements", "inner_elements", "itemsize_bytes"]
+    "name",
+    ["batch", "tokens", "chunk_tokens", "hidden_elements", "query_elements", "key_elements", "inner_elements"],
 )
 def test_prefill_needs_grow_with_each_dimension(name: str) -> None:
     need = PrefillNeeds(
@@ -129,6 +130,7 @@ def test_prefill_needs_grow_with_each_dimension(name: str) -> None:
         hidden_elements=576,
         inner_elements=1536,
         query_elements=576,
+        key_elements=192,
         itemsize_bytes=4,
     )
     larger = dataclasses.replace(need, **{name: 4 * getattr(need, name)})

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from kvswap.device import machine
-from kvswap.device.cgroup import MemoryLimit, memory_limit
 from kvswap.device.machine import Gpu, cores, describe_machine, find_gpu
 from kvswap.device.verdict import Verdict, judge
+from kvswap.memory import MemoryLimit, memory_limit
 
 MIB = 1 << 20
 NO_LIMIT_V1 = 0x7FFFFFFFFFFFF000

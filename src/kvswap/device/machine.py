@@ -17,7 +17,7 @@ from pathlib import Path
 
 import psutil
 
-from kvswap.device.cgroup import memory_limit
+from kvswap.memory import memory_limit
 
 PACKAGES = ("kvswap", "torch", "transformers", "numpy")
 _BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}

@@ -97,7 +97,7 @@ def capacity_for(tokens: int) -> int:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PrefillNeeds:
-    """What a prompt needs in passing, beside one layer's K, V and what lives on: hidden states and one chunk."""
+    """What a prompt needs in passing, beside what lives on: one layer's K, V, hidden states and one chunk."""
 
     batch: int
     tokens: int
@@ -105,12 +105,14 @@ class PrefillNeeds:
     hidden_elements: int
     inner_elements: int
     query_elements: int
+    key_elements: int
     itemsize_bytes: int
 
     def passing_bytes(self) -> int:
-        """Embeddings, a layer's input and its output; the widest moment of one chunk; the chunk's mask."""
+        """One layer's K, V; embeddings, a layer's input and its output; the widest moment of one chunk; its mask."""
+        keys_values = 2 * self.batch * self.tokens * self.key_elements * self.itemsize_bytes
         hidden = 3 * self.batch * self.tokens * self.hidden_elements * self.itemsize_bytes
         wide = max(3 * self.inner_elements, 4 * self.query_elements) + 4 * self.hidden_elements
         chunk = self.batch * self.chunk_tokens * wide * self.itemsize_bytes
         mask = self.batch * self.chunk_tokens * self.tokens * (1 + self.itemsize_bytes)
-        return hidden + chunk + mask
+        return keys_values + hidden + chunk + mask

@@ -1,6 +1,7 @@
-"""The memory limit that a container or a service manager sets on this process, cgroup version 1 and 2.
+"""How much memory this process may still take: what the system has, and what its control group allows.
 
-A process sits in a folder of the hierarchy and every folder above it may have a limit as well: the smallest holds.
+Limits of containers and service managers are read from cgroup version 1 and 2. A process sits in a folder of the
+hierarchy and every folder above it may have a limit as well: the smallest holds.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+
+import psutil
 
 _UNLIMITED_BYTES = 1 << 60
 """Version 1 writes a huge number for no limit."""
@@ -21,6 +24,13 @@ class MemoryLimit:
 
     limit_bytes: int
     used_bytes: int
+
+
+def available_bytes() -> int:
+    """Memory that can still be taken without swapping or being killed; file cache counts as free."""
+    free = int(psutil.virtual_memory().available)
+    limit = memory_limit()
+    return free if limit is None else max(0, min(free, limit.limit_bytes - limit.used_bytes))
 
 
 def memory_limit(proc: str | Path = "/proc") -> MemoryLimit | None:
