@@ -128,12 +128,10 @@ def _answer(
 def _load(model: str, config: Config, display: Any, *, method: Any, dtype: str, mmap: bool) -> Engine:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # it would warn about the thread that generates
     with _without_collection():
-        from transformers.utils import logging as transformers_logging
-
         from kvswap.engine import load
-        from kvswap.models.loading import load_model
+        from kvswap.models.loading import load_model, quieten
 
-        transformers_logging.set_verbosity_error()
+        quieten()
         loaded = load_model(model, dtype=dtype, mmap=mmap, on_notice=display.notice)
     return load(loaded, config, method=method, on_progress=display.progress, on_notice=display.notice)
 

@@ -84,6 +84,11 @@ def load_model(
     return LoadedModel(model, tokenizer, name)
 
 
+def quieten() -> None:
+    """Let transformers log errors alone; for programs that own their output, such as the command line."""
+    transformers_logging.set_verbosity_error()
+
+
 def _source(name: str, notice: Callable[[str], None]) -> tuple[str, bool]:
     """What transformers should load, and whether it is to keep off the network."""
     if name == BUNDLED:
