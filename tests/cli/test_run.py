@@ -267,3 +267,14 @@ def test_help_loads_nothing_heavy():
     result = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     assert "Ask a model about documents" in result.stdout
+
+
+def test_public_names_stay_what_they_are():
+    import kvswap
+
+    for _ in range(2):  # the first use imports a module of the same name
+        assert callable(kvswap.attach) and callable(kvswap.load)
+    assert {"attach", "load", "Config", "Engine", "KVSwapError"} == set(kvswap.__all__)
+    assert all(getattr(kvswap, name).__name__ == name for name in kvswap.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'lode'"):
+        _ = kvswap.lode
