@@ -18,12 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from kvswap.models.loading import load_model
 from torch.nn import functional
 from transformers import DynamicCache
 
 import kvswap
 from kvswap.corpus import evaluation_topics
+from kvswap.models.adapter import cache_keyword
+from kvswap.models.loading import load_model
 
 
 def texts(tokenizer: Any, count: int, tokens: int) -> list[list[int]]:
@@ -40,12 +41,12 @@ def teacher_forced(model: Any, ids: list[int], steps: int, cache: Any) -> tuple[
     """Logits after the prompt and after each forced token but the last; prefill seconds; seconds of each step."""
     prompt, forced = torch.tensor([ids[:-steps]]), ids[-steps:]
     start = time.perf_counter()
-    output = model(input_ids=prompt, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    output = model(input_ids=prompt, use_cache=True, **{cache_keyword(model): cache}, logits_to_keep=1)
     prefill_s = time.perf_counter() - start
     logits, step_s = [output.logits[0, -1]], []
     for token in forced[:-1]:
         start = time.perf_counter()
-        output = model(input_ids=torch.tensor([[token]]), past_key_values=cache, use_cache=True)
+        output = model(input_ids=torch.tensor([[token]]), use_cache=True, **{cache_keyword(model): cache})
         step_s.append(time.perf_counter() - start)
         logits.append(output.logits[0, -1])
     return torch.stack(logits).float(), prefill_s, step_s

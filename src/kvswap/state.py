@@ -192,7 +192,7 @@ def _needs(
     needs = MemoryNeeds(
         layers=shape.layers,
         batch=batch,
-        query_heads=shape.query_heads,
+        scoring_token_bytes=LayerSketch.scratch_bytes(rank, config.sketch_bits, shape.query_heads, shape.device),
         window=Window(config.group_tokens, config.sink_groups, config.recent_groups, config.select_groups),
         slot_bytes=layout.slot_bytes,
         token_bytes=geometry.token_bytes,

@@ -28,7 +28,7 @@ def needs(draw: st.DrawFn) -> MemoryNeeds:
     return MemoryNeeds(
         layers=draw(st.integers(1, 40)),
         batch=draw(st.integers(1, 4)),
-        query_heads=draw(st.integers(1, 32)),
+        scoring_token_bytes=draw(st.integers(12, 600)),
         window=window,
         slot_bytes=-(-window.group_tokens * token_bytes // 512) * 512,
         token_bytes=token_bytes,
@@ -82,7 +82,7 @@ def test_parts_that_hold_real_arrays_are_large_enough(need: MemoryNeeds, tokens:
     assert parts["sketch"] >= pairs * tokens * need.sketch_token_bytes
     assert parts["tails"] >= pairs * need.window.pinned_groups * need.slot_bytes
     assert parts["staging"] >= 2 * need.batch * need.window.select_groups * need.slot_bytes
-    assert parts["scratch"] >= need.batch * need.query_heads * tokens * 4
+    assert parts["scratch"] >= need.batch * need.scoring_token_bytes * tokens
     assert parts["basis"] == need.basis_bytes
     assert all(value >= 0 for value in parts.values())
 
@@ -99,7 +99,7 @@ def test_no_room_no_slots() -> None:
     need = MemoryNeeds(
         layers=2,
         batch=1,
-        query_heads=4,
+        scoring_token_bytes=136,
         window=window,
         slot_bytes=4096,
         token_bytes=1024,

@@ -20,12 +20,13 @@ STAGING_SLACK = 1.25  # room for gaps that are read through
 class MemoryNeeds:
     """All that decides how much memory a request takes.
 
-    ``sketch_token_bytes``: sketch of one token in one layer, scales included. ``basis_bytes``: all layers together.
+    ``sketch_token_bytes``: sketch of one token in one layer, scales included. ``scoring_token_bytes``: what scoring it
+    takes in passing. ``basis_bytes``: all layers together.
     """
 
     layers: int
     batch: int
-    query_heads: int
+    scoring_token_bytes: int
     window: Window
     slot_bytes: int
     token_bytes: int
@@ -52,7 +53,7 @@ class MemoryNeeds:
         gathered = attended * self.slot_bytes + attended * window.group_tokens * self.token_bytes * (
             self.compute_itemsize_bytes // self.store_itemsize_bytes or 1
         )
-        scoring = 3 * self.batch * self.query_heads * capacity_tokens * 4
+        scoring = self.batch * capacity_tokens * self.scoring_token_bytes
         return {
             "basis": self.basis_bytes,
             "sketch": self.sequences * capacity_tokens * self.sketch_token_bytes,

@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from kvswap.sketch.basis import SCALE_BYTES, Basis
+from kvswap.sketch.score import float_products, integer_products, middle, prefers_integers
 from kvswap.terms import round_up
 
 STEP_TOKENS = 256
@@ -33,6 +34,7 @@ class LayerSketch:
         self.bits, self.kv_heads = bits, kv_heads
         self.rank = basis.matrix.shape[1]
         self._matrix = basis.matrix.to(device)
+        self._integer = prefers_integers(bits, device)
         self._by_head = self._matrix.view(kv_heads, head_dim, self.rank)
         capacity = round_up(capacity_tokens, STEP_TOKENS)
         self._codes = torch.zeros(batch, self.rank * bits // 8, capacity, dtype=torch.uint8, device=device)
@@ -49,6 +51,11 @@ class LayerSketch:
         """What one token of one layer takes: codes, scale and minimum."""
         return rank * bits // 8 + SCALE_BYTES
 
+    @staticmethod
+    def scratch_bytes(rank: int, bits: int, heads: int, device: torch.device) -> int:
+        """What scoring one token takes in passing: unpacked codes, products, logits and their softmax."""
+        return rank * (1 if prefers_integers(bits, device) else 5) + 3 * heads * 4
+
     def append(self, sequence: int, keys: torch.Tensor) -> None:
         """Add keys ``[H_kv, n, d]`` of any float dtype to one sequence."""
         start = int(self.tokens[sequence])
@@ -60,27 +67,32 @@ class LayerSketch:
         scale = ((high - low) / levels).clamp(min=1e-6).half()
         low = low.half()
         codes = ((rows - low.float()[:, None]) / scale.float()[:, None]).round_().clamp_(0, levels).to(torch.uint8)
-        packed = codes.T.unflatten(0, (-1, 8 // self.bits))
-        shifts = torch.arange(0, 8, self.bits, dtype=torch.uint8, device=codes.device)[None, :, None]
-        self._codes[sequence, :, start:stop] = (packed << shifts).sum(1, dtype=torch.uint8)
+        packed = codes.T.unflatten(0, (8 // self.bits, -1))
+        shifts = torch.arange(0, 8, self.bits, dtype=torch.uint8, device=codes.device)[:, None, None]
+        self._codes[sequence, :, start:stop] = (packed << shifts).sum(0, dtype=torch.uint8)
         self._scale[sequence, 0, start:stop] = scale
         self._scale[sequence, 1, start:stop] = low
         self.tokens[sequence] = stop
 
     def logits(self, query: torch.Tensor, scaling: float) -> torch.Tensor:
         """Estimated logits ``[B, H_q, T]`` float32 of ``query`` ``[B, H_q, d]``; -inf past a sequence's end."""
-        batch, heads, head_dim = query.shape
+        batch, heads, _ = query.shape
         longest = int(self.tokens.max())
-        by_head = (query.float() * scaling).view(batch, self.kv_heads, -1, head_dim)
-        low_rank = torch.einsum("bkgd,kdr->bkgr", by_head, self._by_head).reshape(batch, heads, self.rank)
-        shifts = torch.arange(0, 8, self.bits, dtype=torch.uint8, device=query.device)[None, None, :, None]
-        codes = ((self._codes[:, :, None, :longest] >> shifts) & ((1 << self.bits) - 1)).flatten(1, 2).float()
-        scale, low = self._scale[:, 0, None, :longest].float(), self._scale[:, 1, None, :longest].float()
-        logits = torch.bmm(low_rank, codes).mul_(scale).add_(low * low_rank.sum(-1, keepdim=True))
+        width = round_up(longest, STEP_TOKENS)  # of few values: matrix libraries prepare for each anew
+        by_head = (query.float() * scaling).view(batch, self.kv_heads, -1, self._by_head.shape[1])
+        low_rank = (by_head @ self._by_head).view(batch, heads, self.rank)
+        multiply = integer_products if self._integer else float_products
+        scale = self._scale[:, :, :width].float()
+        scale[:, 1] += middle(self.bits) * scale[:, 0]  # from the minimum to the value of the middle code
+        logits = low_rank.new_empty(batch, heads, width)
+        for sequence in range(batch):
+            products = multiply(low_rank[sequence], self._codes[sequence, :, :width], self.bits)
+            torch.mul(products, scale[sequence, :1], out=logits[sequence])
+        logits.addcmul_(scale[:, 1:], low_rank.sum(-1, keepdim=True))
         for sequence, count in enumerate(self.tokens):
             if count < longest:
                 logits[sequence, :, int(count) :] = float("-inf")
-        return logits
+        return logits[:, :, :longest]
 
     def _grow(self, tokens: int) -> None:
         extra = round_up(tokens, STEP_TOKENS) - self._codes.shape[2]

@@ -1,0 +1,52 @@
+"""Law 4 through the whole engine, and that what happens to be in memory never changes an answer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from kvswap.attach import attach
+from kvswap.config import Config
+from tests.disk.helpers import NAMES, make
+from tests.tiny.families import FAMILIES, forced_logits, tiny_model, tokens
+
+PROMPT_TOKENS, STEPS = 700, 60
+
+
+def run(family: str, config: Config) -> tuple[torch.Tensor, float]:
+    """Logits of a run that selects few of its groups, and the share of them that was in memory already."""
+    model = tiny_model(family)
+    with attach(model, config) as cache:
+        result = forced_logits(model, tokens(2, PROMPT_TOKENS), tokens(2, STEPS, seed=1), cache)
+        assert cache.stats.disk_reads > STEPS
+        return result, cache.stats.reuse_rate
+
+
+def selecting(folder: Path, **changes: object) -> Config:
+    return Config(**{"select_tokens": 120, "recent_tokens": 16, "kv_memory": "2MiB", "kv_dir": str(folder), **changes})
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_all_backends_give_the_same_logits(family: str, tmp_path: Path) -> None:
+    expected, _ = run(family, selecting(tmp_path, backend="memory"))
+    for name in NAMES[:3]:
+        make(name, tmp_path).close()  # skips where this machine cannot have it
+        assert torch.equal(run(family, selecting(tmp_path, backend=name))[0], expected), name
+
+
+def test_residency_never_changes_the_result(tmp_path: Path) -> None:
+    config = selecting(tmp_path)
+    few, low = run("llama", config.replace(kv_memory=1_750_000))
+    many, high = run("llama", config.replace(kv_memory="16MiB"))
+    assert torch.equal(few, many)
+    assert low < high > 0.5
+
+
+def test_selection_matters_here(tmp_path: Path) -> None:
+    """Otherwise the tests above would hold without any selection."""
+    config = selecting(tmp_path, kv_memory="8MiB")
+    some, _ = run("llama", config)
+    everything, _ = run("llama", config.replace(select_tokens=2000))
+    assert not torch.allclose(some, everything, atol=1e-4)
