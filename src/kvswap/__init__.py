@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import importlib
-import sys
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from kvswap.attach import attach
+    from kvswap.attachment import attach
     from kvswap.config import Config
     from kvswap.engine import Engine, load
     from kvswap.errors import KVSwapError
@@ -19,7 +17,7 @@ _HOMES = {
     "Config": "kvswap.config",
     "Engine": "kvswap.engine",
     "KVSwapError": "kvswap.errors",
-    "attach": "kvswap.attach",
+    "attach": "kvswap.attachment",
     "load": "kvswap.engine",
 }
 
@@ -36,14 +34,3 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted([*__all__, "__version__"])
-
-
-class _Package(ModuleType):
-    """Keeps ``kvswap.attach`` the function: importing the module of that name would put the module in its place."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if not (name in _HOMES and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package

@@ -8,6 +8,7 @@ be read, and whole-key codes are used instead.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -78,7 +79,10 @@ def calibrate(
 
 def fingerprint(parts: ModelParts) -> str:
     """Identity of a model for calibration: its key and query projections' look and its configuration."""
-    digest = hashlib.sha256(parts.config.to_json_string(use_diff=False).encode())
+    values = parts.config.to_dict()
+    for name in ("_name_or_path", "transformers_version", "dtype"):  # where from and how loaded, not what it is
+        values.pop(name, None)
+    digest = hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode())
     for part in (parts.offloaded[0], parts.offloaded[-1]):
         for name, tensor in part.attention.named_parameters():
             flat = tensor.detach().reshape(-1)

@@ -18,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
 
-from kvswap.attach import attach
+from kvswap.attachment import attach
 from kvswap.cache import KVSwapCache
 from kvswap.config import Config
 from kvswap.disk.files import default_kv_dir

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kvswap.attach import attach
+from kvswap.attachment import attach
 from kvswap.config import Config
 from kvswap.disk import Faults
 from kvswap.errors import DiskFullError, DiskReadError, StorageError, UnsupportedError
@@ -132,7 +132,7 @@ def test_interrupt_in_prefill_leaves_nothing(config: Config, tmp_path: Path) -> 
 
 CHILD = """
 import os, signal, sys, torch
-from kvswap.attach import attach
+from kvswap.attachment import attach
 from kvswap.config import Config
 from tests.tiny.families import given, tiny_model, tokens
 model = tiny_model("llama")

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache, StoppingCriteriaList, TextIteratorStreamer
 
-from kvswap.attach import attach
+from kvswap.attachment import attach
 from kvswap.config import Config
 from kvswap.errors import ConfigError, ModelError, UnsupportedError
 from tests.tiny.families import forced_logits, full_cache, given, tiny_model, tokens

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kvswap.attach import attach
+from kvswap.attachment import attach
 from kvswap.config import Config
 from tests.disk.helpers import NAMES, make
 from tests.tiny.families import FAMILIES, forced_logits, tiny_model, tokens

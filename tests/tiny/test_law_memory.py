@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from kvswap.attach import attach
+from kvswap.attachment import attach
 from kvswap.config import Config
 from kvswap.errors import MemoryBudgetError
 from tests.tiny.families import FAMILIES, forced_logits, tiny_model, tokens

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kvswap.attach import attach
+from kvswap.attachment import attach
 from tests.tiny.families import FAMILIES, forced_logits, full_cache, given, tiny_model, tokens
 
 STEPS = 70  # more than the recent window, so that groups leave it and come back from disk

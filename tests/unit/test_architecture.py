@@ -22,7 +22,7 @@ LAYERS = (
     ("bench", "evals", "device"),
     ("engine",),
     ("prompt",),
-    ("attach", "session"),
+    ("attachment", "session"),
     ("calibrate",),
     ("cache",),
     ("layer_major",),
@@ -42,7 +42,7 @@ EVERYWHERE = ("device.cost",)
 
 PURE = ("plan", "store.layout", "device.cost", "terms", "units", "window")
 IMPURE_LIBRARIES = ("torch", "os")
-TRANSFORMERS_USERS = ("models", "layer_major", "cache", "calibrate", "attach", "engine")
+TRANSFORMERS_USERS = ("models", "layer_major", "cache", "calibrate", "attachment", "engine")
 QUICK_TO_LOAD = ("__init__", "cli", "device.machine", "device.disk_test", "disk", "config")
 SLOW_LIBRARIES = {"torch", "transformers"}
 
