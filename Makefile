@@ -6,6 +6,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python -m
 
+# The answer ends after the sentence that was asked for: a model this small rambles on.
 DEMO_DOCUMENT := $(VENV)/python-reference.txt
 DEMO_QUESTION := What do the operators "is" and "is not" test for?
 

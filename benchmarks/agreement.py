@@ -3,8 +3,9 @@
     python benchmarks/agreement.py --model smollm2-135m --texts 8 --tokens 7000 --steps 48 --json out.json
 
 Texts are evaluation topics of Python's own reference, never calibrated on. For every text: the plain transformers
-forward with a DynamicCache, then kvswap, the same prompt, then the same ``--steps`` tokens of the text one by one
-(teacher-forced). KL is KL(full || kvswap) of the next-token distribution, natural logarithm, mean over steps.
+forward with a DynamicCache and kvswap take the same prompt, then the same ``--steps`` tokens of the text one by one
+(teacher-forced), each token by both in turns, so that a machine that slows down does so for both. KL is
+KL(full || kvswap) of the next-token distribution, natural logarithm, mean over steps.
 """
 
 from __future__ import annotations
@@ -37,19 +38,11 @@ def texts(tokenizer: Any, count: int, tokens: int) -> list[list[int]]:
 
 
 @torch.no_grad()
-def teacher_forced(model: Any, ids: list[int], steps: int, cache: Any) -> tuple[torch.Tensor, float, list[float]]:
-    """Logits after the prompt and after each forced token but the last; prefill seconds; seconds of each step."""
-    prompt, forced = torch.tensor([ids[:-steps]]), ids[-steps:]
+def timed_call(model: Any, ids: list[int], cache: Any) -> tuple[torch.Tensor, float]:
+    """Logits after the last of ``ids``, and the seconds it took."""
     start = time.perf_counter()
-    output = model(input_ids=prompt, use_cache=True, **{cache_keyword(model): cache}, logits_to_keep=1)
-    prefill_s = time.perf_counter() - start
-    logits, step_s = [output.logits[0, -1]], []
-    for token in forced[:-1]:
-        start = time.perf_counter()
-        output = model(input_ids=torch.tensor([[token]]), use_cache=True, **{cache_keyword(model): cache})
-        step_s.append(time.perf_counter() - start)
-        logits.append(output.logits[0, -1])
-    return torch.stack(logits).float(), prefill_s, step_s
+    output = model(input_ids=torch.tensor([ids]), use_cache=True, logits_to_keep=1, **{cache_keyword(model): cache})
+    return output.logits[0, -1].float(), time.perf_counter() - start
 
 
 def compare(full: torch.Tensor, other: torch.Tensor) -> tuple[list[float], list[int]]:
@@ -61,15 +54,24 @@ def compare(full: torch.Tensor, other: torch.Tensor) -> tuple[list[float], list[
 
 def run_text(model: Any, tokenizer: Any, ids: list[int], steps: int, config: kvswap.Config) -> dict[str, Any]:
     """One text through both methods."""
-    full, full_prefill_s, full_step_s = teacher_forced(model, ids, steps, DynamicCache(config=model.config))
-    with kvswap.attach(model, config, tokenizer=tokenizer) as cache:
-        ours, prefill_s, step_s = teacher_forced(model, ids, steps, cache)
-        stats = cache.stats
-    kl, same = compare(full, ours)
+    logits: tuple[list[torch.Tensor], ...] = ([], [])
+    seconds: tuple[list[float], ...] = ([], [])
+    calls = [ids[:-steps], *([token] for token in ids[-steps:])]
+    full = DynamicCache(config=model.config)
+    with kvswap.attach(model, config, tokenizer=tokenizer) as ours:
+        for number, call in enumerate(calls):
+            for side, cache in ((0, full), (1, ours))[:: 1 if number % 2 else -1]:
+                row, took_s = timed_call(model, call, cache)
+                logits[side].append(row)
+                seconds[side].append(took_s)
+        stats = ours.stats
+    full_rows, our_rows = (torch.stack(rows) for rows in logits)
+    (full_prefill_s, *full_step_s), (prefill_s, *step_s) = seconds
+    kl, same = compare(full_rows, our_rows)
     return {
         "kl": kl,
         "same": same,
-        "prefill_error": float((full[0] - ours[0]).abs().max()),
+        "prefill_error": float((full_rows[0] - our_rows[0]).abs().max()),
         "full_prefill_s": full_prefill_s,
         "prefill_s": prefill_s,
         "full_step_s": statistics.median(full_step_s),
