@@ -21,6 +21,12 @@ def test_mass_is_softmax_summed_over_heads_and_the_best_token_of_a_group() -> No
     assert found[1, 4:].tolist() == [0.0, 0.0]
 
 
+def test_a_rest_that_fills_no_group_is_left_out() -> None:
+    logits = torch.randn(1, 3, 26, generator=torch.Generator().manual_seed(0))
+    expected = torch.softmax(logits, -1).sum(1)[:, :24].view(1, 6, 4).amax(-1)
+    assert torch.equal(group_mass(logits, 4), expected)
+
+
 def test_a_head_that_shouts_has_one_vote() -> None:
     """Raw logits summed over heads would choose group 0; two of three heads attend to group 1."""
     logits = torch.zeros(1, 3, 8)

@@ -16,14 +16,15 @@ def group_mass(logits: torch.Tensor, group_tokens: int) -> torch.Tensor:
     Parameters
     ----------
     logits
-        ``[B, H_q, T]`` float32, scaled, -inf where there is no token. Overwritten. T is a multiple of G.
+        ``[B, H_q, T]`` float32, scaled, -inf where there is no token. A rest of fewer than G tokens is left out.
 
     Returns
     -------
-    ``[B, T / G]`` float32: summed over heads, then the maximum over the tokens of the group.
+    ``[B, T // G]`` float32: summed over heads, then the maximum over the tokens of the group.
     """
     mass = torch.softmax(logits, dim=-1).sum(dim=1)
-    best: torch.Tensor = mass.unflatten(1, (-1, group_tokens)).amax(dim=-1)
+    whole = mass.shape[1] // group_tokens * group_tokens
+    best: torch.Tensor = mass[:, :whole].unflatten(1, (-1, group_tokens)).amax(dim=-1)
     return best
 
 

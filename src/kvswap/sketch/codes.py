@@ -75,10 +75,12 @@ class LayerSketch:
         self.tokens[sequence] = stop
 
     def logits(self, query: torch.Tensor, scaling: float) -> torch.Tensor:
-        """Estimated logits ``[B, H_q, T]`` float32 of ``query`` ``[B, H_q, d]``; -inf past a sequence's end."""
+        """Estimated logits ``[B, H_q, W]`` float32 of ``query`` ``[B, H_q, d]``.
+
+        W is the longest sequence rounded up to whole steps; entries past a sequence's end are -inf.
+        """
         batch, heads, _ = query.shape
-        longest = int(self.tokens.max())
-        width = round_up(longest, STEP_TOKENS)  # of few values: matrix libraries prepare for each anew
+        width = round_up(int(self.tokens.max()), STEP_TOKENS)  # of few values: matrix libraries prepare for each anew
         by_head = (query.float() * scaling).view(batch, self.kv_heads, -1, self._by_head.shape[1])
         low_rank = (by_head @ self._by_head).view(batch, heads, self.rank)
         multiply = integer_products if self._integer else float_products
@@ -90,9 +92,8 @@ class LayerSketch:
             torch.mul(products, scale[sequence, :1], out=logits[sequence])
         logits.addcmul_(scale[:, 1:], low_rank.sum(-1, keepdim=True))
         for sequence, count in enumerate(self.tokens):
-            if count < longest:
-                logits[sequence, :, int(count) :] = float("-inf")
-        return logits[:, :, :longest]
+            logits[sequence, :, int(count) :] = float("-inf")
+        return logits
 
     def _grow(self, tokens: int) -> None:
         extra = round_up(tokens, STEP_TOKENS) - self._codes.shape[2]

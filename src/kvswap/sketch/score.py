@@ -41,10 +41,10 @@ def float_products(query: torch.Tensor, codes: torch.Tensor, bits: int) -> torch
 
 def integer_products(query: torch.Tensor, codes: torch.Tensor, bits: int) -> torch.Tensor:
     """The same, from a query rounded to 7 bits a head; ``bits`` is 2 or 4."""
-    step = query.abs().amax(1, keepdim=True).clamp(min=1e-30) / QUERY_LEVELS
+    step = query.abs().amax(1, keepdim=True).clamp_(min=1e-30).div_(QUERY_LEVELS)
     rounded = (query / step).round_()
-    products = torch._int_mm(rounded.to(torch.int8), unpack(codes, bits).view(torch.int8))
-    return (products - middle(bits) * rounded.sum(1, keepdim=True)).mul_(step)
+    products = torch._int_mm(rounded.to(torch.int8), unpack(codes, bits).view(torch.int8)).float()
+    return products.sub_(rounded.sum(1, keepdim=True).mul_(middle(bits))).mul_(step)
 
 
 def middle(bits: int) -> int:
