@@ -13,7 +13,7 @@ from kvswap.window import Window
 GROWTH_TOKENS = 256
 WRITE_QUEUE_BYTES = 1 << 20
 OWNER_BYTES = 8 + 4  # who lives in a reuse slot, and its worth
-STAGING_SLACK = 1.25  # room for gaps that are read through
+STAGING_SLACK = 2.0  # room for gaps that are read through
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
