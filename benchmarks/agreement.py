@@ -14,17 +14,15 @@ import argparse
 import json
 import platform
 import statistics
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn import functional
 from transformers import DynamicCache
 
 import kvswap
 from kvswap.corpus import evaluation_topics
-from kvswap.models.adapter import cache_keyword
+from kvswap.evals.forced import run_forced
 from kvswap.models.loading import load_model
 
 
@@ -37,47 +35,21 @@ def texts(tokenizer: Any, count: int, tokens: int) -> list[list[int]]:
     return [joined[i * stretch : i * stretch + tokens] for i in range(count)]
 
 
-@torch.no_grad()
-def timed_call(model: Any, ids: list[int], cache: Any) -> tuple[torch.Tensor, float]:
-    """Logits after the last of ``ids``, and the seconds it took."""
-    start = time.perf_counter()
-    output = model(input_ids=torch.tensor([ids]), use_cache=True, logits_to_keep=1, **{cache_keyword(model): cache})
-    return output.logits[0, -1].float(), time.perf_counter() - start
-
-
-def compare(full: torch.Tensor, other: torch.Tensor) -> tuple[list[float], list[int]]:
-    """KL and top-1 agreement of each step; the first row comes from prefill and is left out."""
-    p, q = full[1:].log_softmax(-1), other[1:].log_softmax(-1)
-    kl = functional.kl_div(q, p, log_target=True, reduction="none").sum(-1)
-    return kl.tolist(), (full[1:].argmax(-1) == other[1:].argmax(-1)).int().tolist()
-
-
 def run_text(model: Any, tokenizer: Any, ids: list[int], steps: int, config: kvswap.Config) -> dict[str, Any]:
     """One text through both methods."""
-    logits: tuple[list[torch.Tensor], ...] = ([], [])
-    seconds: tuple[list[float], ...] = ([], [])
-    calls = [ids[:-steps], *([token] for token in ids[-steps:])]
-    full = DynamicCache(config=model.config)
     with kvswap.attach(model, config, tokenizer=tokenizer) as ours:
-        for number, call in enumerate(calls):
-            for side, cache in ((0, full), (1, ours))[:: 1 if number % 2 else -1]:
-                row, took_s = timed_call(model, call, cache)
-                logits[side].append(row)
-                seconds[side].append(took_s)
+        runs = run_forced(model, {"full": DynamicCache(config=model.config), "kvswap": ours}, ids, steps)
         stats = ours.stats
-    full_rows, our_rows = (torch.stack(rows) for rows in logits)
-    (full_prefill_s, *full_step_s), (prefill_s, *step_s) = seconds
-    kl, same = compare(full_rows, our_rows)
+    full, run = runs["full"], runs["kvswap"]
     return {
-        "kl": kl,
-        "same": same,
-        "prefill_error": float((full_rows[0] - our_rows[0]).abs().max()),
-        "full_prefill_s": full_prefill_s,
-        "prefill_s": prefill_s,
-        "full_step_s": statistics.median(full_step_s),
-        "step_s": statistics.median(step_s),
-        "full_mean_step_s": statistics.mean(full_step_s),
-        "mean_step_s": statistics.mean(step_s),
+        "kl": run.kl,
+        "same": run.same,
+        "full_prefill_s": full.prefill_s,
+        "prefill_s": run.prefill_s,
+        "full_step_s": full.median_step_s,
+        "step_s": run.median_step_s,
+        "full_mean_step_s": statistics.mean(full.step_s),
+        "mean_step_s": statistics.mean(run.step_s),
         "io_wait_s": stats.io_wait_s,
         "reuse_rate": stats.reuse_rate,
         "disk_read_bytes": stats.disk_read_bytes,

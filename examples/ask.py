@@ -1,6 +1,6 @@
 """Ask a question about a file, then a second one about the same file.
 
-    python examples/ask.py MODEL FILE "First question?" "Second question?"
+python examples/ask.py MODEL FILE "First question?" "Second question?"
 """
 
 from __future__ import annotations

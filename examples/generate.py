@@ -1,6 +1,6 @@
 """A transformers script with one line more: the cache of ``generate`` on disk.
 
-    python examples/generate.py MODEL FILE "Question?"
+python examples/generate.py MODEL FILE "Question?"
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -31,6 +31,8 @@ from kvswap.layer_major import FullCache, LayerMajorCache, Progress
 from kvswap.models.adapter import LayerParts, ModelParts, cache_keyword, inspect
 from kvswap.models.masks import NAME, defer_mask, resolve
 from kvswap.sketch.basis import Basis, identity_basis, rank_for
+
+Method = Literal["kvswap", "full"]
 
 _MARK = "_kvswap_attachment"
 
@@ -118,7 +120,7 @@ def attach(
     config: Config | None = None,
     *,
     tokenizer: Any = None,
-    method: Literal["kvswap", "full"] = "kvswap",
+    method: Method = "kvswap",
     on_progress: Progress | None = None,
     on_notice: Callable[[str], None] | None = None,
 ) -> Iterator[KVSwapCache | FullCache]:
@@ -144,21 +146,50 @@ def attach(
     ModelError, StorageError, ConfigError
         At the start; MemoryBudgetError and UnsupportedError when a prompt arrives.
     """
-    config = config or Config()
+    wanted = [(method, config or Config())]
+    with attach_each(model, wanted, tokenizer=tokenizer, on_progress=on_progress, on_notice=on_notice) as caches:
+        yield caches[0]
+
+
+@contextmanager
+def attach_each(
+    model: PreTrainedModel,
+    wanted: Sequence[tuple[Method, Config]],
+    *,
+    tokenizer: Any = None,
+    on_progress: Progress | None = None,
+    on_notice: Callable[[str], None] | None = None,
+) -> Iterator[list[KVSwapCache | FullCache]]:
+    """Several caches of one model side by side, one for each ``(method, config)``, to compare methods in turns.
+
+    As ``attach`` otherwise; every cache has its own files and its own limit. The model takes them one call at a time.
+    """
     notice = on_notice or (lambda text: None)
     attachment = Attachment(model)
-    cache: KVSwapCache | FullCache | None = None
+    caches: list[KVSwapCache | FullCache] = []
     try:
-        parts, implementation = attachment.parts, attachment.implementation
-        if method == "full":
-            cache = FullCache(parts, implementation, chunk_tokens=config.chunk_tokens, on_progress=on_progress)
-        else:
-            cache = _open_cache(attachment, config, tokenizer, on_progress, notice)
-        yield cache
+        for method, config in wanted:
+            caches.append(_open(attachment, method, config, tokenizer, on_progress, notice))
+        yield caches
     finally:
         attachment.restore()
-        if isinstance(cache, KVSwapCache):
-            cache.close()
+        for cache in caches:
+            if isinstance(cache, KVSwapCache):
+                cache.close()
+
+
+def _open(
+    attachment: Attachment,
+    method: Method,
+    config: Config,
+    tokenizer: Any,
+    on_progress: Progress | None,
+    notice: Callable[[str], None],
+) -> KVSwapCache | FullCache:
+    if method == "full":
+        parts, implementation = attachment.parts, attachment.implementation
+        return FullCache(parts, implementation, chunk_tokens=config.chunk_tokens, on_progress=on_progress)
+    return _open_cache(attachment, config, tokenizer, on_progress, notice)
 
 
 def _open_cache(

@@ -16,9 +16,9 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Self
 
-from kvswap.attachment import attach
+from kvswap.attachment import Method, attach
 from kvswap.cache import KVSwapCache
 from kvswap.config import Config
 from kvswap.disk.files import default_kv_dir
@@ -32,7 +32,6 @@ from kvswap.prompt import Request, Turn, encode, make_request, render
 from kvswap.stats import RunStats, latency_percentiles_ms, tokens_per_s
 from kvswap.trace import CacheStats
 
-Method = Literal["kvswap", "full"]
 METHODS = ("kvswap", "full")
 
 
