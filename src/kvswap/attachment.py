@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -21,18 +21,18 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from kvswap.baselines import registry
 from kvswap.cache import KVSwapCache
 from kvswap.calibrate import calibrate
 from kvswap.config import Config
 from kvswap.disk import create_backend
 from kvswap.disk.files import check_free, default_kv_dir, prepare_dir
-from kvswap.errors import ModelError, UnsupportedError
+from kvswap.errors import ModelError
 from kvswap.layer_major import FullCache, LayerMajorCache, Progress
+from kvswap.method import KeyFacts
 from kvswap.models.adapter import LayerParts, ModelParts, cache_keyword, inspect
 from kvswap.models.masks import NAME, defer_mask, resolve
-from kvswap.sketch.basis import Basis, identity_basis, rank_for
-
-Method = Literal["kvswap", "full"]
+from kvswap.sketch.basis import KeyCovariance
 
 _MARK = "_kvswap_attachment"
 
@@ -120,7 +120,7 @@ def attach(
     config: Config | None = None,
     *,
     tokenizer: Any = None,
-    method: Method = "kvswap",
+    method: str = "kvswap",
     on_progress: Progress | None = None,
     on_notice: Callable[[str], None] | None = None,
 ) -> Iterator[KVSwapCache | FullCache]:
@@ -135,7 +135,7 @@ def attach(
     tokenizer
         For calibration, once per model; without it (and without a cached calibration) whole-key codes are used.
     method
-        ``"full"`` keeps everything in memory, with the same chunked prefill.
+        A name in ``kvswap.baselines.registry``. ``"full"`` keeps everything in memory, with the same chunked prefill.
     on_progress
         Called with ``("calibrate" | "prefill", done, total)``.
     on_notice
@@ -154,7 +154,7 @@ def attach(
 @contextmanager
 def attach_each(
     model: PreTrainedModel,
-    wanted: Sequence[tuple[Method, Config]],
+    wanted: Sequence[tuple[str, Config]],
     *,
     tokenizer: Any = None,
     on_progress: Progress | None = None,
@@ -165,6 +165,8 @@ def attach_each(
     As ``attach`` otherwise; every cache has its own files and its own limit. The model takes them one call at a time.
     """
     notice = on_notice or (lambda text: None)
+    for name, _ in wanted:
+        registry.check_name(name)
     attachment = Attachment(model)
     caches: list[KVSwapCache | FullCache] = []
     try:
@@ -174,13 +176,12 @@ def attach_each(
     finally:
         attachment.restore()
         for cache in caches:
-            if isinstance(cache, KVSwapCache):
-                cache.close()
+            cache.close()
 
 
 def _open(
     attachment: Attachment,
-    method: Method,
+    method: str,
     config: Config,
     tokenizer: Any,
     on_progress: Progress | None,
@@ -189,24 +190,39 @@ def _open(
     if method == "full":
         parts, implementation = attachment.parts, attachment.implementation
         return FullCache(parts, implementation, chunk_tokens=config.chunk_tokens, on_progress=on_progress)
-    return _open_cache(attachment, config, tokenizer, on_progress, notice)
+    return _open_cache(attachment, method, config, tokenizer, on_progress, notice)
 
 
 def _open_cache(
-    attachment: Attachment, config: Config, tokenizer: Any, on_progress: Progress | None, notice: Callable[[str], None]
+    attachment: Attachment,
+    name: str,
+    config: Config,
+    tokenizer: Any,
+    on_progress: Progress | None,
+    notice: Callable[[str], None],
 ) -> KVSwapCache:
-    parts = attachment.parts
+    parts, method = attachment.parts, registry.find(name)
+    config = method.configure(config)
     folder = prepare_dir(Path(config.kv_dir) if config.kv_dir else default_kv_dir())
     backend = create_backend(config.backend, folder, config.read_depth, on_notice=notice)
     try:
         started_s = time.perf_counter()
-        bases, config = _bases(attachment, config, tokenizer, on_progress, notice)
+        facts = KeyFacts(
+            layers=len(parts.offloaded),
+            query_heads=parts.query_heads,
+            kv_heads=parts.kv_heads,
+            head_dim=parts.head_dim,
+            device=parts.device,
+            statistics=_statistics(attachment, config, tokenizer, on_progress, notice) if method.calibrated else None,
+        )
+        makers = method.makers(facts, config)
         cache = KVSwapCache(
             parts,
             attachment.implementation,
             config=config,
+            method=method,
             backend=backend,
-            bases=bases,
+            makers=makers,
             store_dtype=_store_dtype(config, parts),
             check_space=partial(check_free, folder),
             on_progress=on_progress,
@@ -218,27 +234,22 @@ def _open_cache(
     return cache
 
 
-def _bases(
+def _statistics(
     attachment: Attachment, config: Config, tokenizer: Any, on_progress: Progress | None, notice: Callable[[str], None]
-) -> tuple[list[Basis], Config]:
-    """One basis a layer, and the configuration with rank and bits that go with them."""
-    parts, elements = attachment.parts, attachment.parts.kv_heads * attachment.parts.head_dim
+) -> list[KeyCovariance] | None:
+    """Statistics of every offloaded layer's keys, or None without a tokenizer to read text with."""
     if tokenizer is None:
         notice("no tokenizer to calibrate with: whole-key 2-bit codes are used for the sketch")
-        return [identity_basis(elements)] * len(parts.offloaded), config.replace(sketch_bits=2, sketch_rank=None)
-    found = calibrate(
-        parts,
+        return None
+    return calibrate(
+        attachment.parts,
         attachment.implementation,
         tokenizer,
         default_kv_dir().parent / "calibration",
-        run=partial(_run, parts),
+        run=partial(_run, attachment.parts),
         chunk_tokens=config.chunk_tokens,
         on_progress=on_progress,
     )
-    rank = config.sketch_rank or rank_for(elements, config.sketch_bits, elements // 8 * 2)
-    if rank > elements:
-        raise UnsupportedError(f"sketch_rank {rank} is more than the {elements} elements of a key", hint="lower it")
-    return [covariance.basis(rank) for covariance in found], config
 
 
 @torch.no_grad()

@@ -21,11 +21,11 @@ from kvswap.disk.backend import ReadBackend
 from kvswap.errors import MemoryBudgetError, UnsupportedError
 from kvswap.layer_major import LayerForward, LayerMajorCache, Progress, special, stock_layers
 from kvswap.memory import available_bytes
+from kvswap.method import Method, SketchMaker
 from kvswap.models.adapter import LayerParts, ModelParts
 from kvswap.models.masks import DeferredMask
 from kvswap.plan.budget import PrefillNeeds
 from kvswap.prefill import Prefill
-from kvswap.sketch.basis import Basis
 from kvswap.state import BatchState, Shape, open_state
 from kvswap.trace import CacheStats
 from kvswap.units import format_bytes
@@ -74,8 +74,9 @@ class KVSwapCache(LayerMajorCache):
         implementation: str,
         *,
         config: Config,
+        method: Method,
         backend: ReadBackend,
-        bases: Sequence[Basis],
+        makers: Sequence[SketchMaker],
         store_dtype: torch.dtype,
         check_space: Callable[[int], None],
         on_progress: Progress | None,
@@ -85,8 +86,8 @@ class KVSwapCache(LayerMajorCache):
             for part, stock in zip(parts.layers, stock_layers(parts), strict=True)
         ]
         super().__init__(parts, implementation, layers, chunk_tokens=config.chunk_tokens, on_progress=on_progress)
-        self.config, self.padded_tokens = config, 0
-        self._backend, self._bases, self._check_space = backend, bases, check_space
+        self.config, self.method, self.padded_tokens = config, method, 0
+        self._backend, self._makers, self._check_space = backend, makers, check_space
         self._shape = Shape(
             layers=len(parts.offloaded),
             query_heads=parts.query_heads,
@@ -219,11 +220,14 @@ class KVSwapCache(LayerMajorCache):
             return
         assert self._decode is not None and self._decode.step is not None
         query = None
-        if not self._decode.step.select_all:
+        if not self._decode.step.select_all and self.method.query != "none":
             cos, sin = kwargs["position_embeddings"]
             if target.layer_type != layer_type:  # RoPE differs by layer type (Gemma 3)
                 cos, sin = self._rope_of(target.layer_type, hidden, kwargs["position_ids"])
-            query = target.predict_query(hidden, cos, sin)
+            source = (
+                self.parts.layers[max(0, target.index - 1)].module if self.method.query == "previous_norm" else None
+            )
+            query = target.predict_query(hidden, cos, sin, source and source.input_layernorm)
         self._decode.prefetch(target.order, query)
 
     def _rope_of(
@@ -236,9 +240,10 @@ class KVSwapCache(LayerMajorCache):
     def _open(self, batch: int, tokens: int) -> BatchState:
         state = open_state(
             self.config,
+            self.method,
             self._shape,
             self._backend,
-            self._bases,
+            self._makers,
             batch=batch,
             tokens=tokens,
             trace=self.trace,
@@ -273,7 +278,7 @@ class KVSwapCache(LayerMajorCache):
             io_wait_s=counters.wait_s,
             backend=self._backend.name,
             direct_io=self._backend.direct,
-            sketch=f"{self._bases[0].kind} rank {self._bases[0].matrix.shape[1]}, {self.config.sketch_bits} bit",
+            sketch=self._makers[0].label,
         )
 
     def close(self) -> None:

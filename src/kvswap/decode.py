@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from kvswap.plan.extents import plan_reads
-from kvswap.predict.mass import group_mass, top_groups
+from kvswap.predict.mass import top_groups
 from kvswap.state import BatchState
 
 Int = NDArray[np.int64]
@@ -161,11 +161,12 @@ class Decode:
         ends = np.array(step.ends)[:, None]
         if step.select_all:
             groups = np.broadcast_to(np.arange(first, int(ends.max())), (state.batch, int(ends.max()) - first))
+        elif state.window.select_groups == 0:
+            groups = np.zeros((state.batch, 0), np.int64)
         else:
             assert query is not None
-            logits = state.sketches[layer].logits(query, state.shape.scaling)
-            mass = group_mass(logits, state.window.group_tokens)
-            groups = top_groups(mass, first, step.ends, state.window.select_groups).cpu().numpy()
+            scores = state.method.score(state.sketches[layer], query, state.shape.scaling, state.window.group_tokens)
+            groups = top_groups(scores, first, step.ends, state.window.select_groups).cpu().numpy()
         return groups, groups < ends
 
     def _mask(self, valid: NDArray[np.bool_], step: Step) -> torch.Tensor | None:

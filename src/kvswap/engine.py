@@ -18,12 +18,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from kvswap.attachment import Method, attach
+from kvswap.attachment import attach
+from kvswap.baselines import registry
 from kvswap.cache import KVSwapCache
 from kvswap.config import Config
 from kvswap.disk.files import default_kv_dir
 from kvswap.documents import Document, read_document
-from kvswap.errors import ConfigError, InputError
+from kvswap.errors import InputError
 from kvswap.layer_major import FullCache, Progress
 from kvswap.models.loading import LoadedModel, load_model
 from kvswap.models.sampling import Sampling
@@ -32,14 +33,12 @@ from kvswap.prompt import Request, Turn, encode, make_request, render
 from kvswap.stats import RunStats, latency_percentiles_ms, tokens_per_s
 from kvswap.trace import CacheStats
 
-METHODS = ("kvswap", "full")
-
 
 def load(
     model: str | LoadedModel,
     config: Config | None = None,
     *,
-    method: Method = "kvswap",
+    method: str = "kvswap",
     dtype: str = "auto",
     mmap: bool = True,
     on_progress: Progress | None = None,
@@ -52,7 +51,7 @@ def load(
     model
         Local directory, ``.gguf`` file, hub id or ``smollm2-135m``; or what ``load_model`` gave.
     method
-        ``"full"`` keeps the cache in memory, for comparison.
+        A name in ``kvswap.baselines.registry``, for comparison; ``"full"`` keeps the cache in memory.
     dtype, mmap
         As for ``load_model``.
     on_progress
@@ -64,8 +63,7 @@ def load(
     ------
     ModelError, ConfigError, StorageError
     """
-    if method not in METHODS:
-        raise ConfigError(f"method: got {method!r}", hint=f"use one of {', '.join(METHODS)}")
+    registry.check_name(method)
     notice = on_notice or logging.getLogger("kvswap").warning
     loaded = load_model(model, dtype=dtype, mmap=mmap, on_notice=notice) if isinstance(model, str) else model
     return Engine(loaded, config or Config(), method=method, on_progress=on_progress, on_notice=notice)
@@ -79,7 +77,7 @@ class Engine:
         loaded: LoadedModel,
         config: Config,
         *,
-        method: Method = "kvswap",
+        method: str = "kvswap",
         on_progress: Progress | None = None,
         on_notice: Callable[[str], None] | None = None,
     ) -> None:
@@ -273,7 +271,7 @@ class Engine:
         after: CacheStats,
     ) -> RunStats:
         loaded, times_s, token_ids = self._loaded, generation.times_s, generation.token_ids
-        full = self.method == "full"
+        full = self.method in registry.MEMORY
         selected = after.selected_groups - before.selected_groups
         reused = after.reuse_rate * after.selected_groups - before.reuse_rate * before.selected_groups
         return replace(

@@ -194,6 +194,10 @@ class FullCache(LayerMajorCache):
             sliding_kv_bytes=sum(sizes) - full,
         )
 
+    def close(self) -> None:
+        """Drop K and V; the cache is of no use afterwards."""
+        self.layers.clear()
+
 
 def special(kwargs: dict[str, Any]) -> bool:
     """Whether attention is more than softmax(QK)V here, so that only the model's own function can do it."""

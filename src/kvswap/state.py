@@ -16,9 +16,9 @@ from kvswap.config import Config
 from kvswap.disk.backend import ReadBackend
 from kvswap.errors import MemoryBudgetError
 from kvswap.ledger import Ledger
+from kvswap.method import Method, Sketch, SketchMaker
 from kvswap.plan.budget import OWNER_BYTES, WRITE_QUEUE_BYTES, MemoryNeeds, capacity_for
-from kvswap.sketch.basis import Basis
-from kvswap.sketch.codes import LayerSketch
+from kvswap.stage.previous import PreviousSlots
 from kvswap.stage.slots import SlotPool
 from kvswap.store.groups import GroupStore
 from kvswap.store.layout import GroupLayout
@@ -51,6 +51,7 @@ class BatchState:
     """
 
     config: Config
+    method: Method
     shape: Shape
     window: Window
     layout: GroupLayout
@@ -59,7 +60,7 @@ class BatchState:
     trace: Trace
     store: GroupStore
     pool: SlotPool
-    sketches: list[LayerSketch]
+    sketches: list[Sketch]
     tokens: NDArray[np.int64]
     flushed: NDArray[np.int64]
     capacity_tokens: int
@@ -127,9 +128,10 @@ class BatchState:
 
 def open_state(
     config: Config,
+    method: Method,
     shape: Shape,
     backend: ReadBackend,
-    bases: Sequence[Basis],
+    makers: Sequence[SketchMaker],
     *,
     batch: int,
     tokens: int,
@@ -141,16 +143,16 @@ def open_state(
     ``check_space`` is called with the bytes that will be written and raises when the disk lacks them. Raises
     MemoryBudgetError.
     """
-    needs, layout = _needs(config, shape, backend.alignment_bytes, bases[0], batch)
+    needs, layout = _needs(config, method, shape, backend.alignment_bytes, makers, batch)
     ledger = Ledger(_limit_bytes(config, needs, tokens))
     capacity, window = capacity_for(tokens), needs.window
     groups = ceil_div(capacity, window.group_tokens)
     ledger.reserve_all(needs.parts(capacity))
-    reuse = needs.reuse_slots(capacity, ledger.free_bytes)
+    reuse = _reuse_slots(method, needs, capacity, ledger.free_bytes)
     ledger.reserve("tables", reuse * OWNER_BYTES)
     ledger.reserve("slots", reuse * layout.slot_bytes)
     check_space(shape.layers * batch * layout.file_bytes(groups))
-    pool = SlotPool(
+    pool = (PreviousSlots if method.reuse == "previous" else SlotPool)(
         layers=shape.layers,
         batch=batch,
         layout=layout,
@@ -166,6 +168,7 @@ def open_state(
     )
     return BatchState(
         config=config,
+        method=method,
         shape=shape,
         window=window,
         layout=layout,
@@ -174,7 +177,7 @@ def open_state(
         trace=trace,
         store=store,
         pool=pool,
-        sketches=[_sketch(config, shape, basis, batch, capacity) for basis in bases],
+        sketches=[maker.make(batch, capacity) for maker in makers],
         tokens=np.zeros(batch, np.int64),
         flushed=np.zeros((shape.layers, batch), np.int64),
         capacity_tokens=capacity,
@@ -182,9 +185,9 @@ def open_state(
 
 
 def _needs(
-    config: Config, shape: Shape, alignment_bytes: int, basis: Basis, batch: int
+    config: Config, method: Method, shape: Shape, alignment_bytes: int, makers: Sequence[SketchMaker], batch: int
 ) -> tuple[MemoryNeeds, GroupLayout]:
-    itemsize, rank = shape.store_dtype.itemsize, basis.matrix.shape[1]
+    itemsize = shape.store_dtype.itemsize
     geometry = KVGeometry(
         kv_heads=shape.kv_heads, head_dim=shape.head_dim, group_tokens=config.group_tokens, itemsize_bytes=itemsize
     )
@@ -192,28 +195,23 @@ def _needs(
     needs = MemoryNeeds(
         layers=shape.layers,
         batch=batch,
-        scoring_token_bytes=LayerSketch.scratch_bytes(rank, config.sketch_bits, shape.query_heads, shape.device),
-        window=Window(config.group_tokens, config.sink_groups, config.recent_groups, config.select_groups),
+        scoring_token_bytes=makers[0].scratch_token_bytes,
+        window=method.window(config),
         slot_bytes=layout.slot_bytes,
         token_bytes=geometry.token_bytes,
         compute_itemsize_bytes=shape.dtype.itemsize,
         store_itemsize_bytes=itemsize,
-        sketch_token_bytes=LayerSketch.token_bytes(rank, config.sketch_bits),
-        basis_bytes=shape.layers * basis.matrix.numel() * 4,
+        sketch_token_bytes=makers[0].token_bytes,
+        basis_bytes=sum(maker.basis_bytes for maker in makers),
     )
     return needs, layout
 
 
-def _sketch(config: Config, shape: Shape, basis: Basis, batch: int, capacity_tokens: int) -> LayerSketch:
-    return LayerSketch(
-        batch=batch,
-        kv_heads=shape.kv_heads,
-        head_dim=shape.head_dim,
-        basis=basis,
-        bits=config.sketch_bits,
-        capacity_tokens=capacity_tokens,
-        device=shape.device,
-    )
+def _reuse_slots(method: Method, needs: MemoryNeeds, capacity_tokens: int, free_bytes: int) -> int:
+    if method.reuse == "none":
+        return 0
+    slots = needs.reuse_slots(capacity_tokens, free_bytes)
+    return min(slots, needs.sequences * needs.window.select_groups) if method.reuse == "previous" else slots
 
 
 def _limit_bytes(config: Config, needs: MemoryNeeds, tokens: int) -> int:

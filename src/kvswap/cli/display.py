@@ -122,7 +122,7 @@ def _kvswap_rows(stats: RunStats) -> list[tuple[str, str]]:
 
 
 def _full(stats: RunStats) -> bool:
-    return stats.method == "full"
+    return stats.kv_memory_limit_bytes is None
 
 
 def _stored(stats: RunStats) -> str:

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from kvswap.baselines.registry import DISK, NAMES
+
 if TYPE_CHECKING:
     from kvswap.config import Config
     from kvswap.engine import Engine
@@ -39,10 +41,10 @@ if TYPE_CHECKING:
 @click.option("--kv-dir", metavar="DIR", help="Folder on a disk for KV files.  [default: the user's cache folder]")
 @click.option(
     "--method",
-    type=click.Choice(["kvswap", "full"]),
+    type=click.Choice(NAMES),
     default="kvswap",
     show_default=True,
-    help="full keeps the whole cache in memory, for comparison.",
+    help="For comparison: full keeps the whole cache in memory, the others are published methods.",
 )
 @click.option("--max-new-tokens", type=int, default=256, show_default=True, metavar="N", help="Longest answer.")
 @click.option(
@@ -99,7 +101,7 @@ def run(
     texts = [read_document(path) for path in documents]
     make_request(question, texts)
     target = _check_writable(stats_json)
-    if method == "kvswap":
+    if method in DISK:
         prepare_dir(config.kv_dir or default_kv_dir())
     stats = _answer(model, config, question, texts, sampling, method=method, dtype=dtype, mmap=not no_mmap)
     if target is not None:

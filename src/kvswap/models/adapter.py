@@ -34,11 +34,13 @@ class LayerParts:
     attention: Any
     rope: Rope | None
 
-    def predict_query(self, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    def predict_query(
+        self, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, norm: Any = None
+    ) -> torch.Tensor:
         """The query this layer would compute from ``hidden``, the input of this layer or of the one before.
 
-        This layer's own input norm, projection, query norm and RoPE are used (the published artifact normalises with
-        the previous layer's norm).
+        This layer's own input norm, projection, query norm and RoPE are used; ``norm`` is another input norm in the
+        first one's place (the published artifact takes the previous layer's).
 
         Parameters
         ----------
@@ -50,7 +52,7 @@ class LayerParts:
         ``[B, H_q, d]``.
         """
         attention = self.attention
-        query = attention.q_proj(self.module.input_layernorm(hidden))
+        query = attention.q_proj((norm or self.module.input_layernorm)(hidden))
         query = query.view(*hidden.shape[:-1], -1, attention.head_dim)
         norm = getattr(attention, "q_norm", None)
         if norm is not None:

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import torch
 
+MINUS_INF = float("-inf")
+
 
 def group_mass(logits: torch.Tensor, group_tokens: int) -> torch.Tensor:
     """Largest estimated attention mass of a token in each group.
@@ -22,32 +24,36 @@ def group_mass(logits: torch.Tensor, group_tokens: int) -> torch.Tensor:
     -------
     ``[B, T // G]`` float32: summed over heads, then the maximum over the tokens of the group.
     """
-    mass = torch.softmax(logits, dim=-1).sum(dim=1)
-    whole = mass.shape[1] // group_tokens * group_tokens
-    best: torch.Tensor = mass[:, :whole].unflatten(1, (-1, group_tokens)).amax(dim=-1)
+    return best_of_groups(torch.softmax(logits, dim=-1).sum(dim=1), group_tokens)
+
+
+def best_of_groups(scores: torch.Tensor, group_tokens: int) -> torch.Tensor:
+    """Best token of each group: ``[B, T]`` to ``[B, T // G]``. A rest of fewer than G tokens is left out."""
+    whole = scores.shape[1] // group_tokens * group_tokens
+    best: torch.Tensor = scores[:, :whole].unflatten(1, (-1, group_tokens)).amax(dim=-1)
     return best
 
 
-def top_groups(mass: torch.Tensor, first: int, ends: list[int], count: int) -> torch.Tensor:
-    """The ``count`` groups of most mass within ``[first, ends[b])``, in ascending order.
+def top_groups(scores: torch.Tensor, first: int, ends: list[int], count: int) -> torch.Tensor:
+    """The ``count`` best groups within ``[first, ends[b])``, in ascending order.
 
     Parameters
     ----------
-    mass
-        ``[B, N]`` float32.
+    scores
+        ``[B, N]`` float32, finite within the range; what lies outside of it is overwritten.
 
     Returns
     -------
     ``[B, count]`` int64. Where a range holds fewer groups than ``count``, the surplus entries are N, at the end.
     """
-    groups = mass.shape[1]
+    groups = scores.shape[1]
     low, high = first, max(ends)
-    window = mass[:, low:high]
+    window = scores[:, low:high]
     for row, end in enumerate(ends):
         if end < high:
-            window[row, end - low :] = -1.0
+            window[row, end - low :] = MINUS_INF
     picked = window.topk(min(count, high - low), dim=1, sorted=False)
-    found = torch.where(picked.values < 0, groups, picked.indices + low).sort(dim=1).values
+    found = torch.where(picked.values == MINUS_INF, groups, picked.indices + low).sort(dim=1).values
     if found.shape[1] < count:
         found = torch.nn.functional.pad(found, (0, count - found.shape[1]), value=groups)
     return found

@@ -39,12 +39,17 @@ class KeyCovariance:
         rows = keys.reshape(keys.shape[0], -1).float().cpu()
         self.matrix += (rows.T @ rows).double()
 
-    def basis(self, rank: int) -> Basis:
-        """The ``rank`` leading directions, rotated among themselves."""
+    def leading(self, rank: int) -> torch.Tensor:
+        """The ``rank`` directions of most variance, ``[D, rank]`` float32, most first."""
         _, vectors = torch.linalg.eigh(self.matrix)
         leading = vectors.flip(1)[:, :rank].float()
-        leading = leading * torch.where(leading.abs().amax(0) == leading.amax(0), 1.0, -1.0)  # the same sign everywhere
-        return Basis((leading @ rotation(rank)).contiguous(), "svd")
+        signs = torch.where(leading.abs().amax(0) == leading.amax(0), 1.0, -1.0)
+        directions: torch.Tensor = (leading * signs).contiguous()  # the same sign everywhere
+        return directions
+
+    def basis(self, rank: int) -> Basis:
+        """The ``rank`` leading directions, rotated among themselves."""
+        return Basis((self.leading(rank) @ rotation(rank)).contiguous(), "svd")
 
 
 def rotation(size: int) -> torch.Tensor:

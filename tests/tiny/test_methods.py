@@ -1,0 +1,160 @@
+"""Every method behind the one interface: the laws that apply to all, and what each publishes."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from kvswap.attachment import attach, attach_each
+from kvswap.baselines import registry
+from kvswap.config import Config
+from kvswap.errors import ConfigError, UnsupportedError
+from kvswap.prefill import Prefill
+from tests.tiny.families import FAMILIES, forced_logits, full_cache, tiny_model, tokens
+from tests.tiny.folders import save_tiny
+
+STEPS = 40
+
+
+class Letters:
+    """A tokenizer for the tiny vocabulary."""
+
+    def __call__(self, text: str, **_: object) -> dict[str, list[int]]:
+        return {"input_ids": [1 + ord(letter) % 127 for letter in text[:3000]]}
+
+
+@pytest.fixture(autouse=True)
+def _cache_home(tmp_path_factory, monkeypatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("name", registry.NAMES)
+def test_attending_to_everything_equals_full_attention(name, family, select_all):
+    model = tiny_model(family)
+    ids, forced = tokens(2, 330), tokens(2, STEPS, seed=1)
+    reference = forced_logits(model, ids, forced, full_cache(model))
+    with attach(model, select_all, tokenizer=Letters(), method=name) as cache:
+        result = forced_logits(model, ids, forced, cache)
+    torch.testing.assert_close(result, reference, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", registry.DISK)
+def test_selection_does_not_depend_on_memory(name, tmp_path):
+    model = tiny_model("llama")
+    ids, forced = tokens(2, 600), tokens(2, STEPS, seed=1)
+    config = Config(kv_dir=str(tmp_path), select_tokens=100, recent_tokens=16)
+    results, rates = [], []
+    for limit in ("3MiB", "8MiB"):
+        with attach(model, config.replace(kv_memory=limit), tokenizer=Letters(), method=name) as cache:
+            results.append(forced_logits(model, ids, forced, cache))
+            stats = cache.stats
+            assert stats.kv_memory_peak_bytes <= stats.kv_memory_limit_bytes
+            rates.append(stats.reuse_rate)
+    assert torch.equal(*results)
+    assert (rates[1] > 0) == (registry.find(name).reuse != "none")
+
+
+@pytest.mark.parametrize("name", registry.DISK)
+def test_account_of_the_sketch_agrees_with_it(name, tmp_path):
+    model = tiny_model("llama")
+    config = Config(kv_memory="8MiB", kv_dir=str(tmp_path), select_tokens=100)
+    with attach(model, config, tokenizer=Letters(), method=name) as cache:
+        forced_logits(model, tokens(2, 600), tokens(2, 30), cache)
+        state = cache._state
+        held, allowed = sum(sketch.nbytes for sketch in state.sketches), state.ledger.held["sketch"]
+        assert 0.8 * allowed <= held <= allowed
+
+
+def test_names_are_listed_when_one_is_unknown(tmp_path):
+    model = tiny_model("llama")
+    with pytest.raises(ConfigError, match="'magic'; use one of kvswap, kvswap-paper"), attach(model, method="magic"):
+        pass
+    with attach(model):  # nothing of the model was touched
+        pass
+
+
+def chosen(cache, monkeypatch):
+    """Groups that decode chooses, one list a call, and the queries it had."""
+    seen = []
+    decode = cache._decode
+    choose = decode._choose
+
+    def watch(layer, query, step):
+        groups, valid = choose(layer, query, step)
+        seen.append((layer, query, groups[0][valid[0]].tolist(), step.ends[0]))
+        return groups, valid
+
+    monkeypatch.setattr(decode, "_choose", watch)
+    return seen
+
+
+def test_published_scheme(tmp_path, monkeypatch):
+    """Held against the formulas of the paper, written out again."""
+    model = tiny_model("llama")
+    ids = tokens(1, 500)
+    config = Config(kv_dir=str(tmp_path), select_tokens=60, recent_tokens=8, store_dtype="float32", sketch_rank=6)
+    inputs, keys = {}, {}
+    for index, layer in enumerate(model.model.layers):
+        layer.input_layernorm.register_forward_hook(lambda _, args, out, index=index: inputs.update({index: out}))
+    finish = Prefill.finish
+
+    def watch(self, layer):
+        keys[layer] = self._kv[0, 0, :, :500].clone()
+        finish(self, layer)
+
+    monkeypatch.setattr(Prefill, "finish", watch)
+    with attach(model, config, tokenizer=Letters(), method="kvswap-paper") as cache:
+        forced_logits(model, ids, ids[:, :0], cache)
+        seen = chosen(cache, monkeypatch)
+        bases = [sketch._matrix for sketch in cache._state.sketches]
+        with torch.no_grad():
+            forced_logits(model, ids[:, :1], ids[:, :0], cache)
+    assert [layer for layer, *_ in seen] == [0, 1, 2]
+    cos, sin = model.model.rotary_emb(inputs[0], torch.tensor([[500]]))
+    for layer, query, groups, end in seen:
+        source = inputs[max(0, layer - 1)]
+        part = cache.parts.layers[layer]
+        raw = part.attention.q_proj(source).view(1, 1, 4, 16).transpose(1, 2)
+        expected = part.rope(raw, raw[:, :1], cos, sin)[0][0, :, 0]
+        torch.testing.assert_close(query[0], expected)
+        low_rank_keys = keys[layer].transpose(0, 1).reshape(500, -1) @ bases[layer]
+        head_bases = bases[layer].view(2, 16, 6).repeat_interleave(2, 0)
+        logits = torch.einsum("hd,hdr,tr->ht", expected, head_bases, low_rank_keys).mean(0)
+        best = logits[: end * 4].view(end, 4).amax(1)
+        wanted = sorted(best.topk(len(groups)).indices.tolist())
+        assert end == 124 and len(groups) == 14
+        assert len(set(groups) & set(wanted)) >= 13  # float16 rows may swap two at the edge
+
+
+def test_published_scheme_needs_a_calibration():
+    with pytest.raises(UnsupportedError, match="tokenizer"), attach(tiny_model("llama"), method="kvswap-paper"):
+        pass
+
+
+def test_window_attends_to_sinks_and_the_newest(tmp_path):
+    model = tiny_model("llama")
+    ids, forced = tokens(1, 300), tokens(1, STEPS, seed=1)
+    config = Config(kv_dir=str(tmp_path), select_tokens=100, store_dtype="float32")
+    with attach(model, config, method="window") as cache:
+        result = forced_logits(model, ids, forced, cache)
+        assert cache.stats.disk_reads == 0 and cache.stats.sketch == "none"
+    whole = torch.cat((ids, forced), 1)
+    query, key = np.arange(whole.shape[1])[:, None], np.arange(whole.shape[1])[None]
+    first = np.maximum(1, query // 4 - 24) * 4
+    mask = (key <= query) & ((key < 4) | (key >= first) | (query < 300))
+    with torch.no_grad():
+        expected = model(whole, attention_mask=torch.from_numpy(mask)[None, None]).logits[0, 299:]
+    torch.testing.assert_close(result[:, 0], expected, rtol=0, atol=1e-4)
+
+
+def test_methods_side_by_side_on_a_saved_model(tmp_path):
+    from kvswap.models.loading import load_model
+
+    loaded = load_model(str(save_tiny(tmp_path / "model")))
+    config = Config(kv_dir=str(tmp_path / "kv"), select_tokens=100, kv_memory="4MiB")
+    with attach_each(loaded.model, [(name, config) for name in registry.NAMES], tokenizer=loaded.tokenizer) as caches:
+        for cache in caches:
+            forced_logits(loaded.model, tokens(1, 300), tokens(1, 5), cache)
+    assert not list((tmp_path / "kv").iterdir())
