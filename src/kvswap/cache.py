@@ -7,6 +7,7 @@ the input.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -140,6 +141,7 @@ class KVSwapCache(LayerMajorCache):
             self._prefill = None
         else:
             self._decode.end_step()
+            self.trace.decode_s += time.perf_counter() - self._started_s
         self.padded_tokens += tokens
 
     def leave(self, part: LayerParts) -> None:
@@ -218,9 +220,10 @@ class KVSwapCache(LayerMajorCache):
     def _prefetch(self, target: LayerParts, hidden: torch.Tensor, kwargs: dict[str, Any], layer_type: str) -> None:
         if target.order is None:
             return
-        assert self._decode is not None and self._decode.step is not None
+        assert self._decode is not None
         query = None
-        if not self._decode.step.select_all and self.method.query != "none":
+        if not self._decode.selects_all(target.order) and self.method.query != "none":
+            self.trace.lap()
             cos, sin = kwargs["position_embeddings"]
             if target.layer_type != layer_type:  # RoPE differs by layer type (Gemma 3)
                 cos, sin = self._rope_of(target.layer_type, hidden, kwargs["position_ids"])
@@ -228,6 +231,7 @@ class KVSwapCache(LayerMajorCache):
                 self.parts.layers[max(0, target.index - 1)].module if self.method.query == "previous_norm" else None
             )
             query = target.predict_query(hidden, cos, sin, source and source.input_layernorm)
+            self.trace.lap("predict_s")
         self._decode.prefetch(target.order, query)
 
     def _rope_of(
@@ -264,6 +268,10 @@ class KVSwapCache(LayerMajorCache):
             prefill_s=trace.prefill_s,
             calibration_s=trace.calibration_s,
             decode_steps=trace.decode_steps,
+            decode_s=trace.decode_s,
+            predict_s=trace.predict_s,
+            slots_s=trace.slots_s,
+            submit_s=trace.submit_s,
             kv_full_bytes=int(state.tokens.sum()) * shape.layers * state.layout.geometry.token_bytes,
             kv_memory_limit_bytes=state.ledger.limit_bytes,
             kv_memory_peak_bytes=state.ledger.peak_bytes,

@@ -22,6 +22,7 @@ class _Fields:
     kv_memory: int | str = "auto"
     kv_dir: str | None = None
     select_tokens: int = 400
+    layer_select_tokens: tuple[int, ...] | None = None
     group_tokens: int = 4
     sketch_rank: int | None = None
     sketch_bits: int = 4
@@ -45,6 +46,8 @@ class Config(_Fields):
         Folder for the KV files; ``None`` is the user's cache folder.
     select_tokens
         M: tokens attended to at each step, sinks and recent window included.
+    layer_select_tokens
+        M of each offloaded layer, in order, instead of the same for all; as ``kvswap tune`` finds them.
     group_tokens
         G: consecutive tokens that are read together.
     sketch_rank, sketch_bits
@@ -70,6 +73,8 @@ class Config(_Fields):
                 near = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
                 hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(names)}"
                 raise ConfigError(f"unknown config key {name!r}", hint=hint)
+        if isinstance(values.get("layer_select_tokens"), list):  # as JSON has it
+            values["layer_select_tokens"] = tuple(values["layer_select_tokens"])
         super().__init__(**values)
         self._check()
 
@@ -95,12 +100,20 @@ class Config(_Fields):
         _choice("backend", self.backend, BACKENDS)
         if self.kv_memory != "auto":
             parse_bytes(self.kv_memory, name="kv_memory")
-        if self.select_tokens < self.pinned_tokens + self.group_tokens:
+        least = self.pinned_tokens + self.group_tokens
+        if self.select_tokens < least:
             raise ConfigError(
                 f"select_tokens: {self.select_tokens} leaves no group to select beside {self.pinned_tokens} "
                 "sink and recent tokens",
-                hint=f"use at least {self.pinned_tokens + self.group_tokens}",
+                hint=f"use at least {least}",
             )
+        if self.layer_select_tokens is not None:
+            if not isinstance(self.layer_select_tokens, tuple) or not self.layer_select_tokens:
+                raise ConfigError(
+                    f"layer_select_tokens: got {self.layer_select_tokens!r}", hint="give a list of integers or null"
+                )
+            for count in self.layer_select_tokens:
+                _integer("layer_select_tokens", count, low=least)
 
     @property
     def sink_groups(self) -> int:
@@ -119,8 +132,18 @@ class Config(_Fields):
 
     @property
     def select_groups(self) -> int:
-        """Groups chosen by prediction at each step and layer."""
-        return (self.select_tokens - self.pinned_tokens) // self.group_tokens
+        """Groups chosen by prediction at each step, in the layer that chooses most."""
+        return (max(self.layer_select_tokens or (self.select_tokens,)) - self.pinned_tokens) // self.group_tokens
+
+    def layer_select_groups(self, layers: int) -> list[int]:
+        """Groups chosen by prediction at each step, for each of ``layers`` offloaded layers. Raises ConfigError."""
+        counts = self.layer_select_tokens or (self.select_tokens,) * layers
+        if len(counts) != layers:
+            raise ConfigError(
+                f"layer_select_tokens: {len(counts)} values for {layers} offloaded layers",
+                hint="tune for this model, or leave it out",
+            )
+        return [(count - self.pinned_tokens) // self.group_tokens for count in counts]
 
     def to_dict(self) -> dict[str, Any]:
         """All keys and values, enough to build the same Config again."""

@@ -31,7 +31,7 @@ class Step:
     current: Int  # [B] group of the newest token
     offset: Int  # [B] its place in that group
     ends: list[int]  # [B] end of the groups to select from
-    select_all: bool
+    candidates: int  # most groups that a sequence can select from
     tail: Int  # [B] place of the newest group
     sinks: Int  # [B, <= S]
     ring: Int  # [B, <= ring]
@@ -81,7 +81,7 @@ class Decode:
             current=current,
             offset=offset,
             ends=[int(end) for end in ring_start],
-            select_all=bool((ring_start - window.sink_groups <= window.select_groups).all()),
+            candidates=int(ring_start.max()) - window.sink_groups,
             tail=window.home(current),
             sinks=sinks,
             ring=window.home(ring),
@@ -95,14 +95,21 @@ class Decode:
         self.state.trace.decode_steps += 1
         self.step = None
 
+    def selects_all(self, layer: int) -> bool:
+        """Whether every candidate fits the selection of this layer, so that nothing needs to be predicted."""
+        assert self.step is not None
+        return self.step.candidates <= self.state.select_groups[layer]
+
     def prefetch(self, layer: int, query: torch.Tensor | None) -> None:
         """Choose the groups of ``layer`` and start reading those that are not in memory.
 
-        ``query`` is the predicted query ``[B, H_q, d]``; it may be None when ``step.select_all``.
+        ``query`` is the predicted query ``[B, H_q, d]``; it may be None when ``selects_all``.
         """
         state, step = self.state, self.step
         assert step is not None
+        state.trace.lap()
         groups, valid = self._choose(layer, query, step)
+        state.trace.lap("predict_s")
         sequences = np.broadcast_to(np.arange(state.batch)[:, None], groups.shape)[valid]
         wanted = groups[valid]
         found = state.pool.lookup(layer, sequences, wanted)
@@ -111,7 +118,9 @@ class Decode:
         plan = plan_reads(rows, wanted[missing], gap_groups=self._gap_groups, places=state.needs.staging_groups)
         half, self._half = self._half, 1 - self._half
         addresses = state.pool.landing_address(half) + plan.landing * state.layout.slot_bytes
+        state.trace.lap("slots_s")
         ticket = state.store.submit(plan.files, plan.first, plan.count, addresses)
+        state.trace.lap("submit_s")
         staged = state.pool.landing_slot(half) + plan.place
         found[missing] = staged
         slots = np.zeros(groups.shape, np.int64)
@@ -120,17 +129,20 @@ class Decode:
         self._fetches[layer] = Fetch(ticket, half, landed, slots, valid, sequences[missing], wanted[missing], staged)
         state.trace.selected_groups += len(wanted)
         state.trace.reused_groups += len(wanted) - len(staged)
+        state.trace.lap("slots_s")
 
     def put(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Take the newest token's K, V ``[B, H_kv, 1, d]`` into the rolling tail."""
         state, step = self.state, self.step
         assert step is not None
+        state.trace.lap()
         self._flush(layer, step)
         kv = torch.stack((keys[:, :, 0], values[:, :, 0]), dim=1)
         if state.pool.dtypes[layer] == torch.float16 and kv.dtype != torch.float16:
             kv = kv.clamp(-FLOAT16_MAX, FLOAT16_MAX)
         home = torch.from_numpy(self._bases[layer] + step.tail)
         state.pool.put_token(layer, home, torch.from_numpy(step.offset), kv)
+        state.trace.lap("slots_s")
 
     def attend(self, layer: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Wait for the reads of ``layer``; returns K, V ``[B, H_kv, S, d]`` in order of position, and a mask.
@@ -141,6 +153,7 @@ class Decode:
         assert step is not None
         fetch = self._fetches.pop(layer)
         state.store.backend.wait(fetch.ticket)
+        state.trace.lap()
         state.pool.land(fetch.half, fetch.landed)
         base = self._bases[layer][:, None]
         valid = np.concatenate((step.sinks_valid, fetch.valid, step.ring_valid), axis=1)
@@ -153,20 +166,21 @@ class Decode:
         if mask is None:
             kv = kv[:, :, :, : kv.shape[3] - state.window.group_tokens + int(step.offset[0]) + 1]
         state.pool.admit(layer, fetch.sequences, fetch.groups, fetch.staged)
+        state.trace.lap("slots_s")
         return kv[0], kv[1], mask
 
     def _choose(self, layer: int, query: torch.Tensor | None, step: Step) -> tuple[Int, NDArray[np.bool_]]:
         """Groups to attend to, ``[B, n]`` ascending, and which entries are real."""
         state, first = self.state, self.state.window.sink_groups
         ends = np.array(step.ends)[:, None]
-        if step.select_all:
+        if self.selects_all(layer):
             groups = np.broadcast_to(np.arange(first, int(ends.max())), (state.batch, int(ends.max()) - first))
-        elif state.window.select_groups == 0:
+        elif state.select_groups[layer] == 0:
             groups = np.zeros((state.batch, 0), np.int64)
         else:
             assert query is not None
             scores = state.method.score(state.sketches[layer], query, state.shape.scaling, state.window.group_tokens)
-            groups = top_groups(scores, first, step.ends, state.window.select_groups).cpu().numpy()
+            groups = top_groups(scores, first, step.ends, state.select_groups[layer]).cpu().numpy()
         return groups, groups < ends
 
     def _mask(self, valid: NDArray[np.bool_], step: Step) -> torch.Tensor | None:

@@ -51,13 +51,23 @@ class StorageError(UserError):
 class MemoryBudgetError(UserError):
     """The memory limit is too small for the request.
 
-    ``minimum_bytes`` is the smallest limit that works, ``longest_tokens`` the longest context under the given one.
+    ``minimum_bytes`` is the smallest limit that works, ``longest_tokens`` the longest context under the given one,
+    ``parts`` what each part needs at the smallest limit, in bytes by name; empty where the parts are not known.
     """
 
-    def __init__(self, message: str, *, minimum_bytes: int = 0, longest_tokens: int = 0, hint: str = "") -> None:
+    def __init__(
+        self,
+        message: str,
+        *,
+        minimum_bytes: int = 0,
+        longest_tokens: int = 0,
+        parts: dict[str, int] | None = None,
+        hint: str = "",
+    ) -> None:
         super().__init__(message, hint=hint)
         self.minimum_bytes = minimum_bytes
         self.longest_tokens = longest_tokens
+        self.parts = parts or {}
 
 
 class DiskError(KVSwapError):

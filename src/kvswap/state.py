@@ -24,7 +24,7 @@ from kvswap.store.groups import GroupStore
 from kvswap.store.layout import GroupLayout
 from kvswap.terms import KVGeometry, ceil_div
 from kvswap.trace import Trace
-from kvswap.units import format_bytes, parse_bytes
+from kvswap.units import KIB, format_bytes, format_parts, parse_bytes
 from kvswap.window import Window
 
 
@@ -47,7 +47,7 @@ class BatchState:
     """State of B sequences over all offloaded layers; layers are counted by ``order``.
 
     ``tokens[b]`` tokens are stored of sequence b, padding excluded; groups ``[0, flushed[layer, b])`` are on disk (or
-    queued) and sketched, later ones are in pinned slots alone.
+    queued) and sketched, later ones are in pinned slots alone. ``select_groups[layer]`` groups are chosen in each step.
     """
 
     config: Config
@@ -61,6 +61,7 @@ class BatchState:
     store: GroupStore
     pool: SlotPool
     sketches: list[Sketch]
+    select_groups: list[int]
     tokens: NDArray[np.int64]
     flushed: NDArray[np.int64]
     capacity_tokens: int
@@ -87,7 +88,8 @@ class BatchState:
                 f"kv_memory: {format_bytes(limit)} is used up; it allows {longest:,} tokens, {tokens:,} are needed",
                 minimum_bytes=minimum,
                 longest_tokens=longest,
-                hint=f"set kv_memory to at least {format_bytes(minimum)} or generate fewer tokens",
+                parts=(parts := self.needs.minimum_parts(tokens)),
+                hint=f"set kv_memory to at least {_smallest(parts)} or generate fewer tokens",
             )
         if drop:
             self.pool.shrink_reuse(self.pool.reuse_slots - drop)
@@ -177,6 +179,7 @@ def open_state(
         trace=trace,
         store=store,
         pool=pool,
+        select_groups=_select_groups(config, window, shape.layers),
         sketches=[maker.make(batch, capacity) for maker in makers],
         tokens=np.zeros(batch, np.int64),
         flushed=np.zeros((shape.layers, batch), np.int64),
@@ -207,6 +210,13 @@ def _needs(
     return needs, layout
 
 
+def _select_groups(config: Config, window: Window, layers: int) -> list[int]:
+    """Groups that each layer selects: what the method's window says, or less where layers have budgets of their own."""
+    if config.layer_select_tokens is None:
+        return [window.select_groups] * layers
+    return [min(count, window.select_groups) for count in config.layer_select_groups(layers)]
+
+
 def _reuse_slots(method: Method, needs: MemoryNeeds, capacity_tokens: int, free_bytes: int) -> int:
     if method.reuse == "none":
         return 0
@@ -225,6 +235,12 @@ def _limit_bytes(config: Config, needs: MemoryNeeds, tokens: int) -> int:
             f"kv_memory: {format_bytes(limit)} is too small for {tokens:,} tokens; {reach}",
             minimum_bytes=minimum,
             longest_tokens=longest,
-            hint=f"set kv_memory to at least {format_bytes(minimum)} or leave it at auto",
+            parts=(parts := needs.minimum_parts(tokens)),
+            hint=f"set kv_memory to at least {_smallest(parts)} or leave it at auto",
         )
     return limit
+
+
+def _smallest(parts: dict[str, int]) -> str:
+    """The smallest limit that works and what it is made of, rounded up so that the number can be typed in."""
+    return f"{ceil_div(sum(parts.values()), KIB)}KiB ({format_parts(parts)})"

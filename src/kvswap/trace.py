@@ -21,7 +21,12 @@ class Trace:
     selected_groups: int = 0
     reused_groups: int = 0
     prefill_peak_bytes: int = 0
+    decode_s: float = 0.0
+    predict_s: float = 0.0
+    slots_s: float = 0.0
+    submit_s: float = 0.0
     notices: list[str] = field(default_factory=list)
+    _lap_s: float = 0.0
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
@@ -32,14 +37,30 @@ class Trace:
         finally:
             setattr(self, name, getattr(self, name) + time.perf_counter() - start)
 
+    def lap(self, name: str = "") -> None:
+        """Add the time since the last lap to the field ``name``; without a name, a new lap begins here."""
+        now = time.perf_counter()
+        if name:
+            setattr(self, name, getattr(self, name) + now - self._lap_s)
+        self._lap_s = now
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CacheStats:
-    """What a cache did and holds. ``kv_memory_limit_bytes`` is None where no limit applies."""
+    """What a cache did and holds. ``kv_memory_limit_bytes`` is None where no limit applies.
+
+    Of the forwards that decode (``decode_s``, the model's head apart): ``predict_s`` choosing groups, ``slots_s``
+    looking them up, gathering and keeping them, ``submit_s`` starting reads, ``io_wait_s`` waiting for them. The rest
+    computes.
+    """
 
     prefill_s: float = 0.0
     calibration_s: float = 0.0
     decode_steps: int = 0
+    decode_s: float = 0.0
+    predict_s: float = 0.0
+    slots_s: float = 0.0
+    submit_s: float = 0.0
     kv_full_bytes: int = 0
     kv_memory_limit_bytes: int | None = None
     kv_memory_peak_bytes: int = 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 
 from kvswap.errors import ConfigError
 
@@ -45,6 +46,12 @@ def format_bytes(count_bytes: float) -> str:
         if abs(count_bytes) >= factor:
             return f"{count_bytes / factor:.1f} {unit}"
     return f"{int(count_bytes)} B"
+
+
+def format_parts(parts: Mapping[str, int]) -> str:
+    """What is made of parts, for people, largest first: ``sketch 10.2 MiB, write queue 1.0 MiB``."""
+    largest = sorted(parts.items(), key=lambda part: -part[1])
+    return ", ".join(f"{name.replace('_', ' ')} {format_bytes(size)}" for name, size in largest if size)
 
 
 def format_rate(bytes_per_s: float) -> str:

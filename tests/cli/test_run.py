@@ -64,7 +64,17 @@ def test_answer_and_summary(base, tmp_path, capfd):
     out, err = capfd.readouterr()
     stats = json.loads(target.read_text())
     assert out == stats["text"] + "\n"
-    labels = ("full KV cache", "KV memory held", "written to disk", "read from disk", "reuse", "first token", "then")
+    labels = (
+        "full KV cache",
+        "KV memory held",
+        "of which",
+        "prefill's peak",
+        "written to disk",
+        "read from disk",
+        "reuse",
+        "first token",
+        "then",
+    )
     assert [label for label in labels if f"\n{label} " not in err] == []
     assert "reading the prompt: 100%" in err
     assert sorted(os.listdir(tmp_path)) == ["kv", "numbers.json", "story.txt"]

@@ -181,3 +181,23 @@ def test_callers_embeddings_are_not_written_to(select_all):
     with attach(model, select_all) as cache, torch.no_grad():
         model(inputs_embeds=embeddings, **given(model, cache))
     assert torch.equal(embeddings, copy)
+
+
+def test_every_layer_selects_as_many_tokens_as_it_was_given(tmp_path):
+    model = tiny_model("llama")
+    config = Config(kv_memory="4MiB", kv_dir=str(tmp_path), select_tokens=100, layer_select_tokens=(80, 400, 160))
+    with attach(model, config) as cache:
+        forced_logits(model, tokens(1, 600), tokens(1, 5), cache)
+        stats, groups = cache.stats, config.layer_select_groups(3)
+        assert groups == [3, 83, 23]
+        assert stats.selected_groups == 5 * sum(groups)
+        assert min(stats.predict_s, stats.slots_s, stats.submit_s) > 0
+        parts = (stats.predict_s, stats.slots_s, stats.submit_s, stats.io_wait_s)
+        assert sum(parts) < stats.decode_s
+
+
+def test_layer_budgets_for_another_number_of_layers_are_refused(tmp_path):
+    model = tiny_model("llama")
+    config = Config(kv_dir=str(tmp_path), layer_select_tokens=(200, 200))
+    with attach(model, config) as cache, pytest.raises(ConfigError, match="2 values for 3 offloaded layers"):
+        forced_logits(model, tokens(1, 600), tokens(1, 1), cache)

@@ -58,6 +58,9 @@ def test_too_small_a_limit_names_the_smallest_and_the_longest(tmp_path):
     with attach(model, config) as cache, pytest.raises(MemoryBudgetError) as caught:
         forced_logits(model, tokens(1, 6000), tokens(1, 1), cache)
     error = caught.value
+    assert sum(error.parts.values()) == error.minimum_bytes
+    assert f"{-(-error.minimum_bytes // 1024)}KiB (" in str(error)  # can be typed in as it is
+    assert all(part.replace("_", " ") in str(error) for part, size in error.parts.items() if size)
     assert 0 < error.longest_tokens < 6000 and error.minimum_bytes > 1_400_000
     with attach(model, config.replace(kv_memory=error.minimum_bytes)) as cache:
         forced_logits(model, tokens(1, 6000), tokens(1, 1), cache)

@@ -31,6 +31,7 @@ def valid_values(draw: st.DrawFn) -> dict[str, Any]:
         "chunk_tokens": 512 * draw(st.integers(1, 8)),
         "read_depth": draw(st.integers(1, 1024)),
         "select_tokens": 1000 + draw(st.integers(0, 5000)),
+        "layer_select_tokens": draw(st.none() | st.lists(st.integers(1000, 5000), min_size=1).map(tuple)),
     }
     left_out = draw(st.sets(st.sampled_from(sorted(set(values) - {"select_tokens"}))))
     return {key: value for key, value in values.items() if key not in left_out}
@@ -51,7 +52,8 @@ def test_selection_and_pinned_groups_fit_the_budget(values: dict[str, Any]) -> N
     assert config.sink_groups * group >= config.sink_tokens > (config.sink_groups - 1) * group
     assert config.recent_groups >= 1
     assert config.recent_groups * group >= config.recent_tokens
-    spare = config.select_tokens - config.pinned_tokens - config.select_groups * group
+    most = max(config.layer_select_tokens or (config.select_tokens,))
+    spare = most - config.pinned_tokens - config.select_groups * group
     assert config.select_groups >= 1
     assert 0 <= spare < group
 
@@ -180,3 +182,9 @@ def test_missing_file_and_folder(tmp_path: Path) -> None:
     for path in (tmp_path / "none.json", tmp_path):
         with pytest.raises(ConfigError, match="config file"):
             Config.from_file(path)
+
+
+@pytest.mark.parametrize("value", [[], [400, 20], [400, 3.5], 400, "400"])
+def test_layer_budgets_that_cannot_be_are_refused(value: object) -> None:
+    with pytest.raises(ConfigError, match="layer_select_tokens"):
+        Config(layer_select_tokens=value)

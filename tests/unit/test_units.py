@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvswap.errors import ConfigError
-from kvswap.units import GIB, KIB, MIB, format_bytes, format_rate, format_s, parse_bytes
+from kvswap.units import GIB, KIB, MIB, format_bytes, format_parts, format_rate, format_s, parse_bytes
 
 
 @pytest.mark.parametrize(
@@ -78,3 +78,8 @@ def test_rates_count_in_powers_of_ten(rate: float, expected: str) -> None:
 )
 def test_durations(seconds: float, expected: str) -> None:
     assert format_s(seconds) == expected
+
+
+def test_parts_come_largest_first_without_empty_ones() -> None:
+    parts = {"write_queue": MIB, "sketch": 10 * MIB, "slots": 0}
+    assert format_parts(parts) == "sketch 10.0 MiB, write queue 1.0 MiB"

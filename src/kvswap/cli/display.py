@@ -6,7 +6,7 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any, TextIO
 
-from kvswap.units import format_bytes, format_s
+from kvswap.units import format_bytes, format_parts, format_s
 
 if TYPE_CHECKING:
     from kvswap.stats import RunStats
@@ -115,6 +115,8 @@ def _kvswap_rows(stats: RunStats) -> list[tuple[str, str]]:
     page_cache = "" if stats.direct_io else ", through the page cache"
     return [
         ("KV memory held", f"{format_bytes(held)}{of_limit}{share}"),
+        ("of which", format_parts(stats.memory_parts)),
+        ("prefill's peak", f"{format_bytes(stats.prefill_peak_bytes)}, what is held included"),
         ("written to disk", format_bytes(stats.disk_write_bytes)),
         ("read from disk", f"{reads} ({stats.backend}{page_cache})"),
         ("reuse", f"{stats.reuse_rate:.0%} of the selected groups were in memory already"),

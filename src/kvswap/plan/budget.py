@@ -64,9 +64,13 @@ class MemoryNeeds:
             "write_queue": WRITE_QUEUE_BYTES,
         }
 
+    def minimum_parts(self, tokens: int) -> dict[str, int]:
+        """What each part needs at the smallest limit under which a context of ``tokens`` works, without any reuse."""
+        return self.parts(capacity_for(tokens))
+
     def minimum_bytes(self, tokens: int) -> int:
         """Smallest limit under which a context of ``tokens`` works, without any reuse."""
-        return sum(self.parts(capacity_for(tokens)).values())
+        return sum(self.minimum_parts(tokens).values())
 
     def longest_tokens(self, limit_bytes: int) -> int:
         """Longest context that works under ``limit_bytes``; 0 when none does."""
