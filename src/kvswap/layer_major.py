@@ -135,6 +135,7 @@ class LayerMajorCache(Cache):
             q_offset=self._stored + start,
             q_length=stop - start,
             sizes=self.layers[part.index].get_mask_sizes(stop - start),
+            dtype=cos.dtype,
         )
         return changed
 
