@@ -7,6 +7,7 @@ the input.
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -20,7 +21,7 @@ from kvswap.config import Config
 from kvswap.decode import Decode
 from kvswap.disk.backend import ReadBackend
 from kvswap.errors import MemoryBudgetError, UnsupportedError
-from kvswap.layer_major import LayerForward, LayerMajorCache, Progress, special, stock_layers
+from kvswap.layer_major import FullCache, LayerForward, LayerMajorCache, Progress, special, stock_layers
 from kvswap.memory import available_bytes
 from kvswap.method import Method, SketchMaker
 from kvswap.models.adapter import LayerParts, ModelParts
@@ -180,6 +181,27 @@ class KVSwapCache(LayerMajorCache):
                 raise UnsupportedError("appending with softcap or attention sinks", hint="start with the whole prompt")
             return self._prefill.attend(part.order, query, mask)
         return super().attention(part, stock, query, keys, values, mask, kwargs)
+
+    def adopt(self, source: FullCache) -> None:
+        """Take over the prompt that ``source`` holds, as if this cache had computed it. Both unpadded, this one empty.
+
+        Prefill is exact, so that comparing methods takes one computation of each prompt.
+        """
+        assert self._state is None, "a cache adopts a prompt once, before anything else"
+        batch, _, tokens, _ = source.layers[self.parts.offloaded[0].index].keys.shape
+        self._pads = np.zeros(batch, np.int64)
+        self._state = self._open(batch, tokens)
+        self._decode = Decode(self._state)
+        prefill = Prefill(self._state, tokens, self._pads)
+        for part in self.parts.layers:
+            layer = source.layers[part.index]
+            if part.order is None:
+                self.layers[part.index] = copy.copy(layer)  # its tensors are replaced, never written to
+            else:
+                prefill.extend(layer.keys, layer.values)
+                prefill.finish(part.order)
+        prefill.done()
+        self.padded_tokens = tokens
 
     def take(self, order: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """New K, V of one offloaded layer."""

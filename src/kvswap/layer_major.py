@@ -6,6 +6,7 @@ memory with the same chunked prefill, for comparison.
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable
 from typing import Any, cast
@@ -182,6 +183,11 @@ class FullCache(LayerMajorCache):
         self, parts: ModelParts, implementation: str, *, chunk_tokens: int, on_progress: Progress | None
     ) -> None:
         super().__init__(parts, implementation, stock_layers(parts), chunk_tokens=chunk_tokens, on_progress=on_progress)
+
+    def adopt(self, source: FullCache) -> None:
+        """Take over what ``source`` holds. The tensors are shared: they are replaced, never written to."""
+        for index, layer in enumerate(source.layers):
+            self.layers[index] = copy.copy(layer)
 
     @property
     def stats(self) -> CacheStats:

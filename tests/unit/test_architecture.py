@@ -36,7 +36,7 @@ LAYERS = (
     ("store",),
     ("disk",),
     ("config", "trace", "ledger", "memory", "corpus", "documents", "stats"),
-    ("window", "units"),
+    ("window", "units", "jsonfile"),
     ("terms", "errors"),
 )
 RANK = {name: rank for rank, row in enumerate(LAYERS) for name in row}

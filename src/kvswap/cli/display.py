@@ -11,7 +11,7 @@ from kvswap.units import format_bytes, format_parts, format_s
 if TYPE_CHECKING:
     from kvswap.stats import RunStats
 
-LABELS = {"calibrate": "learning this model's keys (once)", "prefill": "reading the prompt"}
+LABELS = {"calibrate": "learning this model's keys (once)", "prefill": "reading the prompt", "evaluate": "evaluating"}
 PLAIN_STEP = 0.25
 
 

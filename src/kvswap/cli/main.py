@@ -19,6 +19,7 @@ from kvswap.errors import KVSwapError
 
 COMMANDS = {
     "run": ("kvswap.cli.run:run", "Ask a model about documents, with its KV cache on disk."),
+    "eval": ("kvswap.cli.eval:evaluate", "Compare answers with those of full attention."),
     "doctor": ("kvswap.cli.doctor:doctor", "Look at this machine and at the folder for KV files."),
 }
 

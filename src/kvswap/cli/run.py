@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import gc
-import json
-import os
 import sys
-from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -91,8 +85,10 @@ def run(
       kvswap run --model smollm2-135m --document notes.md --ask "What is decided?"
     """
     # What the user can get wrong is checked before the seconds that torch and a model take to load.
+    from kvswap.cli.files import check_writable
     from kvswap.disk.files import default_kv_dir, prepare_dir
     from kvswap.documents import read_document
+    from kvswap.jsonfile import write_json
     from kvswap.models.sampling import Sampling
     from kvswap.prompt import make_request
 
@@ -100,12 +96,12 @@ def run(
     config = _config(config_file, kv_memory=kv_memory, kv_dir=kv_dir)
     texts = [read_document(path) for path in documents]
     make_request(question, texts)
-    target = _check_writable(stats_json)
+    target = None if stats_json is None else check_writable("--stats-json", stats_json)
     if method in DISK:
         prepare_dir(config.kv_dir or default_kv_dir())
     stats = _answer(model, config, question, texts, sampling, method=method, dtype=dtype, mmap=not no_mmap)
     if target is not None:
-        _write_json(target, stats)
+        write_json(target, stats.to_dict())
 
 
 def _answer(
@@ -128,25 +124,12 @@ def _answer(
 
 
 def _load(model: str, config: Config, display: Any, *, method: Any, dtype: str, mmap: bool) -> Engine:
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # it would warn about the thread that generates
-    with _without_collection():
-        from kvswap.engine import load
-        from kvswap.models.loading import load_model, quieten
+    from kvswap.cli.loading import load_weights
 
-        quieten()
-        loaded = load_model(model, dtype=dtype, mmap=mmap, on_notice=display.notice)
+    loaded = load_weights(model, display, dtype=dtype, mmap=mmap)
+    from kvswap.engine import load
+
     return load(loaded, config, method=method, on_progress=display.progress, on_notice=display.notice)
-
-
-@contextlib.contextmanager
-def _without_collection() -> Iterator[None]:
-    """Imports make objects by the hundred thousand; looking for garbage among them costs a sixth of the start."""
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.freeze()
-        gc.enable()
 
 
 def _config(config_file: str | None, **options: str | None) -> Config:
@@ -155,36 +138,3 @@ def _config(config_file: str | None, **options: str | None) -> Config:
     given = {name: value for name, value in options.items() if value is not None}
     base = Config.from_file(config_file) if config_file is not None else Config()
     return base.replace(**given)
-
-
-def _check_writable(path: str | None) -> Path | None:
-    """Find out before the run, not after it, whether the numbers can be written."""
-    from kvswap.errors import ConfigError
-
-    if path is None:
-        return None
-    target = Path(path).expanduser().absolute()
-    if target.is_dir():
-        raise ConfigError(f"--stats-json {path}: a directory", hint="give the name of a file")
-    partial = _partial(target)
-    try:
-        partial.touch()
-        partial.unlink()
-    except OSError as error:
-        raise ConfigError(
-            f"--stats-json {path}: cannot be written: {error.strerror}", hint="give a file in a folder of yours"
-        ) from error
-    return target
-
-
-def _write_json(target: Path, stats: RunStats) -> None:
-    partial = _partial(target)
-    try:
-        partial.write_text(json.dumps(stats.to_dict(), indent=2) + "\n", encoding="utf-8")
-        partial.replace(target)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def _partial(target: Path) -> Path:
-    return target.with_name(f".{target.name}.{os.getpid()}.partial")

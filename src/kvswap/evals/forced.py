@@ -24,10 +24,12 @@ class ForcedRun:
     """What one cache did on one text of S steps.
 
     ``kl[s]`` is KL(reference || this) of the next-token distribution in nats, ``same[s]`` whether both think the same
-    token likeliest, ``nll[s]`` the negative log-likelihood of the text's next token (one entry fewer).
+    token likeliest, ``nll[s]`` the negative log-likelihood of the text's next token (one entry fewer). ``first_nll`` is
+    that of the first forced token, which the prompt predicts.
     """
 
     prefill_s: float = 0.0
+    first_nll: float = 0.0
     step_s: list[float] = field(default_factory=list)
     kl: list[float] = field(default_factory=list)
     same: list[bool] = field(default_factory=list)
@@ -60,23 +62,63 @@ def run_forced(
     -------
     The runs by name, in the order of ``caches``.
     """
-    calls = [list(ids[:-steps]), *([token] for token in ids[-steps:])]
-    runs = {name: ForcedRun() for name in caches}
-    names = list(caches)
-    for number, call in enumerate(calls):
-        rows = {}
-        turn = number % len(names)
-        for name in names[turn:] + names[:turn]:
-            rows[name], took_s = _timed_call(model, call, caches[name])
-            if number:
-                runs[name].step_s.append(took_s)
-            else:
-                runs[name].prefill_s = took_s
-        if number:
-            _judge(runs, rows, calls[number + 1][0] if number + 1 < len(calls) else None)
-        if on_step is not None:
-            on_step(number + 1, len(calls))
+    prompt, forced = list(ids[:-steps]), list(ids[-steps:])
+    runs, rows = {name: ForcedRun() for name in caches}, {}
+    for name, cache in caches.items():
+        rows[name], runs[name].prefill_s = _timed_call(model, prompt, cache)
+    if on_step is not None:
+        on_step(1, steps + 1)
+    force(model, caches, forced, rows, runs, on_step=on_step)
     return runs
+
+
+def share_prompt(model: Any, caches: Sequence[Any], ids: Sequence[int]) -> torch.Tensor:
+    """Compute a prompt once, with the first cache (of method ``full``); the others adopt it.
+
+    Returns
+    -------
+    Log-probabilities ``[V]`` float32 of the token after the prompt. Prefill is exact, so they are those of all caches.
+    """
+    row, _ = _timed_call(model, list(ids), caches[0])
+    for cache in caches[1:]:
+        cache.adopt(caches[0])
+    return row
+
+
+def force(
+    model: Any,
+    caches: Mapping[str, Any],
+    ids: Sequence[int],
+    rows: Mapping[str, torch.Tensor],
+    runs: dict[str, ForcedRun],
+    *,
+    on_step: Callable[[int, int], None] | None = None,
+) -> None:
+    """Feed ``ids`` one by one to caches that hold the prompt; ``rows`` are what they predict after it."""
+    names = list(caches)
+    for name, run in runs.items():
+        run.first_nll = -float(rows[name][ids[0]])
+    for number, token in enumerate(ids):
+        turn, after = (number + 1) % len(names), {}
+        for name in names[turn:] + names[:turn]:
+            after[name], took_s = _timed_call(model, [token], caches[name])
+            runs[name].step_s.append(took_s)
+        _judge(runs, after, ids[number + 1] if number + 1 < len(ids) else None)
+        if on_step is not None:
+            on_step(number + 2, len(ids) + 1)
+
+
+def greedy(model: Any, cache: Any, row: torch.Tensor, count: int, ends: Sequence[int]) -> list[int]:
+    """Up to ``count`` likeliest tokens from a cache that holds the prompt, ``row`` being what it predicts after it."""
+    found: list[int] = []
+    while True:
+        token = int(row.argmax())
+        if token in ends:
+            return found
+        found.append(token)
+        if len(found) == count:
+            return found
+        row, _ = _timed_call(model, [token], cache)
 
 
 @torch.no_grad()

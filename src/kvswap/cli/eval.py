@@ -1,0 +1,193 @@
+"""``kvswap eval``: how good the answers are beside those of full attention."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from kvswap.config import Config
+    from kvswap.evals.run import Plan
+    from kvswap.evals.samples import Source
+
+
+@click.command("eval")
+@click.option("--model", required=True, metavar="MODEL", help="Local directory, .gguf file, hub id, or smollm2-135m.")
+@click.option(
+    "--task",
+    "tasks",
+    default="agreement",
+    show_default=True,
+    metavar="T,...",
+    help="Tasks, with commas between them: agreement, perplexity.",
+)
+@click.option(
+    "--methods", default="full,kvswap", show_default=True, metavar="M,...", help="Methods; full is always run."
+)
+@click.option(
+    "--context", "contexts", default="4096", show_default=True, metavar="N,...", help="Tokens of each prompt, at most."
+)
+@click.option(
+    "--kv-memory", default="auto", show_default=True, metavar="SIZE,...", help="Memory limits, such as 16MiB,24MiB."
+)
+@click.option("--kv-dir", metavar="DIR", help="Folder on a disk for KV files.  [default: the user's cache folder]")
+@click.option("--samples", default=8, show_default=True, type=click.IntRange(1), metavar="N", help="Of each task.")
+@click.option(
+    "--steps", default=64, show_default=True, type=click.IntRange(2), metavar="N", help="Forced steps on plain text."
+)
+@click.option("--seed", default=0, show_default=True, metavar="S", help="Decides texts, questions and answers.")
+@click.option(
+    "--document", "documents", multiple=True, metavar="FILE", help="Text to evaluate on, before Python's own."
+)
+@click.option("--json", "json_file", required=True, metavar="FILE", help="Results; continued if it is there already.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
+    default="auto",
+    show_default=True,
+    help="Compute dtype, as for kvswap run.",
+)
+@click.option("--config", "config_file", metavar="FILE", help="JSON object of further settings.")
+def evaluate(
+    model: str,
+    tasks: str,
+    methods: str,
+    contexts: str,
+    kv_memory: str,
+    kv_dir: str | None,
+    samples: int,
+    steps: int,
+    seed: int,
+    documents: tuple[str, ...],
+    json_file: str,
+    dtype: str,
+    config_file: str | None,
+) -> None:
+    """Compare methods with full attention on the same samples.
+
+    The table goes to stdout, progress to stderr, every sample into the results file. A run that was broken off goes
+    on where it was.
+
+    \b
+    Example:
+      kvswap eval --model smollm2-135m --task agreement,perplexity --methods kvswap,window --json results.json
+    """
+    from kvswap.cli.files import check_writable
+    from kvswap.disk.files import default_kv_dir, prepare_dir
+    from kvswap.documents import read_document
+    from kvswap.evals.text import evaluation_text
+
+    target = check_writable("--json", json_file)
+    config = _config(config_file, kv_dir)
+    plan = _plan(tasks, methods, contexts, kv_memory, samples)
+    for limit in plan.kv_memory:
+        config.replace(kv_memory=limit)
+    passages = evaluation_text([read_document(path) for path in documents], seed)
+    prepare_dir(config.kv_dir or default_kv_dir())
+
+    from kvswap.cli.display import Display
+    from kvswap.cli.loading import load_weights
+    from kvswap.evals.samples import Source
+
+    display = Display()
+    try:
+        loaded = load_weights(model, display, dtype=dtype)
+        source = Source(tokenizer=loaded.tokenizer, passages=passages, seed=seed, steps=steps)
+        rows = _evaluate(loaded, config, plan, source, target, display)
+    finally:
+        display.finish()
+    _print_table([row for row in rows if row["task"] in tasks.split(",")])
+
+
+def _evaluate(loaded: Any, config: Config, plan: Plan, source: Source, target: Path, display: Any) -> list[Any]:
+    from kvswap.evals.run import evaluate as run
+
+    return run(loaded, config, plan, source, file=target, on_progress=display.progress, on_notice=_once(display.notice))
+
+
+def _plan(tasks: str, methods: str, contexts: str, kv_memory: str, samples: int) -> Plan:
+    from kvswap.baselines.registry import check_name
+    from kvswap.errors import ConfigError
+    from kvswap.evals.run import Plan
+    from kvswap.evals.tasks import find_task
+
+    for method in _split("--methods", methods):
+        check_name(method)
+    lengths = _split("--context", contexts)
+    for length in lengths:
+        if not length.isdigit() or int(length) < 1:
+            raise ConfigError(f"--context: got {length!r}", hint="give numbers of tokens, such as 4096,8192")
+    return Plan(
+        tasks=[find_task(name) for name in _split("--task", tasks)],
+        methods=_split("--methods", methods),
+        contexts=[int(length) for length in lengths],
+        kv_memory=_split("--kv-memory", kv_memory),
+        samples=samples,
+    )
+
+
+def _split(option: str, text: str) -> list[str]:
+    from kvswap.errors import ConfigError
+
+    found = list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+    if not found:
+        raise ConfigError(f"{option}: got {text!r}", hint="give one or more, with commas between them")
+    return found
+
+
+def _config(config_file: str | None, kv_dir: str | None) -> Config:
+    from kvswap.config import Config
+
+    config = Config.from_file(config_file) if config_file is not None else Config()
+    return config if kv_dir is None else config.replace(kv_dir=kv_dir)
+
+
+def _once(notice: Callable[[str], None]) -> Callable[[str], None]:
+    """Every sample attaches anew and would say the same again."""
+    said: set[str] = set()
+
+    def tell(text: str) -> None:
+        if text not in said:
+            said.add(text)
+            notice(text)
+
+    return tell
+
+
+def _print_table(rows: list[dict[str, Any]]) -> None:
+    from kvswap.units import format_bytes
+
+    head = ("task", "method", "context", "memory limit", "n", "score", "± error", "of full", "KL", "± error", "nll")
+    lines = [head]
+    for row in rows:
+        limit = row["kv_memory_limit_bytes"]
+        lines.append(
+            (
+                row["task"],
+                row["method"],
+                f"{row['context']:,}",
+                format_bytes(limit) if limit else "none",
+                str(row["n"]),
+                _number(row["score"]),
+                _number(row["stderr"]),
+                "" if row["retention"] is None else f"{row['retention']:.1%}",
+                _number(row["kl"]),
+                _number(row["kl_stderr"]),
+                _number(row["nll"]),
+            )
+        )
+    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
+    for line in lines:
+        cells = (
+            cell.ljust(w) if n < 2 else cell.rjust(w) for n, (cell, w) in enumerate(zip(line, widths, strict=True))
+        )
+        click.echo("  ".join(cells).rstrip())
+    for note in dict.fromkeys(row["note"] for row in rows if row["note"]):
+        click.echo(f"note: {note}", err=True)
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"

@@ -1,0 +1,109 @@
+"""One sample through several methods at once: the prompt is computed once, then all take the same forced tokens.
+
+Where answers are looked for, every method also generates its own, greedily, from a second cache of the same prompt.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from kvswap.attachment import attach_each
+from kvswap.config import Config
+from kvswap.evals.forced import ForcedRun, force, greedy, share_prompt
+from kvswap.evals.samples import Outcome, Sample
+from kvswap.models.loading import LoadedModel
+from kvswap.models.streaming import end_tokens
+
+Fraction = Callable[[float], None]
+PROMPT_SHARE = 0.6  # of a sample's progress
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """A method under a memory limit; ``full`` has none."""
+
+    method: str
+    kv_memory: str | None
+
+    @property
+    def label(self) -> str:
+        """A name that tells variants apart."""
+        return self.method if self.kv_memory is None else f"{self.method} @ {self.kv_memory}"
+
+
+FULL = Variant("full", None)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """What one variant did on one sample. KL and nll are means over tokens, in nats."""
+
+    outcome: Outcome
+    kl: float
+    step_s: float
+    kv_memory_limit_bytes: int | None
+    kv_memory_peak_bytes: int
+    reuse_rate: float
+
+
+def measure(
+    loaded: LoadedModel,
+    config: Config,
+    variants: Sequence[Variant],
+    sample: Sample,
+    *,
+    on_fraction: Fraction,
+    on_notice: Callable[[str], None],
+) -> dict[Variant, Measured]:
+    """Run a sample; the first variant is ``FULL``, which the others are compared with."""
+    assert variants[0] == FULL
+    wanted: list[Any] = [
+        (each.method, config if each.kv_memory is None else config.replace(kv_memory=each.kv_memory))
+        for each in variants
+    ]
+    generates = bool(sample.answers)
+
+    def on_progress(stage: str, done: int, total: int) -> None:
+        if stage == "prefill":
+            on_fraction(PROMPT_SHARE * done / total)
+
+    def on_step(done: int, total: int) -> None:
+        on_fraction(PROMPT_SHARE + (1 - PROMPT_SHARE) * done / total / (2 if generates else 1))
+
+    with attach_each(
+        loaded.model,
+        wanted * (2 if generates else 1),
+        tokenizer=loaded.tokenizer,
+        on_progress=on_progress,
+        on_notice=on_notice,
+    ) as caches:
+        row = share_prompt(loaded.model, caches, sample.prompt)
+        forced = {each.label: cache for each, cache in zip(variants, caches, strict=False)}
+        runs = {name: ForcedRun() for name in forced}
+        force(loaded.model, forced, sample.forced, dict.fromkeys(forced, row), runs, on_step=on_step)
+        texts: list[str | None] = [None] * len(variants)
+        if generates:
+            ends = end_tokens(loaded.model, loaded.tokenizer) or []
+            for number, cache in enumerate(caches[len(variants) :]):
+                ids = greedy(loaded.model, cache, row, sample.max_new_tokens, ends)
+                texts[number] = loaded.tokenizer.decode(ids, skip_special_tokens=True)
+        stats = [cache.stats for cache in caches]
+    on_fraction(1.0)
+    return {
+        each: Measured(
+            outcome=_outcome(runs[each.label], text),
+            kl=statistics.fmean(runs[each.label].kl),
+            step_s=runs[each.label].median_step_s,
+            kv_memory_limit_bytes=None if each == FULL else stat.kv_memory_limit_bytes,
+            kv_memory_peak_bytes=stat.kv_memory_peak_bytes,
+            reuse_rate=stat.reuse_rate,
+        )
+        for each, text, stat in zip(variants, texts, stats, strict=False)
+    }
+
+
+def _outcome(run: ForcedRun, text: str | None) -> Outcome:
+    return Outcome(nll=statistics.fmean([run.first_nll, *run.nll]), same=statistics.fmean(run.same), text=text)

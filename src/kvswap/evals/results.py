@@ -1,0 +1,79 @@
+"""Records of samples, and what they add up to: one row for each task, method, context and memory limit.
+
+A record is a plain dictionary, as it stands in the results file. Rows compare every method with ``full`` on the same
+samples. Scores are better when higher; KL and nll are in nats a token.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+Record = dict[str, Any]
+FEW_SAMPLES = 8
+
+
+def summarise(records: Iterable[Record]) -> list[Record]:
+    """Rows in the order in which their first samples came."""
+    groups: dict[tuple[Any, ...], list[Record]] = {}
+    full: dict[tuple[Any, ...], Record] = {}
+    for record in records:
+        groups.setdefault(tuple(record[key] for key in ("task", "method", "context", "kv_memory")), []).append(record)
+        if record["method"] == "full":
+            full[_place(record)] = record
+    return [_row(rows, [full[_place(each)] for each in rows if _place(each) in full]) for rows in groups.values()]
+
+
+def _place(record: Record) -> tuple[Any, ...]:
+    return record["task"], record["context"], record["index"], record["prompt_hash"]
+
+
+def _row(rows: Sequence[Record], full: Sequence[Record]) -> Record:
+    first, count = rows[0], len(rows)
+    score, full_score = _mean(rows, "score"), _mean(full, "score")
+    notes = [_few(count)] if count < FEW_SAMPLES else []
+    if full_score == 0:
+        notes.append("full attention scores 0, so there is nothing to retain")
+    row: Record = {key: first[key] for key in ("task", "method", "context", "kv_memory")}
+    row |= {
+        "kv_memory_limit_bytes": _largest(rows, "kv_memory_limit_bytes"),
+        "kv_memory_peak_bytes": _largest(rows, "kv_memory_peak_bytes"),
+        "n": count,
+        "score": score,
+        "stderr": _error([each["score"] for each in rows]),
+        "full_score": full_score,
+        "retention": score / full_score if score is not None and full_score else None,
+    }
+    if len(full) == count:
+        differences = [a["score"] - b["score"] for a, b in zip(rows, full, strict=True)]
+        row |= {"difference": statistics.fmean(differences), "difference_stderr": _error(differences)}
+    row |= {
+        "kl": _mean(rows, "kl"),
+        "kl_stderr": _error([each["kl"] for each in rows]),
+        "same": _mean(rows, "same"),
+        "nll": _mean(rows, "nll"),
+        "full_nll": _mean(full, "nll"),
+        "step_s": statistics.median(each["step_s"] for each in rows),
+        "note": "; ".join(notes),
+    }
+    return row
+
+
+def _few(count: int) -> str:
+    if count == 1:
+        return "one sample: no standard error"
+    return f"only {count} samples: the standard error is itself uncertain"
+
+
+def _mean(rows: Sequence[Record], key: str) -> float | None:
+    return statistics.fmean(each[key] for each in rows) if rows else None
+
+
+def _largest(rows: Sequence[Record], key: str) -> int | None:
+    return max((each[key] for each in rows if each[key] is not None), default=None)
+
+
+def _error(values: Sequence[float]) -> float | None:
+    """Standard error of the mean; None for a single value."""
+    return statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None

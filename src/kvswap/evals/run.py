@@ -1,0 +1,190 @@
+"""A whole evaluation: every sample of every task through all methods, into a results file that can be continued.
+
+The file is replaced in one move after each sample, so that whatever ends a run costs one sample. One thread.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import platform
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kvswap.config import Config
+from kvswap.errors import ConfigError, InputError
+from kvswap.evals.measure import FULL, Measured, Variant, measure
+from kvswap.evals.results import Record, summarise
+from kvswap.evals.samples import Sample, Source, Task
+from kvswap.jsonfile import write_json
+from kvswap.models.loading import LoadedModel
+
+FORMAT = 1
+Progress = Callable[[str, int, int], None]
+UNITS = 100  # of progress, a sample
+MACHINE_SETTINGS = ("kv_memory", "kv_dir", "backend", "read_depth")  # change no result, or are told apart in records
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What to evaluate. ``samples`` of each task and context; ``kv_memory``: limits, each for every method."""
+
+    tasks: Sequence[Task]
+    methods: Sequence[str]
+    contexts: Sequence[int]
+    kv_memory: Sequence[str]
+    samples: int
+
+    @property
+    def variants(self) -> list[Variant]:
+        """``full`` first, which all are compared with."""
+        others = [method for method in self.methods if method != FULL.method]
+        return [FULL, *(Variant(method, limit) for limit in self.kv_memory for method in others)]
+
+
+@dataclass(frozen=True, slots=True)
+class _Work:
+    sample: Sample
+    tasks: list[Task]
+    variants: list[Variant]
+
+
+def evaluate(
+    loaded: LoadedModel,
+    config: Config,
+    plan: Plan,
+    source: Source,
+    *,
+    file: Path,
+    on_progress: Progress,
+    on_notice: Callable[[str], None],
+) -> list[Record]:
+    """Evaluate what ``file`` lacks; returns the rows of everything in it.
+
+    Raises
+    ------
+    ConfigError
+        When ``file`` holds results of another model, configuration or text.
+    InputError
+        When a context is longer than the model's, or the text is too short.
+    """
+    longest = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
+    identity = _identity(loaded, config, source)
+    records = read_records(file, identity)
+    work = list(_missing(plan, source, records))
+    for each in work:
+        _check_length(each.sample, longest)
+    for number, each in enumerate(work):
+
+        def on_fraction(share: float, number: int = number) -> None:
+            on_progress("evaluate", number * UNITS + int(share * UNITS), len(work) * UNITS)
+
+        found = measure(loaded, config, each.variants, each.sample, on_fraction=on_fraction, on_notice=on_notice)
+        records += [
+            _record(task, each.sample, variant, measured) for task in each.tasks for variant, measured in found.items()
+        ]
+        _write(file, identity, records)
+    return summarise(records)
+
+
+def _missing(plan: Plan, source: Source, records: list[Record]) -> Iterator[_Work]:
+    """Samples with variants that are not in the records. Tasks that share a sample are done together."""
+    done = {(each["task"], each["method"], each["kv_memory"], each["prompt_hash"]) for each in records}
+    for context in plan.contexts:
+        made: dict[str, _Work] = {}
+        for task in plan.tasks:
+            for sample in task.make(source, context, plan.samples):
+                key = sample.prompt_hash
+                missing = [v for v in plan.variants if (task.name, v.method, v.kv_memory, key) not in done]
+                if missing:
+                    work = made.setdefault(key, _Work(sample, [], [FULL]))
+                    work.tasks.append(task)
+                    work.variants.extend(v for v in missing if v not in work.variants)
+        yield from made.values()
+
+
+def _check_length(sample: Sample, longest: int | None) -> None:
+    needed = len(sample.prompt) + max(len(sample.forced), sample.max_new_tokens)
+    if isinstance(longest, int) and needed > longest:
+        raise InputError(
+            f"context {sample.context:,}: {needed:,} tokens with what follows, the model's limit is {longest:,}",
+            hint=f"use a context of at most {longest - needed + sample.context:,}",
+        )
+
+
+def _record(task: Task, sample: Sample, variant: Variant, measured: Measured) -> Record:
+    outcome = measured.outcome
+    return {
+        "task": task.name,
+        "method": variant.method,
+        "context": sample.context,
+        "kv_memory": variant.kv_memory,
+        "index": sample.index,
+        "prompt_hash": sample.prompt_hash,
+        "prompt_tokens": len(sample.prompt),
+        **sample.labels,
+        "score": task.score(sample, outcome),
+        "answers": list(sample.answers),
+        "text": outcome.text,
+        "kl": measured.kl,
+        "same": outcome.same,
+        "nll": outcome.nll,
+        "step_s": measured.step_s,
+        "reuse_rate": measured.reuse_rate,
+        "kv_memory_limit_bytes": measured.kv_memory_limit_bytes,
+        "kv_memory_peak_bytes": measured.kv_memory_peak_bytes,
+    }
+
+
+def _identity(loaded: LoadedModel, config: Config, source: Source) -> dict[str, Any]:
+    """What must be the same for results to stand in one file."""
+    text = hashlib.sha256("\0".join(text for _, text in source.passages).encode()).hexdigest()[:16]
+    settings = {key: value for key, value in config.to_dict().items() if key not in MACHINE_SETTINGS}
+    return {
+        "model": loaded.name,
+        "dtype": str(loaded.model.dtype).removeprefix("torch."),
+        "config": settings,
+        "seed": source.seed,
+        "steps": source.steps,
+        "text_sha256": text,
+        "kvswap_version": importlib.metadata.version("kvswap"),
+    }
+
+
+def read_records(file: Path, identity: dict[str, Any]) -> list[Record]:
+    """Records of a results file, none where there is no file. Raises ConfigError for a file of something else."""
+    hint = "give another --json file, or delete this one"
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"results file {file}: {error}", hint=hint) from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise ConfigError(f"results file {file}: not a results file of this version", hint=hint)
+    other = [key for key, value in identity.items() if content["identity"].get(key) != value]
+    if other:
+        raise ConfigError(f"results file {file}: its {', '.join(other)} differ", hint=hint)
+    records: list[Record] = content["samples"]
+    return records
+
+
+def _write(file: Path, identity: dict[str, Any], records: list[Record]) -> None:
+    content = {
+        "format": FORMAT,
+        "identity": identity,
+        "machine": {
+            "system": platform.platform(),
+            "processor": platform.processor(),
+            "torch": torch.__version__,
+            "transformers": importlib.metadata.version("transformers"),
+        },
+        "results": summarise(records),
+        "samples": records,
+    }
+    write_json(file, content)
