@@ -50,8 +50,12 @@ class Plan:
 @dataclass(frozen=True, slots=True)
 class _Work:
     sample: Sample
-    tasks: list[Task]
-    variants: list[Variant]
+    tasks: list[tuple[Task, list[Variant]]]  # with the variants whose records are missing
+
+    @property
+    def variants(self) -> list[Variant]:
+        """``full`` first, whether its record is missing or not."""
+        return list(dict.fromkeys([FULL, *(variant for _, missing in self.tasks for variant in missing)]))
 
 
 def evaluate(
@@ -86,7 +90,7 @@ def evaluate(
 
         found = measure(loaded, config, each.variants, each.sample, on_fraction=on_fraction, on_notice=on_notice)
         records += [
-            _record(task, each.sample, variant, measured) for task in each.tasks for variant, measured in found.items()
+            _record(task, each.sample, variant, found[variant]) for task, missing in each.tasks for variant in missing
         ]
         _write(file, identity, records)
     return summarise(records)
@@ -102,9 +106,7 @@ def _missing(plan: Plan, source: Source, records: list[Record]) -> Iterator[_Wor
                 key = sample.prompt_hash
                 missing = [v for v in plan.variants if (task.name, v.method, v.kv_memory, key) not in done]
                 if missing:
-                    work = made.setdefault(key, _Work(sample, [], [FULL]))
-                    work.tasks.append(task)
-                    work.variants.extend(v for v in missing if v not in work.variants)
+                    made.setdefault(key, _Work(sample, [])).tasks.append((task, missing))
         yield from made.values()
 
 

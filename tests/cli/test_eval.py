@@ -1,0 +1,73 @@
+"""``kvswap eval``: a table on stdout, every sample in the results file, which is continued."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from kvswap.cli.main import run_command
+from tests.cli.test_run import changed, refused
+
+pytestmark = pytest.mark.usefixtures("cache_home")
+METHODS = "full,kvswap,window"
+
+
+@pytest.fixture
+def base(tiny, tmp_path) -> list[str]:
+    """A command that works."""
+    words = ["eval", "--model", tiny, "--methods", METHODS, "--context", "700,900", "--samples", "2", "--steps", "6"]
+    words += ["--task", "agreement,perplexity", "--kv-memory", "3MiB", "--json", tmp_path / "results.json"]
+    return [str(word) for word in [*words, "--kv-dir", tmp_path / "kv"]]
+
+
+def results(tmp_path: Path) -> dict:
+    return json.loads((tmp_path / "results.json").read_text())
+
+
+def test_table_and_results(base, tmp_path, capfd):
+    assert run_command(base) == 0
+    out, err = capfd.readouterr()
+    found = results(tmp_path)
+    rows = {(row["task"], row["method"], row["context"]): row for row in found["results"]}
+    assert len(rows) == len(found["results"]) == 2 * 3 * 2
+    assert len(out.splitlines()) == 1 + len(rows)
+    assert "evaluating: 100%" in err and err.count("only 2 samples") == 1
+    for (task, method, _), row in rows.items():
+        wanted = {"score", "full_score", "retention", "stderr", "n", "kl", "kv_memory_limit_bytes"}
+        assert wanted <= row.keys() and row["n"] == 2 and row["note"]
+        assert row["kv_memory_limit_bytes"] == (None if method == "full" else 3 << 20)
+        assert row["kl"] == pytest.approx(0, abs=1e-9) if method == "full" else row["kl"] > 0
+        if (task, method) == ("agreement", "full"):
+            assert row["score"] == row["retention"] == 1
+    for sample in found["samples"]:
+        assert len(sample["prompt_hash"]) == 16 and sample["prompt_tokens"] == sample["context"]
+        assert 0 <= sample["score"] <= 1
+    assert len({sample["prompt_hash"] for sample in found["samples"]}) == 4
+
+
+def test_goes_on_where_it_was(base, tmp_path, capfd):
+    one = changed(base, samples=1, context="700", methods="kvswap")
+    assert run_command(one) == 0
+    before = results(tmp_path)["samples"]
+    assert run_command(changed(base, samples=1, context="700")) == 0
+    after = results(tmp_path)["samples"]
+    assert after[: len(before)] == before and len(after) > len(before)
+    assert {row["method"] for row in results(tmp_path)["results"]} == set(METHODS.split(","))
+    assert all(row["n"] == 1 and row["stderr"] is None for row in results(tmp_path)["results"])
+    stamp = (tmp_path / "results.json").stat().st_mtime_ns
+    assert run_command(changed(base, samples=1, context="700")) == 0
+    assert (tmp_path / "results.json").stat().st_mtime_ns == stamp
+    assert "its seed, text_sha256 differ" in refused(capfd, changed(one, seed=3))
+
+
+def test_mistakes(base, tmp_path, capfd):
+    assert "use one of agreement, perplexity" in refused(capfd, changed(base, task="agreement,chess"))
+    assert "use one of" in refused(capfd, changed(base, methods="full,magic"))
+    assert "the model's limit is 2,048" in refused(capfd, changed(base, context="2045"))
+    assert "'many'" in refused(capfd, changed(base, context="many"))
+    assert "kv_memory" in refused(capfd, changed(base, kv_memory="many"))
+    assert "no such file" in refused(capfd, [*base, "--document", "nowhere.txt"])
+    (tmp_path / "results.json").write_text("[]")
+    assert "not a results file" in refused(capfd, base)
