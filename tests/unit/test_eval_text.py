@@ -33,5 +33,6 @@ def test_documents_come_first_and_the_seed_decides_the_rest():
 
 def test_docstrings_of_a_module_are_the_longer_ones_once_each():
     long = "word " * 50 + "end"
-    source = f'"""{long}"""\ndef f():\n    """Short."""\nclass C:\n    """{long}"""\n    def m(self):\n        """{long} m"""\n'
+    source = f'"""{long}"""\ndef f():\n    """Short."""\n'
+    source += f'class C:\n    """{long}"""\n    def m(self):\n        """{long} m"""\n'
     assert module_docstrings(source) == [long, f"{long} m"]
