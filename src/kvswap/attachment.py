@@ -187,9 +187,8 @@ def _open(
     on_progress: Progress | None,
     notice: Callable[[str], None],
 ) -> KVSwapCache | FullCache:
-    if method == "full":
-        parts, implementation = attachment.parts, attachment.implementation
-        return FullCache(parts, implementation, chunk_tokens=config.chunk_tokens, on_progress=on_progress)
+    if method in registry.MEMORY:
+        return registry.opener(method)(attachment.parts, attachment.implementation, config, on_progress)
     return _open_cache(attachment, method, config, tokenizer, on_progress, notice)
 
 
@@ -213,6 +212,7 @@ def _open_cache(
             kv_heads=parts.kv_heads,
             head_dim=parts.head_dim,
             device=parts.device,
+            turn=partial(_turn, parts),
             statistics=_statistics(attachment, config, tokenizer, on_progress, notice) if method.calibrated else None,
         )
         makers = method.makers(facts, config)
@@ -250,6 +250,19 @@ def _statistics(
         chunk_tokens=config.chunk_tokens,
         on_progress=on_progress,
     )
+
+
+@torch.no_grad()
+def _turn(parts: ModelParts, keys: torch.Tensor, positions: torch.Tensor, inverse: bool) -> torch.Tensor:
+    """RoPE of the first offloaded layer, put on or taken off keys ``[H_kv, n, d]`` at ``positions`` ``[n]``."""
+    part = parts.offloaded[0]
+    cos, sin = parts.rotary(keys, positions[None], part.layer_type)
+    if inverse:
+        scale = cos.square() + sin.square()  # some kinds of RoPE also scale
+        cos, sin = cos / scale, -sin / scale
+    assert part.rope is not None
+    turned: torch.Tensor = part.rope(keys[None], keys[None], cos, sin)[1][0]
+    return turned
 
 
 @torch.no_grad()

@@ -27,7 +27,7 @@ from kvswap.method import Method, SketchMaker
 from kvswap.models.adapter import LayerParts, ModelParts
 from kvswap.models.masks import DeferredMask
 from kvswap.plan.budget import PrefillNeeds
-from kvswap.prefill import Prefill
+from kvswap.prefill import Prefill, attend_stored
 from kvswap.state import BatchState, Shape, open_state
 from kvswap.trace import CacheStats
 from kvswap.units import format_bytes
@@ -175,6 +175,10 @@ class KVSwapCache(LayerMajorCache):
         """Prefill: exact over the prompt (and the stored context). Decode: exact over what was selected."""
         assert self._decode is not None and part.order is not None
         if self._prefill is None:
+            if self.method.streams:
+                return self._stream(part.order, query)
+            if not self._decode.started(part.order):
+                self._decode.prefetch(part.order, query[:, :, 0])
             keys, values, mask = self._decode.attend(part.order)
         elif self._prefill.appending:
             if special(kwargs):
@@ -243,8 +247,12 @@ class KVSwapCache(LayerMajorCache):
         if target.order is None:
             return
         assert self._decode is not None
+        if self.method.streams:
+            return
         query = None
         if not self._decode.selects_all(target.order) and self.method.query != "none":
+            if self.method.query == "true":
+                return  # ``attention`` does it
             self.trace.lap()
             cos, sin = kwargs["position_embeddings"]
             if target.layer_type != layer_type:  # RoPE differs by layer type (Gemma 3)
@@ -255,6 +263,16 @@ class KVSwapCache(LayerMajorCache):
             query = target.predict_query(hidden, cos, sin, source and source.input_layernorm)
             self.trace.lap("predict_s")
         self._decode.prefetch(target.order, query)
+
+    def _stream(self, order: int, query: torch.Tensor) -> torch.Tensor:
+        """Attention of a decode step to all that is stored: ``[B, H_q, 1, d]`` to ``[B, 1, H_q, d]``."""
+        state = self._state
+        assert state is not None
+        rows = [
+            attend_stored(state, order, sequence, query[sequence], int(state.tokens[sequence]) + 1).result()
+            for sequence in range(state.batch)
+        ]
+        return torch.stack(rows).to(query.dtype)
 
     def _rope_of(
         self, layer_type: str, hidden: torch.Tensor, position_ids: torch.Tensor

@@ -23,15 +23,30 @@ from kvswap.sketch.basis import KeyCovariance, load_bases, save_bases
 
 CALIBRATION_TOKENS = 16_384
 SEQUENCE_TOKENS = 8_192
-VERSION = "1"
+VERSION = "2"
 
 
 class CalibrationCache(LayerMajorCache):
-    """Takes the keys of every offloaded layer into its covariance and forgets them."""
+    """Takes the keys and queries of every offloaded layer into its moments and forgets them."""
 
     def __init__(self, parts: ModelParts, implementation: str, covariances: list[KeyCovariance], **kwargs: Any) -> None:
         super().__init__(parts, implementation, stock_layers(parts), **kwargs)
         self._covariances = covariances
+
+    def attention(
+        self,
+        part: LayerParts,
+        stock: Callable[..., Any],
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        mask: Any,
+        kwargs: dict[str, Any],
+    ) -> torch.Tensor:
+        """Count the layer's queries on the way."""
+        if part.order is not None:
+            self._covariances[part.order].add_queries(query[0])
+        return super().attention(part, stock, query, keys, values, mask, kwargs)
 
     def leave(self, part: LayerParts) -> None:
         """Count the layer's keys, then drop them."""
@@ -56,7 +71,7 @@ def calibrate(
     ``run(ids, cache)`` takes token ids ``[1, T]`` through the attached model.
     """
     identity = {"model": fingerprint(parts), "version": VERSION, "tokens": str(CALIBRATION_TOKENS)}
-    path = folder / f"{identity['model'][:24]}.safetensors"
+    path = folder / f"{identity['model'][:24]}-{VERSION}.safetensors"
     found = load_bases(path, identity)
     if isinstance(found, dict):
         return [found[part.index] for part in parts.offloaded]

@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from kvswap.plan.extents import plan_reads
+from kvswap.predict.heads import groups_of_heads
 from kvswap.predict.mass import top_groups
 from kvswap.state import BatchState
 
@@ -41,7 +42,10 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Fetch:
-    """Groups of one layer on their way: ``slots[b]`` in order of position, ``valid`` where there is one."""
+    """Groups of one layer on their way: ``slots[b]`` in order of position, ``valid`` where there is one.
+
+    ``chosen`` ``[B, n]`` are their numbers; ``votes`` ``[B, H_kv, n]`` tells which heads attend to which, None: all.
+    """
 
     ticket: int
     half: int
@@ -51,6 +55,8 @@ class Fetch:
     sequences: Int
     groups: Int
     staged: Int
+    chosen: Int
+    votes: NDArray[np.bool_] | None
 
 
 class Decode:
@@ -64,7 +70,11 @@ class Decode:
         ]
         self._fetches: dict[int, Fetch] = {}
         self._half = 0
-        self._gap_groups = GAP_BYTES // state.layout.slot_bytes
+        self._gap_groups, self._skip_bytes = GAP_BYTES // state.layout.slot_bytes, 0
+        if state.method.rebuilds_keys:  # V alone is read, group by group, from the last aligned place before it
+            alignment_bytes = state.layout.alignment_bytes
+            self._gap_groups = -1
+            self._skip_bytes = state.layout.geometry.group_bytes // 2 // alignment_bytes * alignment_bytes
         self.step: Step | None = None
 
     def begin_step(self) -> None:
@@ -103,12 +113,12 @@ class Decode:
     def prefetch(self, layer: int, query: torch.Tensor | None) -> None:
         """Choose the groups of ``layer`` and start reading those that are not in memory.
 
-        ``query`` is the predicted query ``[B, H_q, d]``; it may be None when ``selects_all``.
+        ``query`` ``[B, H_q, d]`` is predicted, or the true one; it may be None when ``selects_all``.
         """
         state, step = self.state, self.step
         assert step is not None
         state.trace.lap()
-        groups, valid = self._choose(layer, query, step)
+        groups, valid, votes = self._choose(layer, query, step)
         state.trace.lap("predict_s")
         sequences = np.broadcast_to(np.arange(state.batch)[:, None], groups.shape)[valid]
         wanted = groups[valid]
@@ -119,17 +129,23 @@ class Decode:
         half, self._half = self._half, 1 - self._half
         addresses = state.pool.landing_address(half) + plan.landing * state.layout.slot_bytes
         state.trace.lap("slots_s")
-        ticket = state.store.submit(plan.files, plan.first, plan.count, addresses)
+        ticket = state.store.submit(plan.files, plan.first, plan.count, addresses, self._skip_bytes)
         state.trace.lap("submit_s")
         staged = state.pool.landing_slot(half) + plan.place
         found[missing] = staged
         slots = np.zeros(groups.shape, np.int64)
         slots[valid] = found
         landed = int(plan.count.sum())
-        self._fetches[layer] = Fetch(ticket, half, landed, slots, valid, sequences[missing], wanted[missing], staged)
+        read = sequences[missing], wanted[missing], staged
+        chosen = np.where(valid, groups, 0) if state.method.rebuilds_keys else groups
+        self._fetches[layer] = Fetch(ticket, half, landed, slots, valid, *read, chosen, votes)
         state.trace.selected_groups += len(wanted)
         state.trace.reused_groups += len(wanted) - len(staged)
         state.trace.lap("slots_s")
+
+    def started(self, layer: int) -> bool:
+        """Whether ``prefetch`` of this layer was called in this step."""
+        return layer in self._fetches
 
     def put(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Take the newest token's K, V ``[B, H_kv, 1, d]`` into the rolling tail."""
@@ -147,7 +163,7 @@ class Decode:
     def attend(self, layer: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Wait for the reads of ``layer``; returns K, V ``[B, H_kv, S, d]`` in order of position, and a mask.
 
-        The mask is boolean ``[B, 1, 1, S]``, or None where all sequences attend to all of it.
+        The mask is boolean ``[B, 1 or H_q, 1, S]``, or None where all heads of all sequences attend to all of it.
         """
         state, step = self.state, self.step
         assert step is not None
@@ -162,17 +178,23 @@ class Decode:
             slots, valid = slots[valid][None], valid[valid][None]
         slots = np.where(valid, slots, base)
         kv = state.pool.gather(layer, torch.from_numpy(slots), state.shape.dtype)
-        mask = self._mask(valid, step)
+        if state.method.rebuilds_keys and fetch.chosen.size:
+            keys = state.sketches[layer].keys(torch.from_numpy(fetch.chosen))  # type: ignore[attr-defined]
+            start = int(step.sinks_valid[0].sum()) * state.window.group_tokens
+            kv[0, :, :, start : start + keys.shape[2]] = keys
+        mask = self._mask(valid, step, fetch.votes)
         if mask is None:
             kv = kv[:, :, :, : kv.shape[3] - state.window.group_tokens + int(step.offset[0]) + 1]
         state.pool.admit(layer, fetch.sequences, fetch.groups, fetch.staged)
         state.trace.lap("slots_s")
         return kv[0], kv[1], mask
 
-    def _choose(self, layer: int, query: torch.Tensor | None, step: Step) -> tuple[Int, NDArray[np.bool_]]:
-        """Groups to attend to, ``[B, n]`` ascending, and which entries are real."""
+    def _choose(
+        self, layer: int, query: torch.Tensor | None, step: Step
+    ) -> tuple[Int, NDArray[np.bool_], NDArray[np.bool_] | None]:
+        """Groups to attend to, ``[B, n]`` ascending, which entries are real, and which heads want them."""
         state, first = self.state, self.state.window.sink_groups
-        ends = np.array(step.ends)[:, None]
+        ends, votes = np.array(step.ends)[:, None], None
         if self.selects_all(layer):
             groups = np.broadcast_to(np.arange(first, int(ends.max())), (state.batch, int(ends.max()) - first))
         elif state.select_groups[layer] == 0:
@@ -180,16 +202,27 @@ class Decode:
         else:
             assert query is not None
             scores = state.method.score(state.sketches[layer], query, state.shape.scaling, state.window.group_tokens)
-            groups = top_groups(scores, first, step.ends, state.select_groups[layer]).cpu().numpy()
-        return groups, groups < ends
+            if state.method.per_head:
+                groups, votes = groups_of_heads(scores, first, step.ends, state.select_groups[layer])
+            else:
+                groups = top_groups(scores, first, step.ends, state.select_groups[layer]).cpu().numpy()
+        return groups, groups < ends, votes
 
-    def _mask(self, valid: NDArray[np.bool_], step: Step) -> torch.Tensor | None:
-        group_tokens = self.state.window.group_tokens
+    def _mask(self, valid: NDArray[np.bool_], step: Step, votes: NDArray[np.bool_] | None) -> torch.Tensor | None:
+        state, group_tokens = self.state, self.state.window.group_tokens
+        if votes is not None:
+            heads = np.repeat(valid[:, None], votes.shape[1], axis=1)
+            start = int(step.sinks_valid[0].sum())
+            heads[:, :, start : start + votes.shape[2]] &= votes
+            tokens = np.repeat(heads, group_tokens, axis=2)
+            tokens[:, :, -group_tokens:] &= np.arange(group_tokens) <= step.offset[:, None, None]
+            by_query = np.repeat(tokens, state.shape.query_heads // votes.shape[1], axis=1)
+            return torch.from_numpy(by_query)[:, :, None].to(state.shape.device)
         if valid.all() and (step.offset == step.offset[0]).all():
             return None
         tokens = np.repeat(valid, group_tokens, axis=1)
         tokens[:, -group_tokens:] &= np.arange(group_tokens) <= step.offset[:, None]
-        return torch.from_numpy(tokens)[:, None, None].to(self.state.shape.device)
+        return torch.from_numpy(tokens)[:, None, None].to(state.shape.device)
 
     def _flush(self, layer: int, step: Step) -> None:
         """Write and sketch the whole groups that wait in the ring, some at a time; layers take turns."""

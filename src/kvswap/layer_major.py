@@ -177,12 +177,7 @@ def stock_layers(parts: ModelParts) -> list[Any]:
 
 
 class FullCache(LayerMajorCache):
-    """Everything in memory, with the same chunked prefill: what kvswap is compared with."""
-
-    def __init__(
-        self, parts: ModelParts, implementation: str, *, chunk_tokens: int, on_progress: Progress | None
-    ) -> None:
-        super().__init__(parts, implementation, stock_layers(parts), chunk_tokens=chunk_tokens, on_progress=on_progress)
+    """Everything in memory, or where its ``layers`` keep it, with the same chunked prefill; for comparison."""
 
     def adopt(self, source: FullCache) -> None:
         """Take over what ``source`` holds. The tensors are shared: they are replaced, never written to."""

@@ -19,8 +19,9 @@ from kvswap.config import Config
 from kvswap.sketch.basis import KeyCovariance
 from kvswap.window import Window
 
-Query = Literal["own_norm", "previous_norm", "none"]
+Query = Literal["own_norm", "previous_norm", "true", "none"]
 Reuse = Literal["worth", "previous", "none"]
+Turn = Callable[[torch.Tensor, torch.Tensor, bool], torch.Tensor]
 
 
 class Sketch(Protocol):
@@ -42,7 +43,8 @@ class SketchMaker:
     """Makes the sketch of one layer, and says beforehand what it costs.
 
     ``token_bytes``: of one token of one sequence. ``scratch_token_bytes``: what scoring one token takes in passing.
-    ``basis_bytes``: what does not grow. ``make(batch, capacity_tokens)`` gives an empty sketch.
+    ``basis_bytes``: what does not grow; ``sequence_bytes``: of that, what every sequence has for itself.
+    ``make(batch, capacity_tokens)`` gives an empty sketch.
     """
 
     label: str
@@ -50,13 +52,15 @@ class SketchMaker:
     scratch_token_bytes: int
     basis_bytes: int
     make: Callable[[int, int], Sketch]
+    sequence_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KeyFacts:
     """What a method can know when it makes its sketches.
 
-    ``statistics``: one covariance an offloaded layer, or None where nothing could be calibrated.
+    ``statistics``: one covariance an offloaded layer, or None where nothing could be calibrated. ``turn(keys,
+    positions, inverse)`` applies the model's RoPE to keys ``[H_kv, n, d]``, or takes it off.
     """
 
     layers: int
@@ -65,6 +69,7 @@ class KeyFacts:
     head_dim: int
     device: torch.device
     statistics: list[KeyCovariance] | None
+    turn: Turn
 
     @property
     def elements(self) -> int:
@@ -89,12 +94,18 @@ class Method:
         ``makers(facts, config)``: one ``SketchMaker`` an offloaded layer.
     score
         ``score(sketch, query, scaling, group_tokens)``: query ``[B, H_q, d]`` to a score of every group ``[B, N]``
-        float32, -inf where nothing is to be selected.
+        float32; with ``per_head`` one for every KV head, ``[B, H_kv, N]``.
     query
-        Where the query comes from, one layer ahead: the hidden state under the layer's own input norm, or under the
-        norm of the layer before; or that no query is needed.
+        Where the query comes from. One layer ahead: the hidden state under the layer's own input norm, or under the
+        norm of the layer before. In the layer itself, so that no read is hidden: its true query. Or none is needed.
     reuse
         ``worth``: slots pooled over layers, recency and score decide. ``previous``: what the step before selected.
+    per_head
+        Whether every KV head selects for itself and attends to nothing else.
+    streams
+        Whether all of a layer is read at each step, in large pieces, instead of selected groups.
+    rebuilds_keys
+        Whether V alone is read and the sketch gives K: ``sketch.keys(groups)``, ``[B, n]`` to ``[B, H_kv, n * G, d]``.
     calibrated
         Whether ``facts.statistics`` are wanted.
     configure
@@ -109,6 +120,9 @@ class Method:
     score: Callable[..., torch.Tensor]
     query: Query
     reuse: Reuse
+    per_head: bool = False
+    streams: bool = False
+    rebuilds_keys: bool = False
     calibrated: bool = True
     configure: Callable[[Config], Config] = lambda config: config
     window: Callable[[Config], Window] = window_of

@@ -18,9 +18,9 @@ from kvswap.attend.dense import chunk_attention
 from kvswap.attend.merge import TiledAttention
 from kvswap.errors import StorageError
 from kvswap.state import BatchState
+from kvswap.store.layout import TILE_TOKENS, tile_groups
 from kvswap.terms import ceil_div
 
-TILE_TOKENS = 1024
 SKETCH_TILE_TOKENS = 8192
 FLOAT16_SAFE = 30_000.0  # half of what float16 holds: decode may bring larger values than the prompt did
 
@@ -113,20 +113,7 @@ class Prefill:
         self.state.tokens += self.new_tokens
 
     def _attend_stored(self, layer: int, sequence: int, query: torch.Tensor) -> torch.Tensor:
-        state, group_tokens = self.state, self.state.window.group_tokens
-        attention = TiledAttention(query, state.shape.kv_heads, state.shape.scaling)
-        flushed = int(state.flushed[layer, sequence])
-        tile = max(1, TILE_TOKENS // group_tokens)
-        reader = state.store.read_tiles(layer, sequence, flushed, tile, state.pool.dtypes[layer])
-        try:
-            for keys, values in reader:
-                attention.add(keys, values)
-        finally:
-            reader.close()
-        waiting = int(state.tokens[sequence]) - flushed * group_tokens
-        if waiting > 0:
-            head = state.pool.read_home(layer, sequence, flushed, ceil_div(waiting, group_tokens))[:, :, :waiting]
-            attention.add(head[0], head[1])
+        attention = attend_stored(self.state, layer, sequence, query, int(self.state.tokens[sequence]))
         stop = self._filled
         positions = torch.arange(stop, device=query.device)
         causal = positions[None, :] <= positions[stop - query.shape[1] :, None]
@@ -149,3 +136,21 @@ class Prefill:
                 hint='use store_dtype="bfloat16" or "auto"',
             )
         return torch.bfloat16
+
+
+def attend_stored(state: BatchState, layer: int, sequence: int, query: torch.Tensor, tokens: int) -> TiledAttention:
+    """Attend with ``query`` ``[H_q, q, d]`` to the first ``tokens`` stored tokens, streamed from disk in order."""
+    group_tokens = state.window.group_tokens
+    attention = TiledAttention(query, state.shape.kv_heads, state.shape.scaling)
+    flushed = int(state.flushed[layer, sequence])
+    reader = state.store.read_tiles(layer, sequence, flushed, tile_groups(group_tokens), state.pool.dtypes[layer])
+    try:
+        for keys, values in reader:
+            attention.add(keys, values)
+    finally:
+        reader.close()
+    waiting = tokens - flushed * group_tokens
+    if waiting > 0:
+        head = state.pool.read_home(layer, sequence, flushed, ceil_div(waiting, group_tokens))[:, :, :waiting]
+        attention.add(head[0], head[1])
+    return attention

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from kvswap.plan.budget import OWNER_BYTES, WRITE_QUEUE_BYTES, MemoryNeeds, capa
 from kvswap.stage.previous import PreviousSlots
 from kvswap.stage.slots import SlotPool
 from kvswap.store.groups import GroupStore
-from kvswap.store.layout import GroupLayout
+from kvswap.store.layout import GroupLayout, tile_groups
 from kvswap.terms import KVGeometry, ceil_div
 from kvswap.trace import Trace
 from kvswap.units import KIB, format_bytes, format_parts, parse_bytes
@@ -199,13 +199,14 @@ def _needs(
         layers=shape.layers,
         batch=batch,
         scoring_token_bytes=makers[0].scratch_token_bytes,
-        window=method.window(config),
+        window=replace(method.window(config), votes=shape.kv_heads if method.per_head else 1),
         slot_bytes=layout.slot_bytes,
         token_bytes=geometry.token_bytes,
         compute_itemsize_bytes=shape.dtype.itemsize,
         store_itemsize_bytes=itemsize,
         sketch_token_bytes=makers[0].token_bytes,
-        basis_bytes=sum(maker.basis_bytes for maker in makers),
+        basis_bytes=sum(maker.basis_bytes + batch * maker.sequence_bytes for maker in makers),
+        stream_bytes=2 * tile_groups(config.group_tokens) * layout.slot_bytes if method.streams else 0,
     )
     return needs, layout
 
@@ -221,7 +222,7 @@ def _reuse_slots(method: Method, needs: MemoryNeeds, capacity_tokens: int, free_
     if method.reuse == "none":
         return 0
     slots = needs.reuse_slots(capacity_tokens, free_bytes)
-    return min(slots, needs.sequences * needs.window.select_groups) if method.reuse == "previous" else slots
+    return min(slots, needs.sequences * needs.window.fetch_groups) if method.reuse == "previous" else slots
 
 
 def _limit_bytes(config: Config, needs: MemoryNeeds, tokens: int) -> int:

@@ -23,6 +23,13 @@ class Window:
     sink_groups: int
     recent_groups: int
     select_groups: int
+    votes: int = 1
+    """Parties that select ``select_groups`` each: KV heads, where each selects for itself."""
+
+    @property
+    def fetch_groups(self) -> int:
+        """Most groups that are selected, by all parties together."""
+        return self.select_groups * self.votes
 
     @property
     def ring_groups(self) -> int:
@@ -42,7 +49,7 @@ class Window:
     @property
     def attended_groups(self) -> int:
         """Most groups that one sequence attends to in a step."""
-        return self.pinned_groups + self.select_groups
+        return self.pinned_groups + self.fetch_groups
 
     def home(self, groups: Int) -> Int:
         """Pinned place of each group, counted from the first place of its sequence and layer."""

@@ -11,7 +11,7 @@ from kvswap.baselines import registry
 from kvswap.config import Config
 from kvswap.errors import ConfigError, UnsupportedError
 from kvswap.prefill import Prefill
-from tests.tiny.families import FAMILIES, forced_logits, full_cache, tiny_model, tokens
+from tests.tiny.families import forced_logits, full_cache, tiny_model, tokens
 from tests.tiny.folders import save_tiny
 
 STEPS = 40
@@ -29,15 +29,17 @@ def _cache_home(tmp_path_factory, monkeypatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["llama", "gemma3"])  # no RoPE of layer types of its own, and one
 @pytest.mark.parametrize("name", registry.NAMES)
 def test_attending_to_everything_equals_full_attention(name, family, select_all):
     model = tiny_model(family)
     ids, forced = tokens(2, 330), tokens(2, STEPS, seed=1)
     reference = forced_logits(model, ids, forced, full_cache(model))
-    with attach(model, select_all, tokenizer=Letters(), method=name) as cache:
+    exact = name != "shadowkv"  # its keys are rounded to 16 bits even at full rank
+    config = select_all if exact else select_all.replace(sketch_rank=32)
+    with attach(model, config, tokenizer=Letters(), method=name) as cache:
         result = forced_logits(model, ids, forced, cache)
-    torch.testing.assert_close(result, reference, rtol=0, atol=1e-5)
+    torch.testing.assert_close(result, reference, rtol=0, atol=1e-5 if exact else 3e-3)
 
 
 @pytest.mark.parametrize("name", registry.DISK)
@@ -54,6 +56,7 @@ def test_selection_does_not_depend_on_memory(name, tmp_path):
             rates.append(stats.reuse_rate)
     assert torch.equal(*results)
     assert (rates[1] > 0) == (registry.find(name).reuse != "none")
+    assert rates[0] <= rates[1]
 
 
 @pytest.mark.parametrize("name", registry.DISK)
@@ -82,9 +85,9 @@ def chosen(cache, monkeypatch):
     choose = decode._choose
 
     def watch(layer, query, step):
-        groups, valid = choose(layer, query, step)
+        groups, valid, votes = choose(layer, query, step)
         seen.append((layer, query, groups[0][valid[0]].tolist(), step.ends[0]))
-        return groups, valid
+        return groups, valid, votes
 
     monkeypatch.setattr(decode, "_choose", watch)
     return seen
@@ -126,6 +129,71 @@ def test_published_scheme(tmp_path, monkeypatch):
         wanted = sorted(best.topk(len(groups)).indices.tolist())
         assert end == 124 and len(groups) == 14
         assert len(set(groups) & set(wanted)) >= 13  # float16 rows may swap two at the edge
+
+
+@pytest.mark.parametrize("name", [name for name in registry.DISK if name not in ("reload", "window")])
+def test_attention_gets_the_chosen_tokens_and_no_others(name, tmp_path, monkeypatch):
+    """K, V and mask of a step of two unequal sequences, held against the prompt's own K, V."""
+    model = tiny_model("llama")
+    lengths = (500, 310)
+    ids = tokens(2, 500)
+    mask = torch.tensor([[0] * (500 - n) + [1] * n for n in lengths])
+    rank = 32 if name == "shadowkv" else None
+    config = Config(
+        kv_dir=str(tmp_path), select_tokens=80, recent_tokens=8, sink_tokens=4, store_dtype="float32", sketch_rank=rank
+    )
+    prompt, finish = {}, Prefill.finish
+
+    def watch(self, layer):
+        prompt[layer] = self._kv.clone()
+        finish(self, layer)
+
+    monkeypatch.setattr(Prefill, "finish", watch)
+    with attach(model, config, tokenizer=Letters(), method=name) as cache:
+        forced_logits(model, ids * mask, ids[:, :0], cache, mask)
+        monkeypatch.setattr(Prefill, "finish", finish)
+        decode, window, given_to = cache._decode, cache._state.window, {}
+        choose, attend = decode._choose, decode.attend
+        picks = {}
+        monkeypatch.setattr(decode, "_choose", lambda *args: picks.setdefault(args[0], choose(*args)))
+        monkeypatch.setattr(decode, "attend", lambda layer: given_to.setdefault(layer, attend(layer)))
+        longer = torch.cat((mask, torch.ones_like(mask[:, :1])), 1)
+        forced_logits(model, ids[:, :1], ids[:, :0], cache, longer)
+    for layer, (keys, values, allowed) in given_to.items():
+        groups, valid, votes = picks[layer]
+        for b, length in enumerate(lengths):
+            end = max(window.sink_groups, length // window.group_tokens - window.recent_groups)
+            picked = groups[b][valid[b]]
+            assert len(picked) >= window.select_groups and (np.diff(picked) > 0).all()
+            assert picked.min() >= window.sink_groups and picked.max() < end
+            if votes is not None:
+                assert (votes[b].sum(1) == window.select_groups).all()
+            for head in range(4):
+                own = picked if votes is None else picked[votes[b, head // 2][valid[b]]]
+                wanted = np.concatenate(
+                    (np.arange(window.sink_groups), own, np.arange(end, length // window.group_tokens + 1))
+                )
+                positions = (wanted[:, None] * window.group_tokens + np.arange(window.group_tokens)).ravel()
+                positions = positions[positions < length]
+                seen = allowed[b, head % allowed.shape[1], 0]
+                pad = 500 - length
+                for got, part in ((keys, 0), (values, 1)):
+                    expected = prompt[layer][part, b, head // 2, pad + positions]
+                    near = 0 if part or rank is None else 3e-2
+                    torch.testing.assert_close(got[b, head // 2, seen][:-1], expected, rtol=0, atol=near)
+
+
+def test_keys_are_not_read_where_they_are_rebuilt(tmp_path):
+    model = tiny_model("llama")
+    sizes = {}
+    for name, changes in (("shadowkv", {}), ("quest", {})):
+        config = Config(kv_dir=str(tmp_path), select_tokens=96, recent_tokens=8, backend="memory", **changes)
+        with attach(model, config, method=name) as cache:
+            forced_logits(model, tokens(1, 900), tokens(1, 1), cache)
+            stats, layout = cache.stats, cache._state.layout
+            sizes[name] = stats.disk_read_bytes / layout.slot_bytes / (stats.selected_groups * (1 - stats.reuse_rate))
+    assert sizes["shadowkv"] == pytest.approx(0.5)
+    assert sizes["quest"] >= 1
 
 
 def test_published_scheme_needs_a_calibration():

@@ -45,7 +45,7 @@ EVERYWHERE = ("device.cost",)
 
 PURE = ("plan", "store.layout", "device.cost", "terms", "units", "window")
 IMPURE_LIBRARIES = ("torch", "os")
-TRANSFORMERS_USERS = ("models", "layer_major", "cache", "calibrate", "attachment", "engine")
+TRANSFORMERS_USERS = ("models", "layer_major", "cache", "calibrate", "attachment", "engine", "baselines.mmap")
 QUICK_TO_LOAD = ("__init__", "cli", "device.machine", "device.disk_test", "disk", "config")
 SLOW_LIBRARIES = {"torch", "transformers"}
 

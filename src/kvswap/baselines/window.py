@@ -6,6 +6,7 @@ attends to all of it, and is never selected.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from kvswap.config import Config
-from kvswap.method import KeyFacts, Method, SketchMaker
+from kvswap.method import KeyFacts, Method, SketchMaker, window_of
 from kvswap.window import Window
 
 
@@ -23,7 +24,7 @@ def method() -> Method:
         name="window",
         paper="arXiv 2309.17453",
         makers=makers,
-        score=_never,
+        score=never,
         query="none",
         reuse="none",
         calibrated=False,
@@ -58,10 +59,16 @@ def without_sinks(config: Config, **changes: Any) -> Config:
     return config.replace(sink_tokens=0, recent_tokens=0, **changes)
 
 
+def window_without_selection(config: Config) -> Window:
+    """Sinks and recent window as configured, and no group beside them."""
+    return replace(window_of(config), select_groups=0)
+
+
 def _window(config: Config) -> Window:
     groups = config.select_tokens // config.group_tokens
     return Window(config.group_tokens, config.sink_groups, max(1, groups - config.sink_groups), 0)
 
 
-def _never(*_: Any) -> torch.Tensor:
+def never(*_: Any) -> torch.Tensor:
+    """For methods that select nothing."""
     raise AssertionError("nothing is selected from, so nothing is scored")

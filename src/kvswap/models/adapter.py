@@ -101,6 +101,16 @@ class ModelParts:
         cos, sin = rotary(hidden, position_ids, layer_type)
         return cos, sin
 
+    def rotary(
+        self, like: torch.Tensor, position_ids: torch.Tensor, layer_type: str
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin ``[1, n, d]`` in the dtype of ``like``, in any family."""
+        rotary: Any = self.decoder.rotary_emb
+        if "layer_type" in signatures.signature(rotary.forward).parameters:
+            return self.position_embeddings(like, position_ids, layer_type)
+        cos, sin = rotary(like, position_ids)
+        return cos, sin
+
 
 def cache_keyword(model: PreTrainedModel) -> str:
     """The keyword by which transformers takes a cache: ``cache`` since 5.24, ``past_key_values`` before."""

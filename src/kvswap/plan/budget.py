@@ -21,7 +21,7 @@ class MemoryNeeds:
     """All that decides how much memory a request takes.
 
     ``sketch_token_bytes``: sketch of one token in one layer, scales included. ``scoring_token_bytes``: what scoring it
-    takes in passing. ``basis_bytes``: all layers together.
+    takes in passing. ``basis_bytes``: all layers together. ``stream_bytes``: where whole layers pass through.
     """
 
     layers: int
@@ -34,6 +34,7 @@ class MemoryNeeds:
     store_itemsize_bytes: int
     sketch_token_bytes: int
     basis_bytes: int
+    stream_bytes: int = 0
 
     @property
     def sequences(self) -> int:
@@ -43,7 +44,7 @@ class MemoryNeeds:
     @property
     def staging_groups(self) -> int:
         """Groups that can land for one layer."""
-        return self.batch * max(1, int(self.window.select_groups * STAGING_SLACK))
+        return self.batch * max(1, int(self.window.fetch_groups * STAGING_SLACK))
 
     def parts(self, capacity_tokens: int) -> dict[str, int]:
         """Bytes of every part but the slots when the context may grow to ``capacity_tokens``."""
@@ -60,7 +61,7 @@ class MemoryNeeds:
             "tables": self.sequences * groups * 4,
             "tails": self.sequences * window.pinned_groups * self.slot_bytes,
             "staging": 2 * self.staging_groups * self.slot_bytes,
-            "scratch": gathered + scoring,
+            "scratch": gathered + scoring + self.stream_bytes,
             "write_queue": WRITE_QUEUE_BYTES,
         }
 

@@ -29,15 +29,27 @@ class Basis:
 
 
 class KeyCovariance:
-    """Uncentred second moments of one layer's keys: D x D, float64."""
+    """Uncentred second moments of one layer's keys, and of the queries that each KV head gets.
+
+    ``matrix`` is ``[D, D]``, summed; ``queries`` ``[H_kv, d, d]``, summed over ``query_count`` queries a KV head; both
+    float64.
+    """
 
     def __init__(self, kv_heads: int, head_dim: int) -> None:
         self.matrix = torch.zeros(kv_heads * head_dim, kv_heads * head_dim, dtype=torch.float64)
+        self.queries = torch.zeros(kv_heads, head_dim, head_dim, dtype=torch.float64)
+        self.query_count = 0
 
     def add(self, keys: torch.Tensor) -> None:
         """Count keys ``[n, H_kv, d]`` of any float dtype."""
         rows = keys.reshape(keys.shape[0], -1).float().cpu()
         self.matrix += (rows.T @ rows).double()
+
+    def add_queries(self, queries: torch.Tensor) -> None:
+        """Count queries ``[H_q, n, d]`` of any float dtype."""
+        rows = queries.float().cpu().reshape(self.queries.shape[0], -1, queries.shape[-1])
+        self.queries += (rows.transpose(1, 2) @ rows).double()
+        self.query_count += rows.shape[1]
 
     def leading(self, rank: int) -> torch.Tensor:
         """The ``rank`` directions of most variance, ``[D, rank]`` float32, most first."""
@@ -76,8 +88,19 @@ def save_bases(path: Path, statistics: dict[int, KeyCovariance], identity: dict[
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(f".{os.getpid()}.partial")  # two processes may calibrate at once
     tensors = {str(index): covariance.matrix.float() for index, covariance in statistics.items()}
+    for index, covariance in statistics.items():
+        tensors[f"q{index}"] = (covariance.queries / max(1, covariance.query_count)).float()
     save_file(tensors, partial, metadata={"kvswap": json.dumps(identity)})
     partial.replace(path)
+
+
+def _sound(matrix: torch.Tensor, queries: torch.Tensor) -> bool:
+    """Whether two tensors from a file can be the moments of one layer."""
+    if matrix.ndim != 2 or queries.ndim != 3 or queries.shape[1] != queries.shape[2]:
+        return False
+    if tuple(matrix.shape) != (queries.shape[0] * queries.shape[1],) * 2:
+        return False
+    return bool(matrix.isfinite().all()) and bool(queries.isfinite().all())
 
 
 def load_bases(path: Path, identity: dict[str, str]) -> dict[int, KeyCovariance] | str:
@@ -90,11 +113,13 @@ def load_bases(path: Path, identity: dict[str, str]) -> dict[int, KeyCovariance]
                 return "calibration of another model or version"
             found = {}
             for name in file.keys():  # noqa: SIM118 - not a dict
-                matrix = file.get_tensor(name)
-                if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1] or not bool(matrix.isfinite().all()):
+                if name.startswith("q"):
+                    continue
+                matrix, queries = file.get_tensor(name), file.get_tensor(f"q{name}")
+                if not _sound(matrix, queries):
                     return f"calibration of layer {name} is damaged"
-                found[int(name)] = KeyCovariance(1, matrix.shape[0])
-                found[int(name)].matrix = matrix.double()
+                covariance = found[int(name)] = KeyCovariance(*queries.shape[:2])
+                covariance.matrix, covariance.queries, covariance.query_count = matrix.double(), queries.double(), 1
             return found
     except (SafetensorError, OSError, ValueError) as error:
         return f"calibration file is damaged: {error}"

@@ -63,11 +63,16 @@ class GroupStore:
         if last >= 0 and not self.writer.done(last):
             self.writer.wait_for(last)
 
-    def submit(self, rows: Int, first: Int, count: Int, addresses: Int) -> int:
-        """Start reading extents of groups into memory; returns the ticket to wait for."""
+    def submit(self, rows: Int, first: Int, count: Int, addresses: Int, skip_bytes: int = 0) -> int:
+        """Start reading extents of groups into memory; returns the ticket to wait for.
+
+        ``skip_bytes`` at the start of each extent are not read, and their memory is left as it is.
+        """
         self.settle(rows)
         size = self.layout.slot_bytes
-        return self.backend.submit(self.files[rows], first * size, count * size, addresses)
+        return self.backend.submit(
+            self.files[rows], first * size + skip_bytes, count * size - skip_bytes, addresses + skip_bytes
+        )
 
     def read_tiles(self, layer: int, sequence: int, groups: int, tile_groups: int, dtype: torch.dtype) -> TileReader:
         """Stream groups ``[0, groups)`` of one sequence in order."""

@@ -12,6 +12,12 @@ from dataclasses import dataclass
 from kvswap.terms import KVGeometry, round_up
 
 FILE_GROWTH_BYTES = 4 << 20
+TILE_TOKENS = 1024
+
+
+def tile_groups(group_tokens: int) -> int:
+    """Groups that are read at a time when a whole layer passes through memory."""
+    return max(1, TILE_TOKENS // group_tokens)
 
 
 @dataclass(frozen=True, slots=True)
