@@ -175,7 +175,7 @@ def test_attention_gets_the_chosen_tokens_and_no_others(name, tmp_path, monkeypa
                 )
                 positions = (wanted[:, None] * window.group_tokens + np.arange(window.group_tokens)).ravel()
                 positions = positions[positions < length]
-                seen = allowed[b, head % allowed.shape[1], 0]
+                seen = slice(None) if allowed is None else allowed[b, head % allowed.shape[1], 0]
                 pad = 500 - length
                 for got, part in ((keys, 0), (values, 1)):
                     expected = prompt[layer][part, b, head // 2, pad + positions]
