@@ -322,6 +322,7 @@ class KVSwapCache(LayerMajorCache):
             disk_read_bytes=counters.read_bytes,
             disk_reads=counters.reads,
             selected_groups=trace.selected_groups,
+            reuse_slots=state.pool.reuse_slots,
             reuse_rate=trace.reused_groups / max(1, trace.selected_groups),
             io_wait_s=counters.wait_s,
             backend=self._backend.name,

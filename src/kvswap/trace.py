@@ -72,6 +72,7 @@ class CacheStats:
     disk_reads: int = 0
     selected_groups: int = 0
     reuse_rate: float = 0.0
+    reuse_slots: int = 0
     io_wait_s: float = 0.0
     backend: str = "none"
     direct_io: bool = False

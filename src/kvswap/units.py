@@ -59,6 +59,11 @@ def format_rate(bytes_per_s: float) -> str:
     return f"{bytes_per_s / 1e9:.2f} GB/s" if bytes_per_s >= 1e9 else f"{bytes_per_s / 1e6:.0f} MB/s"
 
 
+def format_us(seconds: float) -> str:
+    """Short duration for people: ``85 us``, ``1.25 ms``."""
+    return f"{seconds * 1e6:.0f} us" if seconds < 1e-3 else f"{seconds * 1e3:.2f} ms"
+
+
 def format_s(seconds: float) -> str:
     """Duration for people: ``850 ms``, ``12.3 s``, ``2 min 5 s``."""
     if seconds < 1:

@@ -11,7 +11,13 @@ from kvswap.units import format_bytes, format_parts, format_s
 if TYPE_CHECKING:
     from kvswap.stats import RunStats
 
-LABELS = {"calibrate": "learning this model's keys (once)", "prefill": "reading the prompt", "evaluate": "evaluating"}
+LABELS = {
+    "calibrate": "learning this model's keys (once)",
+    "prefill": "reading the prompt",
+    "disk": "measuring the disk",
+    "model": "timing the model",
+    "evaluate": "evaluating",
+}
 PLAIN_STEP = 0.25
 
 

@@ -20,6 +20,7 @@ from kvswap.errors import KVSwapError
 COMMANDS = {
     "run": ("kvswap.cli.run:run", "Ask a model about documents, with its KV cache on disk."),
     "eval": ("kvswap.cli.eval:evaluate", "Compare answers with those of full attention."),
+    "profile": ("kvswap.cli.profile:profile", "Measure what this disk and a model cost."),
     "doctor": ("kvswap.cli.doctor:doctor", "Look at this machine and at the folder for KV files."),
 }
 

@@ -72,7 +72,7 @@ def measure_reads(backend: ReadBackend, *, file_bytes: int = FILE_BYTES, read_s:
     slab = Slab(DEPTH * round_up(LARGE_BYTES, backend.alignment_bytes))
     try:
         file = backend.open(file_bytes)
-        written_bytes, elapsed_s = _write(backend, file, slab, file_bytes)
+        written_bytes, elapsed_s = write_file(backend, file, slab, file_bytes)
         reader = _Reader(backend, file, slab, written_bytes)
         return ReadTest(
             file_bytes=written_bytes,
@@ -87,7 +87,7 @@ def measure_reads(backend: ReadBackend, *, file_bytes: int = FILE_BYTES, read_s:
         slab.close()
 
 
-def _write(backend: ReadBackend, file: int, slab: Slab, file_bytes: int) -> tuple[int, float]:
+def write_file(backend: ReadBackend, file: int, slab: Slab, file_bytes: int) -> tuple[int, float]:
     """Bytes written from the start of the file, at least one piece, and the time the disk took for them."""
     random = np.random.default_rng()
     piece = slab.array[:_PIECE_BYTES]

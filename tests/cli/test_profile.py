@@ -1,0 +1,76 @@
+"""``kvswap profile``: a table, a file that loads, a picture; mistakes before the measuring."""
+
+from __future__ import annotations
+
+import functools
+import os
+from pathlib import Path
+
+import pytest
+
+from kvswap.cli.main import run_command
+from kvswap.device import disk_curve, profile
+from kvswap.device.profile import load_profile
+from kvswap.units import MIB
+
+pytestmark = pytest.mark.usefixtures("cache_home")
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """A disk test of a second."""
+    measure = functools.partial(disk_curve.measure_disk, point_s=0.001, file_bytes=16 * MIB)
+    monkeypatch.setattr(profile, "measure_disk", measure)
+
+
+def test_disk_alone(tmp_path, capfd):
+    words = ["profile", "--kv-dir", tmp_path / "kv", "--json", tmp_path / "p.json", "--plot", tmp_path / "p.png"]
+    assert run_command([str(word) for word in words]) == 0
+    out, err = capfd.readouterr()
+    assert "random reads" in out and "four fifths" in out and "measuring the disk: 100%" in err
+    found = load_profile(tmp_path / "p.json", str(tmp_path / "kv"))
+    assert found.model is None and {point.depth for point in found.disk.bursts} == set(disk_curve.DEPTHS)
+    rates = {(point.read_bytes, point.depth): point.bytes_per_s for point in found.disk.bursts}
+    assert rates[MIB, 16] > rates[found.disk.alignment_bytes, 1]
+    assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
+    assert os.listdir(tmp_path / "kv") == []
+
+
+def test_with_a_model(tiny, tmp_path, cache_home, capfd):
+    assert run_command(["profile", "--model", str(tiny), "--kv-dir", str(tmp_path / "kv")]) == 0
+    out = capfd.readouterr().out
+    target = Path(out.rsplit("written to ", 1)[1].strip())
+    assert target.is_relative_to(cache_home) and "prediction of a layer at 4,096 tokens" in out
+    found = load_profile(target, str(tmp_path / "kv"))
+    costs = found.costs
+    assert costs is not None and found.model is not None and found.model.layers == 3
+    assert costs.prefill_tokens_per_s > 0 and costs.outside_s > 0
+    assert costs.compute.base_s > 0 and costs.slots.base_s > 0 and costs.submit.base_s > 0
+    assert costs.predict_s(16384, 16, 4) > costs.predict_s(1024, 16, 4) > 0
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--json", "/nowhere/at/all.json"], "--json /nowhere/at/all.json: cannot be written"),
+        (["--plot", "."], "--plot .: a directory"),
+        (["--model", "./absent"], "./absent: no such file or directory"),
+        (["--kv-dir", __file__], "is a file"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(words, message, capfd):
+    assert run_command(["profile", *words]) == 2
+    out, err = capfd.readouterr()
+    assert out == "" and err.startswith("error: ") and len(err.splitlines()) == 1 and message in err
+
+
+def test_plot_without_its_extra(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr("kvswap.device.plots.importlib.util.find_spec", lambda name: None)
+    assert run_command(["profile", "--plot", str(tmp_path / "p.png")]) == 2
+    assert "pip install 'kvswap[plots]'" in capfd.readouterr().err
+
+
+def test_small_disk_is_noticed(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(disk_curve, "free_bytes", lambda path: 1000)
+    assert run_command(["profile", "--kv-dir", str(tmp_path / "kv")]) == 2
+    assert "free some space" in capfd.readouterr().err
