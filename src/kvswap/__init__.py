@@ -10,14 +10,16 @@ if TYPE_CHECKING:
     from kvswap.config import Config
     from kvswap.engine import Engine, load
     from kvswap.errors import KVSwapError
+    from kvswap.session import Session
 
-__all__ = ["Config", "Engine", "KVSwapError", "attach", "load"]
+__all__ = ["Config", "Engine", "KVSwapError", "Session", "attach", "load"]
 
 _HOMES = {
     "Config": "kvswap.config",
     "Engine": "kvswap.engine",
     "KVSwapError": "kvswap.errors",
     "attach": "kvswap.attachment",
+    "Session": "kvswap.session",
     "load": "kvswap.engine",
 }
 

@@ -22,17 +22,19 @@ from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from kvswap.baselines import registry
+from kvswap.baselines.kvswap import code_maker
 from kvswap.cache import KVSwapCache
 from kvswap.calibrate import calibrate
 from kvswap.config import Config
 from kvswap.disk import create_backend
 from kvswap.disk.files import check_free, default_kv_dir, prepare_dir
-from kvswap.errors import ModelError
+from kvswap.errors import ModelError, UnsupportedError
 from kvswap.layer_major import FullCache, LayerMajorCache, Progress
 from kvswap.method import KeyFacts
 from kvswap.models.adapter import LayerParts, ModelParts, cache_keyword, inspect
 from kvswap.models.masks import NAME, defer_mask, resolve
 from kvswap.sketch.basis import KeyCovariance
+from kvswap.snapshot import Keeper
 
 _MARK = "_kvswap_attachment"
 
@@ -123,6 +125,7 @@ def attach(
     method: str = "kvswap",
     on_progress: Progress | None = None,
     on_notice: Callable[[str], None] | None = None,
+    keeper: Keeper | None = None,
 ) -> Iterator[KVSwapCache | FullCache]:
     """Put a model's KV cache on disk for the length of a ``with`` block.
 
@@ -140,6 +143,9 @@ def attach(
         Called with ``("calibrate" | "prefill", done, total)``.
     on_notice
         Called with a sentence where something falls back.
+    keeper
+        The session that the context comes from and is committed to (``kvswap.Session`` makes it); without one nothing
+        is durable.
 
     Raises
     ------
@@ -147,7 +153,8 @@ def attach(
         At the start; MemoryBudgetError and UnsupportedError when a prompt arrives.
     """
     wanted = [(method, config or Config())]
-    with attach_each(model, wanted, tokenizer=tokenizer, on_progress=on_progress, on_notice=on_notice) as caches:
+    options: dict[str, Any] = {"tokenizer": tokenizer, "on_progress": on_progress, "on_notice": on_notice}
+    with attach_each(model, wanted, keeper=keeper, **options) as caches:
         yield caches[0]
 
 
@@ -159,6 +166,7 @@ def attach_each(
     tokenizer: Any = None,
     on_progress: Progress | None = None,
     on_notice: Callable[[str], None] | None = None,
+    keeper: Keeper | None = None,
 ) -> Iterator[list[KVSwapCache | FullCache]]:
     """Several caches of one model side by side, one for each ``(method, config)``, to compare methods in turns.
 
@@ -171,7 +179,7 @@ def attach_each(
     caches: list[KVSwapCache | FullCache] = []
     try:
         for method, config in wanted:
-            caches.append(_open(attachment, method, config, tokenizer, on_progress, notice))
+            caches.append(_open(attachment, method, config, tokenizer, on_progress, notice, keeper))
         yield caches
     finally:
         attachment.restore()
@@ -186,10 +194,13 @@ def _open(
     tokenizer: Any,
     on_progress: Progress | None,
     notice: Callable[[str], None],
+    keeper: Keeper | None,
 ) -> KVSwapCache | FullCache:
+    if keeper is not None and method != "kvswap":
+        raise UnsupportedError(f"a session with method {method}", hint="only kvswap keeps sessions")
     if method in registry.MEMORY:
         return registry.opener(method)(attachment.parts, attachment.implementation, config, on_progress)
-    return _open_cache(attachment, method, config, tokenizer, on_progress, notice)
+    return _open_cache(attachment, method, config, tokenizer, on_progress, notice, keeper)
 
 
 def _open_cache(
@@ -199,12 +210,14 @@ def _open_cache(
     tokenizer: Any,
     on_progress: Progress | None,
     notice: Callable[[str], None],
+    keeper: Keeper | None,
 ) -> KVSwapCache:
     parts, method = attachment.parts, registry.find(name)
-    config = method.configure(config)
+    config = method.configure(config if keeper is None else keeper.config(config))
     folder = prepare_dir(Path(config.kv_dir) if config.kv_dir else default_kv_dir())
     backend = create_backend(config.backend, folder, config.read_depth, on_notice=notice)
     try:
+        stored = keeper.bases(parts.device) if keeper is not None else None
         started_s = time.perf_counter()
         facts = KeyFacts(
             layers=len(parts.offloaded),
@@ -213,9 +226,11 @@ def _open_cache(
             head_dim=parts.head_dim,
             device=parts.device,
             turn=partial(_turn, parts),
-            statistics=_statistics(attachment, config, tokenizer, on_progress, notice) if method.calibrated else None,
+            statistics=_statistics(attachment, config, tokenizer, on_progress, notice)
+            if method.calibrated and stored is None
+            else None,
         )
-        makers = method.makers(facts, config)
+        makers = [code_maker(facts, *each) for each in stored] if stored is not None else method.makers(facts, config)
         cache = KVSwapCache(
             parts,
             attachment.implementation,
@@ -226,6 +241,7 @@ def _open_cache(
             store_dtype=_store_dtype(config, parts),
             check_space=partial(check_free, folder),
             on_progress=on_progress,
+            keeper=keeper,
         )
         cache.trace.calibration_s = time.perf_counter() - started_s
     except BaseException:

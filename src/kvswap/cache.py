@@ -28,6 +28,7 @@ from kvswap.models.adapter import LayerParts, ModelParts
 from kvswap.models.masks import DeferredMask
 from kvswap.plan.budget import PrefillNeeds
 from kvswap.prefill import Prefill, attend_stored
+from kvswap.snapshot import Keeper, sliding_layers
 from kvswap.state import BatchState, Shape, open_state
 from kvswap.trace import CacheStats
 from kvswap.units import format_bytes
@@ -82,13 +83,14 @@ class KVSwapCache(LayerMajorCache):
         store_dtype: torch.dtype,
         check_space: Callable[[int], None],
         on_progress: Progress | None,
+        keeper: Keeper | None = None,
     ) -> None:
         layers = [
             OffloadedLayer(self, part.order) if part.order is not None else stock
             for part, stock in zip(parts.layers, stock_layers(parts), strict=True)
         ]
         super().__init__(parts, implementation, layers, chunk_tokens=config.chunk_tokens, on_progress=on_progress)
-        self.config, self.method, self.padded_tokens = config, method, 0
+        self.config, self.method, self.padded_tokens = config, method, keeper.tokens if keeper else 0
         self._backend, self._makers, self._check_space = backend, makers, check_space
         self._shape = Shape(
             layers=len(parts.offloaded),
@@ -100,6 +102,12 @@ class KVSwapCache(LayerMajorCache):
             store_dtype=store_dtype,
             device=parts.device,
         )
+        self._keeper = keeper
+        self.after_prompt: Callable[[], None] | None = None
+        """Called between forwards when a prompt is through, by the thread that runs the model."""
+        self._sliding = sliding_layers(layers, [part.order for part in parts.layers]) if keeper else []
+        if keeper is not None:
+            keeper.restore_sliding(self._sliding, parts.dtype, parts.device)
         self._state: BatchState | None = None
         self._decode: Decode | None = None
         self._prefill: Prefill | None = None
@@ -116,8 +124,8 @@ class KVSwapCache(LayerMajorCache):
         decoding = tokens == 1 and self._stored > 0
         passing_bytes = 0 if decoding else self._check_memory(hidden)
         if self._state is None:
-            self._pads = _left_pads(padding, batch, tokens)
-            self._state = self._open(batch, tokens)
+            self._pads = _left_pads(padding, batch, self._stored + tokens)
+            self._state = self._open(batch, self._stored + tokens)
             self._decode = Decode(self._state)
         elif batch != self._state.batch:
             raise UnsupportedError(f"batch of {batch} on a cache of {self._state.batch}", hint="attach anew for it")
@@ -132,6 +140,13 @@ class KVSwapCache(LayerMajorCache):
             self._prefill = Prefill(self._state, tokens, np.zeros_like(self._pads) if self._stored else self._pads)
             peak_bytes = passing_bytes + self._state.ledger.held_bytes
             self.trace.prefill_peak_bytes = max(self.trace.prefill_peak_bytes, peak_bytes)
+
+    def run_layer(self, part: LayerParts, forward: LayerForward, hidden: torch.Tensor, kwargs: dict[str, Any]) -> Any:
+        """Run one decoder layer; see the base class."""
+        output = super().run_layer(part, forward, hidden, kwargs)
+        if self.after_prompt is not None and hidden.shape[1] > 1 and not self._running:
+            self.after_prompt()
+        return output
 
     def end(self, tokens: int) -> None:
         """Count the tokens of this forward as stored."""
@@ -282,6 +297,9 @@ class KVSwapCache(LayerMajorCache):
         return self._rope[layer_type]
 
     def _open(self, batch: int, tokens: int) -> BatchState:
+        keeper = self._keeper
+        if keeper is not None and (batch != 1 or self._pads.any()):
+            raise UnsupportedError("a batch or padding in a session", hint="a session is one sequence without padding")
         state = open_state(
             self.config,
             self.method,
@@ -292,8 +310,24 @@ class KVSwapCache(LayerMajorCache):
             tokens=tokens,
             trace=self.trace,
             check_space=self._check_space,
+            named=keeper.files(self._backend, self._shape.layers) if keeper else None,
+            alignment_bytes=keeper.layout.alignment_bytes if keeper and keeper.layout else 0,
         )
+        if keeper is not None:
+            keeper.restore(state)
         return state
+
+    # ---- a session
+
+    def commit(self, ids: Sequence[int], talk: bytes = b"", *, interim: bool = False) -> None:
+        """Make the context durable, in a cache of a session; between forwards only.
+
+        ``ids`` are the token ids of the context, one more than tokens stored at most; ``talk`` is kept with them.
+        The next commit takes the place of an ``interim`` one. Raises DiskWriteError, DiskFullError.
+        """
+        if self._keeper is None or self._state is None or self._running:
+            raise UnsupportedError("a commit without a session, or within a forward", hint="attach with a session")
+        self._keeper.commit(self._state, self._sliding, ids, talk, interim=interim)
 
     # ---- what users see
 

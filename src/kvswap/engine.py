@@ -2,14 +2,14 @@
 
 ``load`` gives an ``Engine``; ``ask`` streams an answer and remembers the turn, so that the next ``ask`` computes only
 what is new. One answer at a time; an engine belongs to one thread (generation runs in a second one, joined before
-``ask`` ends). Nothing is durable: closing the engine drops the cache and gives the model back as it was.
+``ask`` ends). With a session, prompt and answer are durable when they are complete; without one, closing the engine
+drops the cache. Either way the model is given back as it was.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
 import logging
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
@@ -24,13 +24,18 @@ from kvswap.cache import KVSwapCache
 from kvswap.config import Config
 from kvswap.disk.files import default_kv_dir
 from kvswap.documents import Document, read_document
-from kvswap.errors import InputError
+from kvswap.errors import InputError, SessionError, UnsupportedError
 from kvswap.layer_major import FullCache, Progress
+from kvswap.memory import peak_rss_bytes
+from kvswap.models.adapter import context_limit
 from kvswap.models.loading import LoadedModel, load_model
 from kvswap.models.sampling import Sampling
 from kvswap.models.streaming import Generation, end_tokens
-from kvswap.prompt import Request, Turn, encode, make_request, render
+from kvswap.prompt import Conversation, Request, make_request
+from kvswap.session import Session
 from kvswap.stats import RunStats, latency_percentiles_ms, tokens_per_s
+from kvswap.store.folder import SessionFolder
+from kvswap.store.shelf import close_session, open_or_create
 from kvswap.trace import CacheStats
 
 
@@ -41,6 +46,8 @@ def load(
     method: str = "kvswap",
     dtype: str = "auto",
     mmap: bool = True,
+    session: str | SessionFolder | None = None,
+    verify: bool = True,
     on_progress: Progress | None = None,
     on_notice: Callable[[str], None] | None = None,
 ) -> Engine:
@@ -54,6 +61,10 @@ def load(
         A name in ``kvswap.baselines.registry``, for comparison; ``"full"`` keeps the cache in memory.
     dtype, mmap
         As for ``load_model``.
+    session
+        Name of a session below ``config.kv_dir``, which is made or goes on from where it was; or one that is open.
+    verify
+        Whether what is read of a session is compared with its checksums.
     on_progress
         Called with ``("calibrate" | "prefill", done, total)``.
     on_notice
@@ -66,7 +77,12 @@ def load(
     registry.check_name(method)
     notice = on_notice or logging.getLogger("kvswap").warning
     loaded = load_model(model, dtype=dtype, mmap=mmap, on_notice=notice) if isinstance(model, str) else model
-    return Engine(loaded, config or Config(), method=method, on_progress=on_progress, on_notice=notice)
+    config = config or Config()
+    if isinstance(session, str):
+        session = open_or_create(config.kv_dir, session)
+    return Engine(
+        loaded, config, method=method, session=session, verify=verify, on_progress=on_progress, on_notice=notice
+    )
 
 
 class Engine:
@@ -78,6 +94,8 @@ class Engine:
         config: Config,
         *,
         method: str = "kvswap",
+        session: SessionFolder | None = None,
+        verify: bool = True,
         on_progress: Progress | None = None,
         on_notice: Callable[[str], None] | None = None,
     ) -> None:
@@ -89,10 +107,17 @@ class Engine:
         self._generation: Generation | None = None
         self._setup_s = self._calibration_s = 0.0
         self._closed = False
-        self._turns: list[Turn] = []
-        self._seen_text, self._seen_ids = "", list[int]()
+        self._said = Conversation()
+        self._session: Session | None = None
         self._stats = self._blank()
-        self._open()
+        try:
+            if session is not None:
+                self._stack.callback(close_session, session)
+                self._join(session, verify)
+            self._open()
+        except BaseException:
+            self._stack.close()
+            raise
 
     def ask(
         self,
@@ -128,12 +153,32 @@ class Engine:
         """The numbers of the last answer."""
         return self._stats
 
+    def begin_anew(self) -> None:
+        """Begin another conversation. In a session, the part of the next prompt that is stored already is kept."""
+        self._said = Conversation()
+        if self._session is None:
+            self._drop()
+
+    @property
+    def session(self) -> Session | None:
+        """The session that the conversation is kept in."""
+        return self._session
+
+    def undo(self) -> None:
+        """Take back the last turn of a session. Raises SessionError when there is none."""
+        if self._session is None:
+            raise SessionError("there is no session to take back a turn of", hint="load with session=NAME")
+        self._cache = None
+        self._session.undo()
+        self._recall()
+
     def close(self) -> None:
         """Drop the cache and give the model back as it was. The engine is of no use afterwards."""
         if self._generation is not None:
             raise InputError("an answer is still being read", hint="read it to its end or close its iterator first")
         self._closed = True
-        self._drop()
+        self._cache = None
+        self._stack.close()
 
     def __enter__(self) -> Self:
         return self
@@ -153,11 +198,14 @@ class Engine:
         started_s = time.perf_counter()
         texts = [item if isinstance(item, Document) else read_document(item) for item in documents]
         request = make_request(question, texts)
-        text, ids = self._prompt(request)
+        text, ids, goes_on = self._said.prompt(self._loaded.tokenizer, request)
         sampling = self._fit(len(ids), sampling)
+        self._settle(ids, goes_on)
         cache = self._cache or self._open()
         started_s -= self._setup_s - self._calibration_s
         before, stored = cache.stats, cache.get_seq_length()
+        if self._session is not None:
+            self._session.keep_prompt(ids, self._said.pack())
         generation = Generation(self._loaded.model, self._loaded.tokenizer, ids, cache, sampling)
         self._generation = generation
         try:
@@ -171,21 +219,22 @@ class Engine:
                 self._stats = self._measure(generation, sampling, ids, stored, started_s, before, cache.stats)
                 self._setup_s = self._calibration_s = 0.0
 
-    def _prompt(self, request: Request) -> tuple[str, list[int]]:
-        """The whole context as text and as token ids, which begin with what is stored."""
-        tokenizer = self._loaded.tokenizer
-        text = render(tokenizer, self._turns, request)
-        if self._seen_ids and self._cache is not None and text.startswith(self._seen_text):
-            return text, self._seen_ids + encode(tokenizer, text[len(self._seen_text) :], first=False)
-        if self._cache is not None and self._cache.get_seq_length():
+    def _settle(self, ids: list[int], goes_on: bool) -> None:
+        """See that what is stored is the beginning of the prompt."""
+        if self._session is not None:
+            before, kept = self._session.tokens, self._session.align(ids)
+            self._cache = self._session.cache
+            if kept < before:
+                what = self._session.folder.what
+                self._notice(f"{what}: this prompt begins as the first {kept:,} of its {before:,} tokens do")
+        elif not goes_on and self._cache is not None and self._cache.get_seq_length():
             self._notice("the chat template words the conversation anew, so all of it is computed again")
             self._drop()
-        return text, encode(tokenizer, text, first=True)
 
     def _fit(self, tokens: int, sampling: Sampling) -> Sampling:
         """Keep the answer within the model's context; raises InputError when the prompt is past it."""
-        limit = getattr(self._loaded.model.config.get_text_config(), "max_position_embeddings", None)
-        if not isinstance(limit, int):
+        limit = context_limit(self._loaded.model)
+        if limit is None:
             return sampling
         if tokens > limit:
             raise InputError(
@@ -198,17 +247,36 @@ class Engine:
         return replace(sampling, max_new_tokens=min(room, sampling.max_new_tokens))
 
     def _remember(self, request: Request, text: str, ids: list[int], answer_ids: list[int]) -> None:
-        decode = self._loaded.tokenizer.decode
-        whole = {"clean_up_tokenization_spaces": False}
-        self._turns.append(Turn(request, decode(answer_ids, skip_special_tokens=True, **whole)))
-        self._seen_ids = ids + answer_ids
-        self._seen_text = text + decode(answer_ids, skip_special_tokens=False, **whole)
+        self._said.remember(self._loaded.tokenizer, request, text, ids, answer_ids)
+        if self._session is not None:
+            self._session.commit(self._said.ids, self._said.pack())
+
+    # ---- the session
+
+    def _join(self, folder: SessionFolder, verify: bool) -> None:
+        if self.method != "kvswap":
+            raise UnsupportedError(f"a session with method {self.method}", hint="only kvswap keeps sessions")
+        options: dict[str, Any] = {"on_progress": self._report, "on_notice": self._notice}
+        self._session = Session(folder, self._loaded, self.config, verify=verify, **options)
+        self._stack.callback(self._session.detach)
+        self._recall()
+
+    def _recall(self) -> None:
+        """The conversation as the session has it."""
+        assert self._session is not None
+        session = self._session
+        self._said = Conversation.unpack(session.conversation, session.token_ids, session.folder.what)
 
     # ---- the cache
 
     def _open(self) -> KVSwapCache | FullCache:
         started_s = time.perf_counter()
         loaded = self._loaded
+        if self._session is not None:
+            self._cache = self._session.cache
+            self._setup_s = time.perf_counter() - started_s
+            self._calibration_s = self._cache.trace.calibration_s
+            return self._cache
         self._cache = self._stack.enter_context(
             attach(
                 loaded.model,
@@ -224,8 +292,13 @@ class Engine:
         return self._cache
 
     def _drop(self) -> None:
-        self._cache, self._seen_text, self._seen_ids = None, "", []
-        self._stack.close()
+        self._cache = None
+        if self._session is not None:
+            self._session.give_up()
+            self._recall()
+        else:
+            self._said = Conversation(self._said.turns)
+            self._stack.close()
 
     def _report(self, stage: str, done: int, total: int) -> None:
         if self._generation is not None:
@@ -279,6 +352,10 @@ class Engine:
             config=self._resolved(after),
             prompt_tokens=len(ids),
             stored_tokens=stored,
+            session=self._session.name if self._session else None,
+            resumed_tokens=stored if self._session else 0,
+            computed_tokens=len(ids) - stored,
+            session_written_bytes=self._session.folder.manifest.written_bytes if self._session else 0,
             new_tokens=len(token_ids),
             finish_reason=self._finish_reason(token_ids, sampling),
             token_ids=token_ids,
@@ -294,7 +371,7 @@ class Engine:
             memory_parts=after.memory_parts,
             sliding_kv_bytes=after.sliding_kv_bytes,
             prefill_peak_bytes=after.prefill_peak_bytes,
-            process_peak_rss_bytes=_peak_rss_bytes(),
+            process_peak_rss_bytes=peak_rss_bytes(),
             disk_write_bytes=after.disk_write_bytes - before.disk_write_bytes,
             disk_read_bytes=after.disk_read_bytes - before.disk_read_bytes,
             disk_reads=after.disk_reads - before.disk_reads,
@@ -309,15 +386,3 @@ class Engine:
         if token_ids and token_ids[-1] in (end_tokens(self._loaded.model, self._loaded.tokenizer) or ()):
             return "stop"
         return "length" if len(token_ids) >= sampling.max_new_tokens else "interrupted"
-
-
-def _peak_rss_bytes() -> int:
-    """Largest resident memory of this process so far, weights included."""
-    if sys.platform == "win32":
-        import psutil
-
-        return int(psutil.Process().memory_info().peak_wset)
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

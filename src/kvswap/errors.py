@@ -48,6 +48,10 @@ class StorageError(UserError):
     """The folder for the cache cannot be used: unwritable, in memory, too small."""
 
 
+class SessionError(UserError):
+    """A session cannot be used as asked: absent, in use, of another model, or made by a newer version."""
+
+
 class MemoryBudgetError(UserError):
     """The memory limit is too small for the request.
 
@@ -86,3 +90,7 @@ class DiskWriteError(DiskError):
 
 class DiskFullError(DiskWriteError):
     """No space was left on the device in the middle of a run."""
+
+
+class DamagedError(DiskReadError):
+    """Stored bytes are not what was written, or were hurt on their way to memory. Nothing is deleted."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -90,3 +91,13 @@ def _read(folder: Path) -> MemoryLimit:
     prefix = "" if second else "total_"
     cached = sum(int(statistics.get(f"{prefix}{kind}_file", 0)) for kind in ("active", "inactive"))
     return MemoryLimit(limit_bytes=limit_bytes, used_bytes=max(0, used_bytes - cached))
+
+
+def peak_rss_bytes() -> int:
+    """Largest resident memory of this process so far, weights included."""
+    if sys.platform == "win32":
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

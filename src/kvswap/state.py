@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from kvswap.method import Method, Sketch, SketchMaker
 from kvswap.plan.budget import OWNER_BYTES, WRITE_QUEUE_BYTES, MemoryNeeds, capacity_for
 from kvswap.stage.previous import PreviousSlots
 from kvswap.stage.slots import SlotPool
-from kvswap.store.groups import GroupStore
+from kvswap.store.groups import GroupStore, NamedFiles
 from kvswap.store.layout import GroupLayout, tile_groups
 from kvswap.terms import KVGeometry, ceil_div
 from kvswap.trace import Trace
@@ -75,6 +76,8 @@ class BatchState:
         """Make room for sequences of ``tokens``, giving up reuse slots for it. Raises MemoryBudgetError."""
         if tokens <= self.capacity_tokens:
             return
+        if self.config.kv_memory == "auto":  # a share of the context, which has grown
+            self.ledger.limit_bytes = max(self.ledger.limit_bytes, self.needs.auto_limit_bytes(tokens))
         capacity = capacity_for(tokens)
         before, after = self.needs.parts(self.capacity_tokens), self.needs.parts(capacity)
         growth = {part: after[part] - before[part] for part in after}
@@ -139,13 +142,17 @@ def open_state(
     tokens: int,
     trace: Trace,
     check_space: Callable[[int], None],
+    named: NamedFiles | None = None,
+    alignment_bytes: int = 0,
 ) -> BatchState:
     """Divide the memory limit for ``batch`` sequences of ``tokens``, then allocate.
 
-    ``check_space`` is called with the bytes that will be written and raises when the disk lacks them. Raises
-    MemoryBudgetError.
+    ``check_space`` is called with the bytes that will be written and raises when the disk lacks them. ``named`` are the
+    files of a session, whose groups are laid out for ``alignment_bytes``. Raises MemoryBudgetError.
     """
-    needs, layout = _needs(config, method, shape, backend.alignment_bytes, makers, batch)
+    alignment_bytes = alignment_bytes or backend.alignment_bytes
+    checksum_bytes = named.sums.itemsize if named is not None else 0
+    needs, layout = _needs(config, method, shape, alignment_bytes, makers, batch, checksum_bytes)
     ledger = Ledger(_limit_bytes(config, needs, tokens))
     capacity, window = capacity_for(tokens), needs.window
     groups = ceil_div(capacity, window.group_tokens)
@@ -153,21 +160,19 @@ def open_state(
     reuse = _reuse_slots(method, needs, capacity, ledger.free_bytes)
     ledger.reserve("tables", reuse * OWNER_BYTES)
     ledger.reserve("slots", reuse * layout.slot_bytes)
-    check_space(shape.layers * batch * layout.file_bytes(groups))
+    held = int(named.held.min()) if named is not None else 0
+    check_space(shape.layers * batch * layout.file_bytes(groups - held, fine=named is not None))
+    size: dict[str, Any] = {"layers": shape.layers, "batch": batch, "layout": layout}
     pool = (PreviousSlots if method.reuse == "previous" else SlotPool)(
-        layers=shape.layers,
-        batch=batch,
-        layout=layout,
         window=window,
         staging_groups=needs.staging_groups,
         reuse_slots=reuse,
         capacity_groups=groups,
         dtype=shape.store_dtype,
         device=shape.device,
+        **size,
     )
-    store = GroupStore(
-        backend=backend, layout=layout, layers=shape.layers, batch=batch, queue_bytes=WRITE_QUEUE_BYTES, groups=groups
-    )
+    store = GroupStore(backend=backend, queue_bytes=WRITE_QUEUE_BYTES, groups=groups, named=named, **size)
     return BatchState(
         config=config,
         method=method,
@@ -188,7 +193,13 @@ def open_state(
 
 
 def _needs(
-    config: Config, method: Method, shape: Shape, alignment_bytes: int, makers: Sequence[SketchMaker], batch: int
+    config: Config,
+    method: Method,
+    shape: Shape,
+    alignment_bytes: int,
+    makers: Sequence[SketchMaker],
+    batch: int,
+    checksum_bytes: int,
 ) -> tuple[MemoryNeeds, GroupLayout]:
     itemsize = shape.store_dtype.itemsize
     geometry = KVGeometry(
@@ -207,6 +218,7 @@ def _needs(
         sketch_token_bytes=makers[0].token_bytes,
         basis_bytes=sum(maker.basis_bytes + batch * maker.sequence_bytes for maker in makers),
         stream_bytes=2 * tile_groups(config.group_tokens) * layout.slot_bytes if method.streams else 0,
+        checksum_group_bytes=checksum_bytes,
     )
     return needs, layout
 

@@ -16,7 +16,9 @@ class RunStats:
     calibration excluded. ``kv_full_bytes`` is K and V of the offloaded layers for all tokens at the stored dtype;
     ``kv_memory_*`` is what the limit covers (None without a limit); ``disk_read_bytes`` as submitted, with padding and
     gaps; ``reuse_rate`` is hits over selected groups, pinned ones excluded; ``io_wait_s`` is time blocked on reads.
-    ``stored_tokens`` of the prompt were in the cache before and were not computed again.
+    ``stored_tokens`` of the prompt were in the cache before and were not computed again; in a named session,
+    ``resumed_tokens`` of them came from it and ``computed_tokens`` were computed now. ``session_written_bytes`` is
+    everything written for the session in its whole life.
     """
 
     model: str
@@ -24,6 +26,10 @@ class RunStats:
     config: dict[str, Any]
     prompt_tokens: int = 0
     stored_tokens: int = 0
+    session: str | None = None
+    resumed_tokens: int = 0
+    computed_tokens: int = 0
+    session_written_bytes: int = 0
     new_tokens: int = 0
     finish_reason: str = ""
     token_ids: list[int] = field(default_factory=list)

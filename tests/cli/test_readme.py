@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import kvswap
 from kvswap.cli.run import run
 
 README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
@@ -22,12 +23,13 @@ def test_option_table_is_complete_and_true() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated")
-@pytest.mark.parametrize("number", [0, 1])
+@pytest.mark.parametrize("number", [0, 1, 2])
 def test_python_runs(number, tiny, cache_home, tmp_path, monkeypatch, capsys) -> None:
     code = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)[number]
     code = code.replace('"smollm2-135m"', repr(str(tiny))).replace('"path/to/model"', repr(str(tiny)))
     code = code.replace("A long text. ", "abc")
     monkeypatch.chdir(tmp_path)
     Path("notes.md").write_text("# Notes\n\nIt is decided to go on. " * 9)
-    exec(compile(code, f"README block {number}", "exec"), {})  # it is our own page
+    names = {"kvswap": kvswap} if number == 2 else {}
+    exec(compile(code, f"README block {number}", "exec"), names)  # it is our own page
     assert capsys.readouterr().out.strip()

@@ -101,6 +101,10 @@ def summary_rows(stats: RunStats) -> list[tuple[str, str]]:
         ("context", f"{stats.prompt_tokens:,} tokens in, {stats.new_tokens:,} out"),
         ("full KV cache", f"{format_bytes(stats.kv_full_bytes)} ({'in memory' if _full(stats) else 'on disk'})"),
     ]
+    if stats.session is not None:
+        counts = f"{stats.resumed_tokens:,} tokens were there, {stats.computed_tokens:,} were computed"
+        written = f"{format_bytes(stats.session_written_bytes)} written for it so far"
+        rows.insert(1, ("session", f"{stats.session}: {counts}; {written}"))
     if not _full(stats):
         rows += _kvswap_rows(stats)
     if stats.sliding_kv_bytes:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from kvswap.engine import Engine
     from kvswap.models.sampling import Sampling
     from kvswap.stats import RunStats
+    from kvswap.store.folder import SessionFolder
 
 
 @click.command()
@@ -59,6 +60,13 @@ if TYPE_CHECKING:
 @click.option(
     "--config", "config_file", metavar="FILE", help="JSON object of further settings; options here override it."
 )
+@click.option(
+    "--session",
+    "session_name",
+    metavar="NAME",
+    help="Keep the context on disk under this name, or go on from where it was.",
+)
+@click.option("--no-verify", is_flag=True, help="Do not compare what is read of a session with its checksums.")
 @click.option("--stats-json", metavar="FILE", help="Write all numbers of the run there.")
 def run(
     model: str,
@@ -74,6 +82,8 @@ def run(
     dtype: str,
     no_mmap: bool,
     config_file: str | None,
+    session_name: str | None,
+    no_verify: bool,
     stats_json: str | None,
 ) -> None:
     """Ask a model about documents, with its KV cache on disk.
@@ -99,7 +109,9 @@ def run(
     target = None if stats_json is None else check_writable("--stats-json", stats_json)
     if method in DISK:
         prepare_dir(config.kv_dir or default_kv_dir())
-    stats = _answer(model, config, question, texts, sampling, method=method, dtype=dtype, mmap=not no_mmap)
+    session = _session(config, session_name, method)
+    options: dict[str, Any] = {"method": method, "dtype": dtype, "mmap": not no_mmap}
+    stats = _answer(model, config, question, texts, sampling, session=session, verify=not no_verify, **options)
     if target is not None:
         write_json(target, stats.to_dict())
 
@@ -111,7 +123,9 @@ def _answer(
 
     display = Display()
     try:
-        with _load(model, config, display, **options) as engine:
+        with load_engine(model, config, display, **options) as engine:
+            if texts and engine.session is not None:
+                engine.begin_anew()
             for text in engine.ask(question, texts, **dataclasses.asdict(sampling)):
                 display.finish()
                 click.echo(text, nl=False)
@@ -123,13 +137,43 @@ def _answer(
         display.finish()
 
 
-def _load(model: str, config: Config, display: Any, *, method: Any, dtype: str, mmap: bool) -> Engine:
-    from kvswap.cli.loading import load_weights
+def _session(config: Config, name: str | None, method: str) -> SessionFolder | None:
+    """Open or make the session before anything heavy is loaded."""
+    from kvswap.errors import ConfigError
+    from kvswap.store.shelf import open_or_create
 
-    loaded = load_weights(model, display, dtype=dtype, mmap=mmap)
+    if name is None:
+        return None
+    if method != "kvswap":
+        raise ConfigError(f"--session with --method {method}", hint="only kvswap keeps sessions")
+    return open_or_create(config.kv_dir, name)
+
+
+def load_engine(
+    model: str,
+    config: Config,
+    display: Any,
+    *,
+    method: str = "kvswap",
+    dtype: str = "auto",
+    mmap: bool = True,
+    session: SessionFolder | None = None,
+    verify: bool = True,
+) -> Engine:
+    """An engine that tells ``display`` what it does. The session is closed with it, also when it cannot be loaded."""
+    from kvswap.cli.loading import load_weights
+    from kvswap.store.shelf import close_session
+
+    try:
+        loaded = load_weights(model, display, dtype=dtype, mmap=mmap)
+    except BaseException:
+        if session is not None:
+            close_session(session)
+        raise
     from kvswap.engine import load
 
-    return load(loaded, config, method=method, on_progress=display.progress, on_notice=display.notice)
+    tell: dict[str, Any] = {"on_progress": display.progress, "on_notice": display.notice}
+    return load(loaded, config, method=method, session=session, verify=verify, **tell)
 
 
 def _config(config_file: str | None, **options: str | None) -> Config:

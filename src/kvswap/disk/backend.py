@@ -6,7 +6,8 @@ waited for, or the backend closed, before that memory is used for anything else,
 
 Tickets may be waited for in any order, each once. Any thread may call anything, but ``submit`` and ``wait`` are made
 for one reading thread: two at a time take turns. A read that is submitted after a ``write`` of its range returned sees
-the new bytes. Nothing is durable: files are nameless and end with the backend.
+the new bytes. Files from ``open`` are nameless and end with the backend; those that were adopted keep their names, and
+what was written to them is durable after ``sync``.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from kvswap.errors import DiskReadError
+from kvswap.errors import DiskReadError, StorageError
 
 NO_PROGRESS_LIMIT = 3
 """How many times in a row a read that brought nothing new is tried again before it fails."""
@@ -61,6 +62,15 @@ class ReadBackend(abc.ABC):
     @abc.abstractmethod
     def open(self, size_bytes: int) -> int:
         """A new anonymous file with ``size_bytes`` reserved, as a small number. Raises DiskFullError, StorageError."""
+
+    def adopt(self, fd: int) -> int:
+        """Take over the descriptor of a named file, opened as ``direct`` says, as a small number."""
+        os.close(fd)
+        raise StorageError(f"backend {self.name} has no named files", hint='use backend="auto" for a session')
+
+    def sync(self, file: int) -> None:
+        """Make what was written to an adopted file durable. Raises DiskWriteError, DiskFullError."""
+        raise StorageError(f"backend {self.name} has no named files", hint='use backend="auto" for a session')
 
     @abc.abstractmethod
     def ensure_size(self, file: int, size_bytes: int) -> None:

@@ -1,4 +1,4 @@
-"""What the backends on real files share: descriptors and blocking writes. Reads are each backend's own."""
+"""What the backends on real files share: descriptors and blocking, durable writes. Reads are each backend's own."""
 
 from __future__ import annotations
 
@@ -28,7 +28,9 @@ class FileBackend(ReadBackend):
         self._files_lock = threading.Lock()
 
     def open(self, size_bytes: int) -> int:
-        fd = open_unlinked(self._directory, size_bytes, self.direct)
+        return self.adopt(open_unlinked(self._directory, size_bytes, self.direct))
+
+    def adopt(self, fd: int) -> int:
         if self.direct:
             set_nocache(fd)
         elif hasattr(os, "posix_fadvise"):
@@ -38,6 +40,15 @@ class FileBackend(ReadBackend):
             # A new array, so that a submit in another thread keeps a whole one.
             self._fds = np.append(self._fds, fd)
             return len(self._fds) - 1
+
+    def sync(self, file: int) -> None:
+        try:
+            os.fdatasync(self._fd(file))
+        except OSError as error:
+            what = f"KV file {file} cannot be made durable"
+            if is_full(error):
+                raise full_error(what, error) from error
+            raise DiskWriteError(f"{what}: {error.strerror}", hint="check the disk (dmesg)") from error
 
     def ensure_size(self, file: int, size_bytes: int) -> None:
         ensure_size(self._fd(file), size_bytes)

@@ -78,8 +78,8 @@ class UringBackend(FileBackend):
         self._heads: NDArray[np.int64] = np.empty(0, dtype=np.int64)  # first word of a row, by file
         self._indices: NDArray[np.int64] = np.arange(depth)
 
-    def open(self, size_bytes: int) -> int:
-        file = super().open(size_bytes)
+    def adopt(self, fd: int) -> int:
+        file = super().adopt(fd)
         self._heads = self._fds << 32 | OP_READ
         return file
 

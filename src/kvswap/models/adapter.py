@@ -117,6 +117,12 @@ def cache_keyword(model: PreTrainedModel) -> str:
     return "cache" if "cache" in signatures.signature(model.forward).parameters else "past_key_values"
 
 
+def context_limit(model: PreTrainedModel) -> int | None:
+    """Most tokens the model has positions for; None where it does not say."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return limit if isinstance(limit, int) else None
+
+
 def inspect(model: PreTrainedModel) -> ModelParts:
     """Find the parts of a decoder-only model. Raises ModelError where one is missing."""
     name = type(model).__name__

@@ -31,7 +31,7 @@ class LayerSketch:
         capacity_tokens: int,
         device: torch.device,
     ) -> None:
-        self.bits, self.kv_heads = bits, kv_heads
+        self.bits, self.kv_heads, self.basis = bits, kv_heads, basis
         self.rank = basis.matrix.shape[1]
         self._matrix = basis.matrix.to(device)
         self._integer = prefers_integers(bits, device)
@@ -73,6 +73,21 @@ class LayerSketch:
         self._scale[sequence, 0, start:stop] = scale
         self._scale[sequence, 1, start:stop] = low
         self.tokens[sequence] = stop
+
+    def dump(self, sequence: int, start: int, stop: int) -> tuple[NDArray[np.uint8], NDArray[np.uint16]]:
+        """Codes ``[R * bits / 8, n]`` and the bits of scales and minima ``[2, n]`` of a range of tokens; copies."""
+        codes = self._codes[sequence, :, start:stop].cpu().contiguous().numpy()
+        scales = self._scale[sequence, :, start:stop].cpu().contiguous().view(torch.int16).numpy()
+        return codes, scales.view(np.uint16)
+
+    def restore(self, sequence: int, codes: NDArray[np.uint8], scales: NDArray[np.uint16]) -> None:
+        """Put what ``dump`` gave of the first tokens of a sequence, which has none yet."""
+        count = codes.shape[1]
+        self._grow(count)
+        self._codes[sequence, :, :count] = torch.from_numpy(codes.copy()).to(self._codes.device)
+        halves = torch.from_numpy(scales.view(np.int16).copy()).view(torch.float16)
+        self._scale[sequence, :, :count] = halves.to(self._scale.device)
+        self.tokens[sequence] = count
 
     def logits(self, query: torch.Tensor, scaling: float) -> torch.Tensor:
         """Estimated logits ``[B, H_q, W]`` float32 of ``query`` ``[B, H_q, d]``.

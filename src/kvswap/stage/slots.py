@@ -190,6 +190,18 @@ class SlotPool:
         """Slot in which landing place 0 of this half is found after ``land``."""
         return self.staging_start + half * self.staging_groups
 
+    def landed(self, half: int, slots: Int) -> NDArray[np.uint8]:
+        """Bytes of groups as they were read, for ``slots`` of one half: uint8 ``(n, slot_bytes)``, a copy."""
+        size, places = self.layout.slot_bytes, slots - self.landing_slot(half)
+        start = half * self.staging_groups * size
+        if self.host:
+            start += self.staging_start * size
+            memory = self.slab.array
+        else:
+            memory = self._landing.numpy()
+        landing: NDArray[np.uint8] = memory[start : start + self.staging_groups * size].reshape(-1, size)
+        return landing[places]
+
     def land(self, half: int, count: int) -> None:
         """Make the first ``count`` landing places visible as slots: a copy, unless slots are host memory."""
         if self.host or count == 0:

@@ -1,11 +1,16 @@
 """The groups of all layers and sequences on disk: packed, written behind, read back.
 
-One file for each layer and sequence, groups in order (``store/layout.py``). ``append`` returns when the groups are in
-the bounded write queue; ``settle`` blocks until the writes of the named files are done, so that a read that follows
-sees them. Write errors are raised by the next call. One thread; the queue's writer is the only other one.
+One file for each layer and sequence, groups in order (``store/layout.py``); a session's groups may be spread over
+several files (``store/segments.py``) and have checksums, against which they are checked when they are read. ``append``
+returns when the groups are in the bounded write queue; ``settle`` blocks until the writes of the named files are done,
+so that a read that follows sees them. Write errors are raised by the next call. One thread; the queue's writer is the
+only other one.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -14,24 +19,62 @@ from numpy.typing import NDArray
 from kvswap.disk.backend import ReadBackend
 from kvswap.disk.slab import Slab
 from kvswap.disk.write_behind import WriteBehind
-from kvswap.errors import DiskError
+from kvswap.errors import DamagedError, DiskError
+from kvswap.store.checksum import group_sums
 from kvswap.store.layout import GroupLayout
+from kvswap.store.segments import Segments
 
 Int = NDArray[np.int64]
 
 
+@dataclass(slots=True, kw_only=True)
+class NamedFiles:
+    """The files of a session as its store takes them over.
+
+    ``held`` int64 ``(rows,)`` counts the groups that are there, ``sums`` uint64 ``(rows, groups)`` are their checksums;
+    both grow with ``append``. ``begin(starts)`` makes the files
+    of one more segment, which takes over from group ``starts[row]`` on; where ``appendable`` is false, or there is no
+    segment yet, the first ``append`` calls it. ``grow(bytes)`` is called before files take more space, and may refuse.
+    """
+
+    segments: Segments
+    held: Int
+    sums: NDArray[np.uint64]
+    appendable: bool
+    verify: bool
+    what: str
+    begin: Callable[[Int], Int]
+    grow: Callable[[int], None]
+
+
 class GroupStore:
-    """Files of ``layers`` x ``batch`` sequences on one backend. ``close`` removes them."""
+    """Files of ``layers`` x ``batch`` sequences on one backend. ``close`` removes them, unless they are ``named``."""
 
     def __init__(
-        self, *, backend: ReadBackend, layout: GroupLayout, layers: int, batch: int, queue_bytes: int, groups: int
+        self,
+        *,
+        backend: ReadBackend,
+        layout: GroupLayout,
+        layers: int,
+        batch: int,
+        queue_bytes: int,
+        groups: int,
+        named: NamedFiles | None = None,
     ) -> None:
-        self.backend, self.layout, self.batch = backend, layout, batch
+        self.backend, self.layout, self.batch, self.named = backend, layout, batch, named
         self.writer = WriteBehind(backend, queue_bytes)
-        size_bytes = layout.file_bytes(groups)
-        self.files: Int = np.array([backend.open(size_bytes) for _ in range(layers * batch)], np.int64)
-        self._size_bytes = np.full(len(self.files), size_bytes, np.int64)
-        self._last_write: Int = np.full(len(self.files), -1, np.int64)
+        rows = layers * batch
+        if named is None:
+            size_bytes = layout.file_bytes(groups)
+            files: Int = np.array([[backend.open(size_bytes) for _ in range(rows)]], np.int64)
+            self.segments = Segments(np.zeros((1, rows), np.int64), files)
+            self._size_bytes = np.full(rows, size_bytes, np.int64)
+        else:
+            self.segments = named.segments
+            begun = named.segments.starts[-1] if named.appendable else named.held
+            self._size_bytes = (named.held - begun) * layout.slot_bytes
+        self._last_write: Int = np.full(rows, -1, np.int64)
+        self._changed: NDArray[np.bool_] = np.zeros(rows, np.bool_)
 
     def row(self, layer: int, sequence: int) -> int:
         """Index into ``files``."""
@@ -44,18 +87,18 @@ class GroupStore:
         layout, row = self.layout, self.row(layer, sequence)
         group_tokens = layout.geometry.group_tokens
         groups = keys.shape[1] // group_tokens
-        needed = (first + groups) * layout.slot_bytes
-        if needed > self._size_bytes[row]:
-            self._size_bytes[row] = layout.file_bytes(first + groups)
-            self.backend.ensure_size(int(self.files[row]), int(self._size_bytes[row]))
+        begin = self._make_room(row, first, first + groups)
+        file = int(self.segments.files[-1, row])
         piece = max(1, self.writer.largest_bytes // layout.slot_bytes)
         for start in range(0, groups, piece):
             count = min(piece, groups - start)
             buffer = self.writer.acquire(count * layout.slot_bytes)
             tokens = slice(start * group_tokens, (start + count) * group_tokens)
             self._pack(buffer, keys[:, tokens], values[:, tokens], dtype)
-            offset = (first + start) * layout.slot_bytes
-            self._last_write[row] = self.writer.submit(int(self.files[row]), offset, buffer)
+            if self.named is not None:
+                self._seal(self.named, row, first + start, buffer)
+            offset = (first - begin + start) * layout.slot_bytes
+            self._last_write[row] = self.writer.submit(file, offset, buffer)
 
     def settle(self, rows: Int) -> None:
         """Block until everything queued for these files is on disk."""
@@ -70,13 +113,41 @@ class GroupStore:
         """
         self.settle(rows)
         size = self.layout.slot_bytes
-        return self.backend.submit(
-            self.files[rows], first * size + skip_bytes, count * size - skip_bytes, addresses + skip_bytes
-        )
+        files, offsets, lengths, addresses = self.segments.locate(rows, first, count, addresses, size)
+        return self.backend.submit(files, offsets + skip_bytes, lengths - skip_bytes, addresses + skip_bytes)
 
-    def read_tiles(self, layer: int, sequence: int, groups: int, tile_groups: int, dtype: torch.dtype) -> TileReader:
-        """Stream groups ``[0, groups)`` of one sequence in order."""
-        return TileReader(self, self.row(layer, sequence), groups, tile_groups, dtype)
+    @property
+    def verifies(self) -> bool:
+        """Whether ``verify`` has anything to compare with."""
+        return self.named is not None and self.named.verify
+
+    def verify(self, rows: Int, groups: Int, slots: NDArray[np.uint8]) -> None:
+        """Compare groups that have been read with their checksums: ``slots`` uint8 ``(n, slot_bytes)``.
+
+        Nothing where no checksums are kept. Raises DamagedError.
+        """
+        if self.named is None or not self.named.verify or not len(rows):
+            return
+        wrong = group_sums(slots[:, : self.layout.geometry.group_bytes]) != self.named.sums[rows, groups]
+        if wrong.any():
+            row, group = int(rows[wrong][0]), int(groups[wrong][0])
+            raise DamagedError(
+                f"{self.named.what} is damaged: group {group} of layer {row // self.batch} is not what was written",
+                hint=f"kvswap sessions repair {self.named.what.split()[-1]} keeps the context before it",
+            )
+
+    def sync(self) -> None:
+        """Make everything appended so far durable, in named files."""
+        self.writer.flush()
+        for row in np.flatnonzero(self._changed):
+            self.backend.sync(int(self.segments.files[-1, row]))
+        self._changed[:] = False
+
+    def read_tiles(
+        self, layer: int, sequence: int, groups: int, tile_groups: int, dtype: torch.dtype, first: int = 0
+    ) -> TileReader:
+        """Stream groups ``[first, groups)`` of one sequence in order."""
+        return TileReader(self, self.row(layer, sequence), first, groups, tile_groups, dtype)
 
     def close(self) -> None:
         """Stop the writer and drop the files, also after an error."""
@@ -86,6 +157,38 @@ class GroupStore:
             pass  # raised to the caller when it happened; the files are dropped anyway
         finally:
             self.backend.close()
+
+    def _make_room(self, row: int, first: int, end: int) -> int:
+        """See that groups up to ``end`` fit the row's last file; the group with which that file begins."""
+        named = self.named
+        if named is not None and not named.appendable:
+            starts = named.held.copy()
+            self.segments.add(starts, named.begin(starts))
+            self._size_bytes[:] = 0
+            named.appendable = True
+        begin = int(self.segments.starts[-1, row])
+        needed = (end - begin) * self.layout.slot_bytes
+        if needed > self._size_bytes[row]:
+            size_bytes = self.layout.file_bytes(end - begin, fine=named is not None)
+            if named is not None:
+                named.grow(size_bytes - int(self._size_bytes[row]))
+            self.backend.ensure_size(int(self.segments.files[-1, row]), size_bytes)
+            self._size_bytes[row] = size_bytes
+        return begin
+
+    def _seal(self, named: NamedFiles, row: int, first: int, buffer: NDArray[np.uint8]) -> None:
+        """Zero the padding of packed groups, which would be somebody's old bytes, and keep their checksums."""
+        slots = buffer.reshape(-1, self.layout.slot_bytes)
+        used_bytes = self.layout.geometry.group_bytes
+        slots[:, used_bytes:] = 0
+        end = first + len(slots)
+        if end > named.sums.shape[1]:
+            wider = np.zeros((len(named.sums), max(end, named.sums.shape[1] * 5 // 4)), np.uint64)
+            wider[:, : named.sums.shape[1]] = named.sums
+            named.sums = wider
+        named.sums[row, first:end] = group_sums(slots[:, :used_bytes])
+        named.held[row] = end
+        self._changed[row] = True
 
     def _pack(self, buffer: NDArray[np.uint8], keys: torch.Tensor, values: torch.Tensor, dtype: torch.dtype) -> None:
         layout = self.layout
@@ -98,12 +201,15 @@ class GroupStore:
 class TileReader:
     """Iterator over ``(K, V)`` tiles ``[H_kv, n, d]`` of one sequence; the next tile is read while one is in use."""
 
-    def __init__(self, store: GroupStore, row: int, groups: int, tile_groups: int, dtype: torch.dtype) -> None:
-        self._store, self._row, self._groups, self._tile, self._dtype = store, row, groups, tile_groups, dtype
+    def __init__(
+        self, store: GroupStore, row: int, first: int, groups: int, tile_groups: int, dtype: torch.dtype
+    ) -> None:
+        self._store, self._row, self._tile, self._dtype = store, row, tile_groups, dtype
+        self._first, self._groups = first, groups
         self._slabs = [Slab(tile_groups * store.layout.slot_bytes) for _ in range(2)]
 
     def __iter__(self) -> TileReader:
-        self._next = 0
+        self._next = self._first
         self._ticket: int | None = None
         self._start_read()
         return self
@@ -114,10 +220,12 @@ class TileReader:
         self._store.backend.wait(self._ticket)
         first = self._next
         count = min(self._tile, self._groups - first)
-        slab = self._slabs[(first // self._tile) % 2]
+        slab = self._slabs[(first - self._first) // self._tile % 2]
         self._next += count
         self._start_read()
         layout = self._store.layout
+        slots = slab.array[: count * layout.slot_bytes].reshape(count, -1)
+        self._store.verify(np.full(count, self._row, np.int64), np.arange(first, first + count), slots)
         raw = torch.from_numpy(slab.array)[: count * layout.slot_bytes].view(self._dtype)
         groups = raw.view(count, layout.slot_elements)[:, : layout.group_elements].unflatten(1, layout.group_shape)
         keys, values = (groups[:, part].transpose(0, 1).flatten(1, 2) for part in (0, 1))
@@ -128,7 +236,7 @@ class TileReader:
         if count <= 0:
             self._ticket = None
             return
-        slab = self._slabs[(self._next // self._tile) % 2]
+        slab = self._slabs[(self._next - self._first) // self._tile % 2]
         one = np.ones(1, np.int64)
         self._ticket = self._store.submit(one * self._row, one * self._next, one * count, one * slab.address)
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from kvswap.terms import KVGeometry, round_up
 
 FILE_GROWTH_BYTES = 4 << 20
+FINE_GROWTH_BYTES = 128 << 10
 TILE_TOKENS = 1024
 
 
@@ -48,6 +49,6 @@ class GroupLayout:
         geometry = self.geometry
         return (2, geometry.kv_heads, geometry.group_tokens, geometry.head_dim)
 
-    def file_bytes(self, groups: int) -> int:
-        """Size to allocate for a file that holds ``groups`` groups: whole growth steps."""
-        return round_up(max(groups, 1) * self.slot_bytes, FILE_GROWTH_BYTES)
+    def file_bytes(self, groups: int, *, fine: bool = False) -> int:
+        """Size to allocate for a file that holds ``groups`` groups: whole growth steps; ``fine`` ones if it stays."""
+        return round_up(max(groups, 1) * self.slot_bytes, FINE_GROWTH_BYTES if fine else FILE_GROWTH_BYTES)

@@ -1,0 +1,229 @@
+"""A private folder whose files are durable: every name is looked up in the open folder, and no link is followed.
+
+Folders have mode 0700 and files 0600, whatever the umask. What others may write to, and what is no plain file, is
+refused. ``write``, ``append`` and ``replace`` return when the bytes are on the disk (fdatasync); new names and renames
+are durable after ``sync``. One thread at a time. Raises StorageError, DiskFullError, DiskWriteError, DiskReadError.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from kvswap.disk.files import full_error, is_full
+from kvswap.errors import DiskReadError, DiskWriteError, StorageError
+
+_READ_BYTES = 1 << 24
+_PLAIN = os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK  # a pipe in a file's place must not block
+
+
+class PrivateFolder:
+    """One open folder. ``written_bytes`` counts what went through ``write``, ``append`` and ``replace``."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            self._fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except OSError as error:
+            link = error.errno in (errno.ELOOP, errno.ENOTDIR)
+            why = "it is a link or no folder" if link else error.strerror
+            raise StorageError(f"folder {path}: {why}", hint="give a folder of your own") from error
+        self.path = path
+        self.written_bytes = 0
+        try:
+            self._check_owner(os.fstat(self._fd), path)
+        except BaseException:
+            os.close(self._fd)
+            raise
+
+    @classmethod
+    def create(cls, path: Path) -> PrivateFolder:
+        """Make the folder, which must not exist, with mode 0700. Raises FileExistsError when it does."""
+        try:
+            os.mkdir(path, 0o700)
+        except FileExistsError:
+            raise
+        except OSError as error:
+            raise _write_error(f"folder {path} cannot be made", error) from error
+        folder = cls(path)
+        os.fchmod(folder._fd, 0o700)
+        return folder
+
+    def close(self) -> None:
+        """Close the descriptor. May be called twice."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    # ---- descriptors
+
+    def open(self, name: str, *, write: bool = False, direct: bool = False) -> int:
+        """A descriptor of an existing plain file, which the caller closes. Raises FileNotFoundError."""
+        flags = (os.O_RDWR if write else os.O_RDONLY) | _PLAIN | (getattr(os, "O_DIRECT", 0) if direct else 0)
+        try:
+            fd = os.open(name, flags, dir_fd=self._fd)
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            why = "it is a link" if error.errno == errno.ELOOP else error.strerror
+            raise StorageError(f"{self.path / name}: {why}", hint="a session has plain files of its owner") from error
+        try:
+            self._check_owner(os.fstat(fd), self.path / name, plain=True)
+        except BaseException:
+            os.close(fd)
+            raise
+        return fd
+
+    def make(self, name: str, *, direct: bool = False) -> int:
+        """A descriptor of a new file with mode 0600, which the caller closes."""
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | _PLAIN | (getattr(os, "O_DIRECT", 0) if direct else 0)
+        try:
+            fd = os.open(name, flags, 0o600, dir_fd=self._fd)
+        except OSError as error:
+            raise _write_error(f"{self.path / name} cannot be made", error) from error
+        os.fchmod(fd, 0o600)
+        return fd
+
+    # ---- whole files
+
+    def read(self, name: str, limit_bytes: int, *, offset_bytes: int = 0) -> bytes:
+        """All bytes of a file from an offset on, at most ``limit_bytes`` of them. Raises FileNotFoundError."""
+        fd = self.open(name)
+        try:
+            left = min(limit_bytes, max(0, os.fstat(fd).st_size - offset_bytes))
+            parts = []
+            while left > 0:
+                part = _pread(fd, min(left, _READ_BYTES), offset_bytes, self.path / name)
+                if not part:
+                    break
+                parts.append(part)
+                offset_bytes, left = offset_bytes + len(part), left - len(part)
+            return b"".join(parts)
+        finally:
+            os.close(fd)
+
+    def write(self, name: str, data: bytes) -> None:
+        """A new durable file; one of that name that is left over from before is replaced."""
+        self.remove(name)
+        fd = self.make(name)
+        with self._closing(fd, name):
+            self._write_all(fd, data, 0)
+
+    def append(self, name: str, offset_bytes: int, data: bytes) -> None:
+        """Write durably at an offset of a file, which is made where it is absent; what was behind is cut off."""
+        try:
+            fd = self.open(name, write=True)
+        except FileNotFoundError:
+            fd = self.make(name)
+        with self._closing(fd, name):
+            os.ftruncate(fd, offset_bytes)
+            self._write_all(fd, data, offset_bytes)
+
+    def replace(self, name: str, data: bytes) -> None:
+        """Put new contents in a file's place in one move, durably: it has the old or the new ones, never a part."""
+        self.write(f"{name}.new", data)
+        try:
+            os.rename(f"{name}.new", name, src_dir_fd=self._fd, dst_dir_fd=self._fd)
+        except OSError as error:
+            raise _write_error(f"{self.path / name} cannot be replaced", error) from error
+        self.sync()
+
+    def truncate(self, name: str, size_bytes: int) -> None:
+        """Cut a file down to ``size_bytes``, to give space back; it is not made longer."""
+        fd = self.open(name, write=True)
+        with self._closing(fd, name, durable=False):
+            if os.fstat(fd).st_size > size_bytes:
+                os.ftruncate(fd, size_bytes)
+
+    def sync(self) -> None:
+        """Make names durable."""
+        try:
+            os.fsync(self._fd)
+        except OSError as error:
+            raise _write_error(f"folder {self.path} cannot be synchronised", error) from error
+
+    # ---- names
+
+    def names(self) -> list[str]:
+        """All names in the folder, sorted."""
+        return sorted(os.listdir(self._fd))
+
+    def stat(self, name: str) -> os.stat_result:
+        """Of the name itself, not of what a link leads to. Raises FileNotFoundError."""
+        return os.stat(name, dir_fd=self._fd, follow_symlinks=False)
+
+    def remove(self, name: str) -> None:
+        """Remove a name; nothing when it is absent."""
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(name, dir_fd=self._fd)
+
+    def link_from(self, source: PrivateFolder, name: str) -> bool:
+        """Give a file of another folder the same name here as well; False where the file system has no hard links."""
+        try:
+            os.link(name, name, src_dir_fd=source._fd, dst_dir_fd=self._fd, follow_symlinks=False)
+        except OSError as error:
+            if error.errno in (errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK, errno.EXDEV, errno.ENOSYS):
+                return False
+            raise _write_error(f"{self.path / name} cannot be linked", error) from error
+        return True
+
+    def copy_from(self, source: PrivateFolder, name: str) -> None:
+        """Copy a file of another folder, durably."""
+        to = self.make(name)
+        with self._closing(to, name):
+            offset_bytes = 0
+            while part := source.read(name, _READ_BYTES, offset_bytes=offset_bytes):
+                self._write_all(to, part, offset_bytes)
+                offset_bytes += len(part)
+
+    # ---- details
+
+    @contextmanager
+    def _closing(self, fd: int, name: str, *, durable: bool = True) -> Iterator[None]:
+        """Close at the end, after fdatasync; errors of both become ours."""
+        try:
+            yield
+            if durable:
+                os.fdatasync(fd)
+        except OSError as error:
+            raise _write_error(f"write of {self.path / name}", error) from error
+        finally:
+            os.close(fd)
+
+    def _write_all(self, fd: int, data: bytes, offset_bytes: int) -> None:
+        view = memoryview(data)
+        while view:
+            wrote = os.pwrite(fd, view, offset_bytes)
+            if wrote == 0:
+                raise OSError(errno.EIO, "no byte was taken")
+            offset_bytes, view = offset_bytes + wrote, view[wrote:]
+            self.written_bytes += wrote
+
+    def _check_owner(self, status: os.stat_result, path: Path, *, plain: bool = False) -> None:
+        if plain and not stat.S_ISREG(status.st_mode):
+            raise StorageError(f"{path} is no plain file", hint="a session has plain files of its owner")
+        if status.st_uid != os.geteuid() or status.st_mode & 0o022:
+            raise StorageError(
+                f"{path} belongs to another user or may be written by others", hint="use a folder of your own"
+            )
+
+
+def _pread(fd: int, count_bytes: int, offset_bytes: int, path: Path) -> bytes:
+    try:
+        return os.pread(fd, count_bytes, offset_bytes)
+    except OSError as error:
+        name = errno.errorcode.get(error.errno or 0, "?")
+        raise DiskReadError(
+            f"read of {path}: {name}, {error.strerror}", hint="check the disk (dmesg), then try again"
+        ) from error
+
+
+def _write_error(what: str, error: OSError) -> DiskWriteError:
+    if is_full(error):
+        return full_error(what, error)
+    name = errno.errorcode.get(error.errno or 0, "?")
+    return DiskWriteError(f"{what}: {name}, {error.strerror}", hint="check the disk (dmesg) and its permissions")

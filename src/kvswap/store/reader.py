@@ -1,0 +1,137 @@
+"""Reading a session's folder: its manifest, and what a checkpoint keeps (docs/file-format.md).
+
+Everything is checked against checksums, shapes and limits before it is used. Raises DamagedError for whatever is not as
+it was written. Imports no torch. One thread.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvswap.disk.private import PrivateFolder
+from kvswap.errors import DamagedError
+from kvswap.store.checksum import text_sum
+from kvswap.store.index import Arrays, LayerIndex, decode_arrays, decode_index, empty_index, join_indexes, take
+from kvswap.store.manifest import LIMIT_BYTES, Blob, Checkpoint, Counts, Layout, Manifest, parse
+
+MANIFEST = "manifest"
+CONVERSATION_BYTES = 64 << 20
+
+
+@dataclass(slots=True, kw_only=True)
+class Stored:
+    """What a checkpoint keeps beside whole groups, checked against checksums and shapes."""
+
+    tokens: int
+    flushed: Counts
+    tail: Arrays
+    groups: list[LayerIndex]
+    """Empty layers where only the tail was asked for."""
+
+    @property
+    def ids(self) -> list[int]:
+        """Token ids: as many as ``tokens``, or one more."""
+        ids: list[int] = self.tail["ids"].tolist()
+        return ids
+
+    @property
+    def conversation(self) -> bytes:
+        """JSON of the turns; empty where there is none."""
+        found = self.tail.get("conversation")
+        return b"" if found is None else bytes(found.tobytes())
+
+
+class SessionReader:
+    """What a folder says. ``manifest`` is what is committed now."""
+
+    manifest: Manifest
+
+    def __init__(self, folder: PrivateFolder) -> None:
+        self.folder = folder
+        self.name = folder.path.name
+        self.what = f"session {self.name}"
+
+    def load(self, checkpoint: Checkpoint | None = None, *, tail_only: bool = False) -> Stored | None:
+        """What a checkpoint keeps, as a rule the base; None where that is nothing. Raises DamagedError."""
+        manifest = self.manifest
+        checkpoint = checkpoint or self.base
+        if checkpoint is None or manifest.layout is None:
+            return None
+        layout, indexes = manifest.layout, []
+        pairs = () if tail_only else checkpoint.segments
+        for (segment, ends), (number, index_bytes) in zip(manifest.ends(checkpoint), pairs, strict=False):
+            name = f"index-{number}"
+            data = self._read(name, index_bytes)
+            indexes.append(decode_index(data, layout, segment.start, ends, f"{self.what}: {name}"))
+        tail = self._arrays(checkpoint.tail)
+        self._check_tail(tail, layout, checkpoint)
+        groups = join_indexes(indexes) if indexes else empty_index(layout)
+        return Stored(tokens=checkpoint.tokens, flushed=checkpoint.flushed, tail=tail, groups=groups)
+
+    def basis(self) -> list[NDArray[np.float32]]:
+        """The directions of every layer's sketch, ``[D, rank]`` each. Raises DamagedError."""
+        layout, blob = self.manifest.layout, self.manifest.basis
+        assert layout is not None and blob is not None
+        arrays, shape = self._arrays(blob), (layout.kv_heads * layout.head_dim, layout.sketch_rank)
+        found = [arrays.get(str(layer)) for layer in range(layout.layers)]
+        if any(each is None or each.dtype != np.float32 or each.shape != shape for each in found):
+            raise self._damaged("its basis has other shapes")
+        return [each.astype(np.float32, copy=False) for each in found if each is not None]
+
+    @property
+    def base(self) -> Checkpoint | None:
+        """What is loaded where no checkpoint is named."""
+        return self.manifest.current
+
+    def _read_manifest(self) -> Manifest:
+        try:
+            data = self.folder.read(MANIFEST, LIMIT_BYTES + 1)
+        except FileNotFoundError as error:
+            raise self._damaged("it has no manifest") from error
+        if len(data) > LIMIT_BYTES:
+            raise self._damaged("its manifest is too long")
+        return parse(data, self.what)
+
+    def _check_files(self) -> None:
+        for name, size_bytes in self.manifest.files().items():
+            try:
+                os.close(self.folder.open(name))  # a plain file of ours
+                found_bytes = self.folder.stat(name).st_size
+            except FileNotFoundError as error:
+                raise self._damaged(f"{name} is gone") from error
+            if found_bytes < size_bytes:
+                raise self._damaged(f"{name} has {found_bytes:,} bytes instead of {size_bytes:,}")
+
+    def _read(self, name: str, size_bytes: int) -> bytes:
+        try:
+            data = self.folder.read(name, size_bytes)
+        except FileNotFoundError as error:
+            raise self._damaged(f"{name} is gone") from error
+        if len(data) != size_bytes:
+            raise self._damaged(f"{name} ends too early")
+        return data
+
+    def _arrays(self, blob: Blob) -> Arrays:
+        data = self._read(blob.file, blob.bytes)
+        if text_sum(data) != blob.xxh3:
+            raise self._damaged(f"{blob.file} is not what was written")
+        return decode_arrays(data, f"{self.what}: {blob.file}")
+
+    def _check_tail(self, tail: Arrays, layout: Layout, checkpoint: Checkpoint) -> None:
+        what = f"{self.what}: {checkpoint.tail.file}"
+        ids = take(tail, "ids", np.int64, what)
+        if ids.size not in (checkpoint.tokens, checkpoint.tokens + 1) or bool((ids.astype(np.int64) < 0).any()):
+            raise self._damaged("its token ids do not fit its tokens")
+        token_bytes = layout.geometry.token_bytes
+        for layer, groups in enumerate(checkpoint.flushed):
+            waiting_bytes = (checkpoint.tokens - groups * layout.group_tokens) * token_bytes
+            take(tail, f"waiting-{layer}", np.uint8, what, waiting_bytes)
+        if "conversation" in tail and take(tail, "conversation", np.uint8, what).size > CONVERSATION_BYTES:
+            raise self._damaged("its conversation is too long")
+
+    def _damaged(self, why: str) -> DamagedError:
+        return DamagedError(f"{self.what} is damaged: {why}", hint=f"try: kvswap sessions repair {self.name}")
