@@ -57,7 +57,7 @@ class Commit:
 class SessionFolder(SessionReader):
     """An open session. ``manifest`` is what is committed now."""
 
-    def __init__(self, folder: PrivateFolder, *, write: bool) -> None:
+    def __init__(self, folder: PrivateFolder, *, write: bool, damaged: bool = False) -> None:
         super().__init__(folder)
         self.writable = write
         self._lock: int | None = lock.acquire(folder, self.what) if write else None
@@ -66,22 +66,26 @@ class SessionFolder(SessionReader):
         self._ready = False
         try:
             self.manifest = self._read_manifest()
-            self._check_files()
-            if write:
+            if not damaged:
+                self._check_files()
+            if write and not damaged:
                 self._clean()
-            self._ready = True
+            self._ready = not damaged
         except BaseException:
             self.close()
             raise
 
     @classmethod
-    def open(cls, path: Path, *, write: bool) -> SessionFolder:
-        """Open an existing session. Raises SessionError, StorageError, DamagedError."""
+    def open(cls, path: Path, *, write: bool, damaged: bool = False) -> SessionFolder:
+        """Open an existing session; one that may be ``damaged`` as far as its manifest goes.
+
+        Raises SessionError, StorageError, DamagedError.
+        """
         if not os.path.lexists(path):
             raise SessionError(f"session {path.name}: there is none", hint="see: kvswap sessions list")
         folder = PrivateFolder(path)
         try:
-            return cls(folder, write=write)
+            return cls(folder, write=write, damaged=damaged)
         except BaseException:
             folder.close()
             raise
@@ -182,7 +186,7 @@ class SessionFolder(SessionReader):
             segments=tuple(pairs),
         )
         kept = self._lasting() if new.layout == manifest.layout else ()
-        self._put(
+        self.put(
             replace(
                 manifest,
                 commits=manifest.commits + 1,
@@ -217,10 +221,10 @@ class SessionFolder(SessionReader):
                 f"{self.what}: turns further back are not kept", hint=f"the newest {CHECKPOINTS} are; start a new one"
             )
         if kept:
-            self._put(replace(self.manifest, checkpoints=kept))
+            self.put(replace(self.manifest, checkpoints=kept))
         else:
             now = self.manifest
-            self._put(Manifest(created=now.created, used=now.used, written_bytes=now.written_bytes))
+            self.put(Manifest(created=now.created, used=now.used, written_bytes=now.written_bytes))
 
     def cut(self, groups: int) -> None:
         """Keep only the first ``groups`` whole groups of the current context, at least one, as a new checkpoint."""
@@ -244,14 +248,14 @@ class SessionFolder(SessionReader):
             tail=self._write_blob(f"tail-{manifest.commits}", encode_arrays(tail)),
         )
         checkpoints = (*self._lasting(), checkpoint)[-CHECKPOINTS:]
-        self._put(replace(manifest, commits=manifest.commits + 1, checkpoints=checkpoints))
+        self.put(replace(manifest, commits=manifest.commits + 1, checkpoints=checkpoints))
 
     def _lasting(self) -> tuple[Checkpoint, ...]:
         """Checkpoints that stay when another one comes."""
         found = self.manifest.checkpoints
         return found[:-1] if found and found[-1].interim else found
 
-    def _put(self, manifest: Manifest) -> None:
+    def put(self, manifest: Manifest) -> None:
         """The one place where a new state becomes the committed one."""
         manifest = self._settle(replace(manifest, used=int(time.time())))
         self.folder.sync()

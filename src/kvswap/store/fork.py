@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import secrets
 import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,6 +29,22 @@ def fork(source: SessionFolder, path: Path) -> int:
     if os.path.lexists(path):
         raise SessionError(f"session {path.name} exists already", hint="choose another name")
     partial = path.with_name(f"{PARTIAL}{secrets.token_hex(8)}")
+    with making(path.parent):
+        return _fork(source, partial, path)
+
+
+@contextmanager
+def making(root: Path, *, alone: bool = False) -> Iterator[None]:
+    """Hold ``root`` while a session is made in it, lest it is taken for a leftover; ``alone``, to remove those."""
+    fd = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+        yield
+    finally:
+        os.close(fd)
+
+
+def _fork(source: SessionFolder, partial: Path, path: Path) -> int:
     target = PrivateFolder.create(partial)
     try:
         for name in source.manifest.files():
@@ -37,7 +56,7 @@ def fork(source: SessionFolder, path: Path) -> int:
         manifest = replace(manifest, written_bytes=target.written_bytes)
         target.sync()
         target.replace(MANIFEST, encode(manifest))
-        _move(partial, path)
+        move_into_place(partial, path)
         return target.written_bytes
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
@@ -46,7 +65,7 @@ def fork(source: SessionFolder, path: Path) -> int:
         target.close()
 
 
-def _move(partial: Path, path: Path) -> None:
+def move_into_place(partial: Path, path: Path) -> None:
     """Give a complete session its name, durably."""
     try:
         os.rename(partial, path)

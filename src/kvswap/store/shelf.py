@@ -1,15 +1,25 @@
-"""All sessions of one folder: their names and places. Imports no torch; any thread."""
+"""All sessions of one folder: what there is, how much disk it takes, and how it goes away again.
+
+Imports no torch; any thread. Whatever removes or changes a session takes its lock first.
+"""
 
 from __future__ import annotations
 
 import os
 import re
+import secrets
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 from kvswap.disk.files import default_kv_dir, prepare_dir
-from kvswap.errors import SessionError
+from kvswap.disk.private import PrivateFolder
+from kvswap.errors import DamagedError, KVSwapError, SessionError
+from kvswap.store import lock
+from kvswap.store.check import QUARANTINE, move_away, quarantine_path, repair
 from kvswap.store.folder import SessionFolder
+from kvswap.store.fork import PARTIAL, making
+from kvswap.store.manifest import Manifest
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
@@ -28,10 +38,14 @@ def session_path(kv_dir: str | None, name: str) -> Path:
 
 def create_session(kv_dir: str | None, name: str) -> SessionFolder:
     """A new session, open for writing, in a folder that is made if need be. Raises SessionError, StorageError."""
-    path = session_path(kv_dir, name)
+    return SessionFolder.create(made(session_path(kv_dir, name)))
+
+
+def made(path: Path) -> Path:
+    """See that the folder of all sessions, in which ``path`` will be, is there and on a disk. Raises StorageError."""
     prepare_dir(path.parent.parent)
     prepare_dir(path.parent)
-    return SessionFolder.create(path)
+    return path
 
 
 def open_session(kv_dir: str | None, name: str, *, write: bool = True) -> SessionFolder:
@@ -52,3 +66,143 @@ def close_session(folder: SessionFolder) -> None:
     if empty:
         shutil.rmtree(path, ignore_errors=True)  # while we hold its lock
     folder.close()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entry:
+    """One session as a list shows it. ``disk_bytes`` is what removing it would free, ``shared_bytes`` what it shares.
+
+    ``manifest`` is None where ``problem`` says why it cannot be read.
+    """
+
+    name: str
+    path: Path
+    disk_bytes: int
+    shared_bytes: int
+    in_use: bool
+    manifest: Manifest | None
+    problem: str
+
+
+def entries(root: Path) -> list[Entry]:
+    """All sessions below ``root``, by name."""
+    if not root.is_dir():
+        return []
+    return [entry(path) for path in sorted(root.iterdir()) if _NAME.fullmatch(path.name)]
+
+
+def entry(path: Path) -> Entry:
+    """What one session looks like from outside; nothing is raised for a damaged one."""
+    own_bytes = shared_bytes = 0
+    manifest, problem, in_use = None, "", False
+    try:
+        with SessionFolder.open(path, write=False) as folder:
+            manifest = folder.manifest
+            in_use = lock.held(folder.folder)
+            for name in folder.folder.names():
+                status = folder.folder.stat(name)
+                used_bytes = status.st_blocks * 512
+                own_bytes, shared_bytes = (
+                    (own_bytes + used_bytes, shared_bytes)
+                    if status.st_nlink == 1
+                    else (own_bytes, shared_bytes + used_bytes)
+                )
+    except (KVSwapError, OSError) as error:
+        problem = getattr(error, "message", "") or str(error)
+    return Entry(
+        name=path.name,
+        path=path,
+        disk_bytes=own_bytes,
+        shared_bytes=shared_bytes,
+        in_use=in_use,
+        manifest=manifest,
+        problem=problem,
+    )
+
+
+def used_bytes(root: Path) -> int:
+    """Disk that all sessions, leftovers and the quarantine take; files with several names count once."""
+    seen: dict[tuple[int, int], int] = {}
+    for folder, _, names in os.walk(root):
+        for name in names:
+            try:
+                status = os.lstat(os.path.join(folder, name))
+            except FileNotFoundError:  # a commit has just removed it
+                continue
+            seen[status.st_dev, status.st_ino] = status.st_blocks * 512
+    return sum(seen.values())
+
+
+def remove(path: Path, *, wipe: bool = False) -> int:
+    """Remove a session; bytes that were overwritten before (``wipe``). Raises SessionError while it is in use.
+
+    What a fork shares is left to the fork and not overwritten.
+    """
+    if not os.path.lexists(path):
+        raise SessionError(f"session {path.name}: there is none", hint="see: kvswap sessions list")
+    folder = PrivateFolder(path)
+    wiped_bytes = 0
+    try:
+        held = lock.acquire(folder, f"session {path.name}")
+        try:
+            for name in folder.names() if wipe else ():
+                wiped_bytes += folder.overwrite(name)
+            gone = path.with_name(f"{PARTIAL}{secrets.token_hex(8)}")
+            os.rename(path, gone)  # a name is free at once, and a kill leaves what prune removes
+            shutil.rmtree(gone)
+        finally:
+            os.close(held)
+    finally:
+        folder.close()
+    return wiped_bytes
+
+
+def prune(root: Path) -> list[str]:
+    """Remove leftovers of interrupted work and sessions that never held anything; what was removed, in words."""
+    removed: list[str] = []
+    if not root.is_dir():
+        return removed
+    with making(root, alone=True):
+        for path in sorted(root.glob(f"{PARTIAL}*")):
+            shutil.rmtree(path)
+            removed.append(f"leftover {path.name}")
+    for found in entries(root):
+        if found.manifest is None or found.in_use:
+            continue
+        try:
+            with SessionFolder.open(found.path, write=True) as folder:  # opening and closing tidies up
+                empty = not folder.manifest.checkpoints
+            if empty:
+                remove(found.path)
+                removed.append(f"empty session {found.name}")
+        except SessionError:  # somebody was faster
+            continue
+    return removed
+
+
+def repair_session(path: Path) -> tuple[str, Path | None]:
+    """As ``check.repair``; a session whose manifest cannot be read is moved to quarantine. Raises DamagedError."""
+    try:
+        folder = SessionFolder.open(path, write=True, damaged=True)
+    except DamagedError as error:
+        place = quarantine_path(path)
+        private = PrivateFolder(path)
+        try:
+            held = lock.acquire(private, f"session {path.name}")
+            move_away(path, place)
+            os.close(held)
+        finally:
+            private.close()
+        raise DamagedError(
+            f"{error.message}; it was moved to {place}", hint="make it anew from its documents"
+        ) from error
+    try:
+        return repair(folder)
+    finally:
+        folder.close()
+
+
+def quarantined(root: Path) -> list[Path]:
+    """Folders in quarantine."""
+    place = root / QUARANTINE
+    return sorted(place.iterdir()) if place.is_dir() else []

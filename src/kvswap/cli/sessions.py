@@ -1,0 +1,243 @@
+"""``kvswap sessions``: what is on disk, whether it is sound, and how it goes away."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from kvswap.store.shelf import Entry
+
+_FLASH = (
+    "Overwritten in place. Flash storage, and file systems that copy on write, may keep older copies where no program "
+    "reaches them; only encryption of the whole disk protects from somebody who takes the disk apart."
+)
+
+
+@click.group()
+@click.option("--kv-dir", metavar="DIR", help="Folder for KV files.  [default: the user's cache folder]")
+@click.pass_context
+def sessions(context: click.Context, kv_dir: str | None) -> None:
+    """Contexts that were kept on disk with --session."""
+    context.obj = kv_dir
+
+
+def _path(context: click.Context, name: str) -> Path:
+    from kvswap.store.shelf import session_path
+
+    return session_path(context.obj, name)
+
+
+@sessions.command("list")
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+@click.pass_context
+def list_(context: click.Context, as_json: bool) -> None:
+    """List all sessions with their tokens and the disk they take."""
+    from kvswap.store.shelf import entries, quarantined, sessions_dir, used_bytes
+    from kvswap.units import format_bytes
+
+    root = sessions_dir(context.obj)
+    found = entries(root)
+    if as_json:
+        click.echo(json.dumps([_facts(entry) for entry in found], indent=1))
+        return
+    if not found:
+        click.echo(f"no sessions in {root}")
+    width = max((len(entry.name) for entry in found), default=0)
+    for entry in found:
+        click.echo(f"{entry.name:{width}}  {_line(entry)}")
+    for path in quarantined(root):
+        click.echo(f"quarantine: {path}")
+    if found:
+        click.echo(f"{format_bytes(used_bytes(root))} of disk in all")
+
+
+@sessions.command()
+@click.argument("name")
+@click.pass_context
+def show(context: click.Context, name: str) -> None:
+    """Show one session as JSON."""
+    from kvswap.errors import DamagedError
+    from kvswap.store.shelf import entry, open_session
+
+    open_session(context.obj, name, write=False).close()  # says what is wrong
+    found = entry(_path(context, name))
+    if found.manifest is None:
+        raise DamagedError(found.problem, hint=f"kvswap sessions repair {name}")
+    click.echo(json.dumps(_facts(found), indent=1))
+
+
+@sessions.command()
+@click.argument("names", nargs=-1)
+@click.pass_context
+def check(context: click.Context, names: tuple[str, ...]) -> int:
+    """Read sessions, all without a name, and compare everything with its checksums."""
+    from kvswap.errors import KVSwapError
+    from kvswap.store.check import check as check_folder
+    from kvswap.store.shelf import entries, open_session, sessions_dir
+    from kvswap.units import format_bytes
+
+    wrong = 0
+    for name in names or [entry.name for entry in entries(sessions_dir(context.obj))]:
+        try:
+            with open_session(context.obj, name, write=False) as folder:
+                report = check_folder(folder)
+        except KVSwapError as error:
+            if len(names) == 1:
+                raise
+            click.echo(str(error))
+            wrong += 1
+            continue
+        if report.problems:
+            wrong += 1
+            click.echo(f"{name}: damaged")
+            for problem in report.problems:
+                click.echo(f"  {problem}")
+            click.echo(f"  kvswap sessions repair {name} keeps what is whole")
+        else:
+            click.echo(f"{name}: sound, {report.groups:,} groups, {format_bytes(report.read_bytes)} read")
+    return 1 if wrong else 0
+
+
+@sessions.command()
+@click.argument("name")
+@click.pass_context
+def repair(context: click.Context, name: str) -> None:
+    """Go back to the longest context of a damaged session that is whole; the damaged files stay in quarantine."""
+    from kvswap.store.shelf import repair_session
+
+    words, place = repair_session(_path(context, name))
+    click.echo(f"{name}: {words}")
+    if place is not None:
+        click.echo(f"the damaged files are in {place}")
+
+
+@sessions.command()
+@click.argument("name")
+@click.argument("new_name")
+@click.pass_context
+def fork(context: click.Context, name: str, new_name: str) -> None:
+    """Make a second session that begins as the first one is now, sharing its files."""
+    from kvswap.store.fork import fork as fork_folder
+    from kvswap.store.shelf import open_session
+    from kvswap.units import format_bytes
+
+    with open_session(context.obj, name) as folder:
+        new_bytes = fork_folder(folder, _path(context, new_name))
+    click.echo(f"{new_name}: {format_bytes(new_bytes)} written, the rest is shared with {name}")
+
+
+@sessions.command()
+@click.argument("names", nargs=-1, required=True)
+@click.pass_context
+def rm(context: click.Context, names: tuple[str, ...]) -> None:
+    """Remove sessions. What forks share stays with them."""
+    from kvswap.store.shelf import remove
+
+    for name in names:
+        remove(_path(context, name))
+        click.echo(f"{name}: removed")
+
+
+@sessions.command()
+@click.argument("names", nargs=-1, required=True)
+@click.pass_context
+def wipe(context: click.Context, names: tuple[str, ...]) -> None:
+    """Overwrite sessions with zeros, then remove them. What forks share stays with them as it is."""
+    from kvswap.store.shelf import remove
+    from kvswap.units import format_bytes
+
+    for name in names:
+        click.echo(f"{name}: {format_bytes(remove(_path(context, name), wipe=True))} overwritten, then removed")
+    click.echo(_FLASH)
+
+
+@sessions.command()
+@click.pass_context
+def prune(context: click.Context) -> None:
+    """Remove what interrupted work left behind, and sessions that hold nothing."""
+    from kvswap.store.shelf import prune as prune_all
+    from kvswap.store.shelf import sessions_dir
+
+    removed = prune_all(sessions_dir(context.obj))
+    for words in removed:
+        click.echo(f"removed {words}")
+    if not removed:
+        click.echo("nothing to remove")
+
+
+@sessions.command("export")
+@click.argument("name")
+@click.argument("file", type=click.Path(path_type=Path))
+@click.pass_context
+def export(context: click.Context, name: str, file: Path) -> None:
+    """Write the current context of a session to one file. It holds the text in plain form."""
+    from kvswap.store.shelf import open_session
+    from kvswap.store.transfer import export_session
+    from kvswap.units import format_bytes
+
+    with open_session(context.obj, name) as folder:
+        click.echo(f"{file}: {format_bytes(export_session(folder, file.expanduser().absolute()))}")
+
+
+@sessions.command("import")
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--name", help="Name of the new session.  [default: the file's name without its ending]")
+@click.pass_context
+def import_(context: click.Context, file: Path, name: str | None) -> None:
+    """Make a session from an exported file, after everything in it was checked."""
+    from kvswap.store.shelf import made
+    from kvswap.store.transfer import import_session
+
+    path = made(_path(context, name or file.name.split(".")[0]))
+    manifest = import_session(file.expanduser().absolute(), path)
+    tokens = manifest.current.tokens if manifest.current else 0
+    click.echo(f"{path.name}: {tokens:,} tokens")
+
+
+def _facts(entry: Entry) -> dict[str, Any]:
+    manifest = entry.manifest
+    if manifest is None:
+        return {"name": entry.name, "problem": entry.problem}
+    current, model, layout = manifest.current, manifest.model, manifest.layout
+    return {
+        "name": entry.name,
+        "tokens": current.tokens if current else 0,
+        "model": model.name if model else None,
+        "dtype": model.dtype if model else None,
+        "store_dtypes": sorted(set(layout.dtypes)) if layout else [],
+        "group_tokens": layout.group_tokens if layout else None,
+        "sketch": f"{layout.sketch_kind} rank {layout.sketch_rank}, {layout.sketch_bits} bit" if layout else None,
+        "turns_back": max(0, len(manifest.checkpoints) - 1),
+        "disk_bytes": entry.disk_bytes,
+        "shared_bytes": entry.shared_bytes,
+        "written_bytes": manifest.written_bytes,
+        "created": _when(manifest.created),
+        "used": _when(manifest.used),
+        "in_use": entry.in_use,
+        "folder": str(entry.path),
+    }
+
+
+def _line(entry: Entry) -> str:
+    from kvswap.units import format_bytes
+
+    facts = _facts(entry)
+    if entry.manifest is None:
+        return f"cannot be used: {entry.problem}"
+    shared = f" + {format_bytes(entry.shared_bytes)} shared" if entry.shared_bytes else ""
+    busy = ", in use" if entry.in_use else ""
+    model = Path(facts["model"]).name if facts["model"] else "no model yet"
+    disk = f"{format_bytes(entry.disk_bytes)}{shared}"
+    return f"{facts['tokens']:>9,} tokens  {disk}  {model}  last used {facts['used']}{busy}"
+
+
+def _when(seconds: int) -> str:
+    try:
+        return time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds))
+    except (OverflowError, OSError, ValueError):
+        return "?"

@@ -1,0 +1,237 @@
+"""``kvswap sessions``: list, check, repair, fork, move, remove; and what ``run`` says about a damaged session."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+from kvswap.cli.main import run_command
+from kvswap.store.shelf import open_session
+
+pytestmark = pytest.mark.usefixtures("cache_home")
+
+STORY = "".join(f"In chapter {number} the king of place {number} counts. " for number in range(22))
+
+
+@pytest.fixture
+def kv_dir(tmp_path) -> Path:
+    return tmp_path / "kv"
+
+
+@pytest.fixture
+def command(capfd):
+    """Runs a command; its exit code, stdout and stderr."""
+
+    def call(*words: object) -> tuple[int, str, str]:
+        capfd.readouterr()
+        code = run_command([str(word) for word in words])
+        return code, *capfd.readouterr()
+
+    return call
+
+
+@pytest.fixture
+def ask(tiny, tmp_path, kv_dir, command):
+    """Runs a question in a session."""
+    (tmp_path / "story.txt").write_text(STORY)
+
+    def call(question: str, *words: object, session: str = "tale") -> tuple[int, str, str]:
+        base = ["run", "--model", tiny, "--ask", question, "--max-new-tokens", 5, "--kv-dir", kv_dir]
+        return command(*base, "--session", session, *words)
+
+    return call
+
+
+@pytest.fixture
+def tale(ask, tmp_path, kv_dir) -> Path:
+    """A session with one turn; its folder."""
+    assert ask("Who?", "--document", tmp_path / "story.txt")[0] == 0
+    return kv_dir / "sessions" / "tale"
+
+
+@pytest.fixture
+def sessions(command, kv_dir):
+    def call(*words: object) -> tuple[int, str, str]:
+        return command("sessions", "--kv-dir", kv_dir, *words)
+
+    return call
+
+
+def facts(sessions, name: str) -> dict:
+    code, out, _ = sessions("show", name)
+    assert code == 0
+    return json.loads(out)
+
+
+def damage(path: Path, place: float = 0.6) -> None:
+    data = bytearray(path.read_bytes())
+    data[int(len(data) * place)] ^= 1
+    path.write_bytes(data)
+
+
+def test_list_show_and_modes(tale, sessions) -> None:
+    code, out, _ = sessions("list")
+    assert code == 0 and "tale" in out and "tokens" in out
+    shown = facts(sessions, "tale")
+    assert shown["tokens"] > 900 and shown["written_bytes"] > shown["tokens"] * 3 * 2 * 2 * 16 * 2
+    assert json.loads(sessions("list", "--json")[1]) == [shown]
+    assert stat.S_IMODE(tale.stat().st_mode) == 0o700
+    assert {stat.S_IMODE(file.stat().st_mode) for file in tale.iterdir()} == {0o600}
+
+
+def test_modes_do_not_depend_on_the_umask(ask, kv_dir) -> None:
+    old = os.umask(0)
+    try:
+        assert ask("Who?")[0] == 0
+    finally:
+        os.umask(old)
+    folder = kv_dir / "sessions" / "tale"
+    assert {stat.S_IMODE(file.stat().st_mode) for file in [*folder.iterdir()]} == {0o600}
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+
+
+def test_damaged_group_is_named_checked_and_repaired(tale, ask, sessions) -> None:
+    assert sessions("check")[0] == 0
+    whole = facts(sessions, "tale")["tokens"]
+    damage(tale / "data-0-1")
+    code, out, err = ask("And?")
+    assert (code, out) == (1, "")
+    assert "session tale is damaged: group" in err and "of layer 1" in err and "kvswap sessions repair tale" in err
+    code, out, _ = sessions("check", "tale")
+    assert code == 1 and "data-0-1: layer 1: groups" in out
+    code, out, _ = sessions("repair", "tale")
+    assert code == 0 and "tokens are kept" in out
+    kept = facts(sessions, "tale")["tokens"]
+    assert 0.5 * whole < kept < 0.7 * whole
+    assert sessions("check", "tale")[0] == 0
+    code, out, _ = sessions("list")
+    assert "quarantine: " in out
+    assert ask("And?")[0] == 0
+
+
+def test_without_verification_a_damaged_group_is_read(tale, ask) -> None:
+    damage(tale / "data-0-1")
+    assert ask("And?", "--no-verify")[0] == 0
+
+
+@pytest.mark.parametrize("name", ["manifest", "tail-1", "index-0", "basis"])
+def test_damage_elsewhere_is_found_before_anything_is_computed(name, tale, ask, sessions) -> None:
+    damage(tale / name)
+    code, out, err = ask("And?")
+    assert (code, out) == (1, "") and "session tale" in err and "repair" in err
+    assert sessions("check", "tale")[0] == 1
+    code, _, err = sessions("repair", "tale")
+    if code == 1:  # nothing could be kept: all of it is in quarantine
+        assert "it was moved to" in err and not tale.exists()
+        assert (next((tale.parent / ".damaged").iterdir()) / name).exists()
+    else:
+        assert sessions("check", "tale")[0] == 0
+
+
+def test_cut_short_and_missing_files(tale, ask, sessions) -> None:
+    os.truncate(tale / "data-0-2", 4096)
+    code, _, err = ask("And?")
+    assert code == 1 and "data-0-2 has 4,096 bytes instead of" in err
+    assert sessions("repair", "tale")[0] == 0
+    assert sessions("check", "tale")[0] == 0
+    (tale / "data-0-0").unlink()
+    assert "data-0-0 is gone" in ask("And?")[2]
+    assert sessions("repair", "tale")[0] == 1 and not tale.exists()
+
+
+def test_newer_format_is_refused_politely(tale, ask) -> None:
+    manifest = tale / "manifest"
+    before = {file.name: file.read_bytes() for file in tale.iterdir()}
+    manifest.write_bytes(manifest.read_bytes().replace(b"kvswap-session 1 ", b"kvswap-session 2 ", 1))
+    code, _, err = ask("And?")
+    assert code == 2 and "made by a newer kvswap (format 2, this one reads 1); update kvswap" in err
+    assert all((tale / name).read_bytes() == data for name, data in before.items() if name not in ("manifest", "lock"))
+
+
+def test_links_and_foreign_files_are_refused(tale, ask, tmp_path) -> None:
+    os.rename(tale / "data-0-1", tmp_path / "elsewhere")
+    (tale / "data-0-1").symlink_to(tmp_path / "elsewhere")
+    code, _, err = ask("And?")
+    assert code == 2 and "it is a link" in err
+    (tale / "data-0-1").unlink()
+    os.mkfifo(tale / "data-0-1", 0o600)
+    assert "no plain file" in ask("And?")[2]
+    (tale / "data-0-1").unlink()
+    os.rename(tmp_path / "elsewhere", tale / "data-0-1")
+    os.chmod(tale / "data-0-1", 0o666)
+    assert "written by others" in ask("And?")[2]
+    os.chmod(tale / "data-0-1", 0o600)
+    os.rename(tale, tmp_path / "moved")
+    tale.symlink_to(tmp_path / "moved")
+    assert "link" in ask("And?")[2]
+
+
+def test_fork_shares_files_and_goes_its_own_way(tale, ask, sessions) -> None:
+    before = facts(sessions, "tale")
+    assert sessions("fork", "tale", "other")[0] == 0
+    assert facts(sessions, "other")["shared_bytes"] > 0.9 * before["disk_bytes"]
+    assert facts(sessions, "other")["disk_bytes"] < 64 << 10
+    first, second = ask("And then?", session="tale"), ask("And then?", session="other")
+    assert first[:2] == second[:2]
+    assert sessions("check")[0] == 0
+    assert sessions("rm", "tale")[0] == 0
+    assert sessions("check", "other")[0] == 0
+    assert sessions("fork", "other", "other")[0] == 2
+
+
+def test_export_and_import(tale, ask, sessions, tmp_path) -> None:
+    assert sessions("fork", "tale", "other")[0] == 0
+    assert ask("And then?", session="other")[0] == 0  # two segments
+    archive = tmp_path / "other.kvswap"
+    assert sessions("export", "other", archive)[0] == 0
+    assert stat.S_IMODE(archive.stat().st_mode) == 0o600
+    assert sessions("export", "other", archive)[0] == 2
+    assert sessions("import", archive)[0] == 2  # the name is taken
+    assert sessions("import", archive, "--name", "third")[0] == 0
+    assert sessions("check")[0] == 0
+    assert facts(sessions, "third")["tokens"] == facts(sessions, "other")["tokens"]
+    assert ask("Why?", session="third")[:2] == ask("Why?", session="other")[:2]
+    damage(archive)
+    code, _, err = sessions("import", archive, "--name", "fourth")
+    assert code in (1, 2) and err.startswith("error: ")
+    assert not (tale.parent / "fourth").exists() and not list(tale.parent.glob(".new-*"))
+
+
+def test_second_writer_gets_a_clear_error(tale, ask, sessions, kv_dir) -> None:
+    with open_session(str(kv_dir), "tale"):
+        for code, _, err in (ask("And?"), sessions("rm", "tale"), sessions("fork", "tale", "b")):
+            assert code == 2 and f"session tale is in use by process {os.getpid()}" in err
+        assert facts(sessions, "tale")["in_use"]
+        assert sessions("check", "tale")[0] == 0
+    assert ask("And?")[0] == 0
+
+
+def test_wipe_says_what_it_cannot_promise(tale, sessions) -> None:
+    kept = os.open(tale / "data-0-0", os.O_RDONLY)
+    try:
+        code, out, _ = sessions("wipe", "tale")
+        assert code == 0 and "overwritten" in out and "Flash" in out and not tale.exists()
+        assert set(os.pread(kept, 1 << 20, 0)) == {0}
+    finally:
+        os.close(kept)
+
+
+def test_prune_removes_leftovers_alone(tale, sessions) -> None:
+    (tale.parent / ".new-1234").mkdir()
+    (tale / "tail-99").write_bytes(b"x")
+    with open_session(str(tale.parent.parent), "tale"):
+        assert "nothing" not in sessions("prune")[1]
+    sessions("prune")
+    assert not (tale.parent / ".new-1234").exists() and not (tale / "tail-99").exists()
+    assert sessions("check", "tale")[0] == 0
+    assert sessions("prune")[1] == "nothing to remove\n"
+
+
+@pytest.mark.parametrize("words", [("show", "none"), ("rm", "none"), ("check", "none"), ("export", "none", "x")])
+def test_absent_session(words, sessions, kv_dir) -> None:
+    code, _, err = sessions(*words)
+    assert code == 2 and "session none: there is none; see: kvswap sessions list" in err
