@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from kvswap.evals.tasks import TASKS
+
 if TYPE_CHECKING:
     from kvswap.config import Config
     from kvswap.evals.run import Plan
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
     default="agreement",
     show_default=True,
     metavar="T,...",
-    help="Tasks, with commas between them: agreement, perplexity.",
+    help=f"Tasks, with commas between them: {', '.join(TASKS)}.",
 )
 @click.option(
     "--methods", default="full,kvswap", show_default=True, metavar="M,...", help="Methods; full is always run."
@@ -42,7 +44,11 @@ if TYPE_CHECKING:
 @click.option(
     "--document", "documents", multiple=True, metavar="FILE", help="Text to evaluate on, before Python's own."
 )
+@click.option(
+    "--dataset", "datasets", multiple=True, metavar="FILE", help="LongBench file (JSONL) for the task longbench."
+)
 @click.option("--json", "json_file", required=True, metavar="FILE", help="Results; continued if it is there already.")
+@click.option("--plot", "plot_file", metavar="FILE", help="Picture of the results, .png or .svg (needs matplotlib).")
 @click.option(
     "--dtype",
     type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
@@ -62,7 +68,9 @@ def evaluate(
     steps: int,
     seed: int,
     documents: tuple[str, ...],
+    datasets: tuple[str, ...],
     json_file: str,
+    plot_file: str | None,
     dtype: str,
     config_file: str | None,
 ) -> None:
@@ -78,14 +86,20 @@ def evaluate(
     from kvswap.cli.files import check_writable
     from kvswap.disk.files import default_kv_dir, prepare_dir
     from kvswap.documents import read_document
+    from kvswap.evals.plot import check_picture, plot
+    from kvswap.evals.tasks.longbench import read_dataset
     from kvswap.evals.text import evaluation_text
 
     target = check_writable("--json", json_file)
+    picture = None if plot_file is None else check_picture(check_writable("--plot", plot_file))
     config = _config(config_file, kv_dir)
     plan = _plan(tasks, methods, contexts, kv_memory, samples)
     for limit in plan.kv_memory:
         config.replace(kv_memory=limit)
     passages = evaluation_text([read_document(path) for path in documents], seed)
+    files = [Path(name) for name in datasets]
+    for file in files:
+        read_dataset(file)
     prepare_dir(config.kv_dir or default_kv_dir())
 
     from kvswap.cli.display import Display
@@ -95,11 +109,13 @@ def evaluate(
     display = Display()
     try:
         loaded = load_weights(model, display, dtype=dtype)
-        source = Source(tokenizer=loaded.tokenizer, passages=passages, seed=seed, steps=steps)
+        source = Source(tokenizer=loaded.tokenizer, passages=passages, seed=seed, steps=steps, datasets=files)
         rows = _evaluate(loaded, config, plan, source, target, display)
     finally:
         display.finish()
-    _print_table([row for row in rows if row["task"] in tasks.split(",")])
+    _print_table([row for row in rows if row["task"] in [task.name for task in plan.tasks]])
+    if picture is not None:
+        plot(target, picture)
 
 
 def _evaluate(loaded: Any, config: Config, plan: Plan, source: Source, target: Path, display: Any) -> list[Any]:

@@ -101,7 +101,7 @@ def fit(source: Source, context: int, build: Callable[[int], tuple[int, ...]], p
         raise InputError(
             f"context {context:,}: the question alone has {len(best):,} tokens", hint="ask for a longer context"
         )
-    guess = min(pieces, max(1, pieces // 2))
+    guess = min(pieces, context // 16 + 1)
     while low < high:
         prompt = build(guess)
         if len(prompt) <= context:

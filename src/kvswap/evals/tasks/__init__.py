@@ -13,6 +13,17 @@ if TYPE_CHECKING:
 TASKS = {
     "agreement": "kvswap.evals.tasks.text:AGREEMENT",
     "perplexity": "kvswap.evals.tasks.text:PERPLEXITY",
+    "needle": "kvswap.evals.tasks.needle:NEEDLE",
+    "ruler-s1": "kvswap.evals.tasks.ruler:S1",
+    "ruler-s2": "kvswap.evals.tasks.ruler:S2",
+    "ruler-mk1": "kvswap.evals.tasks.ruler:MK1",
+    "ruler-mq": "kvswap.evals.tasks.ruler:MQ",
+    "ruler-mv": "kvswap.evals.tasks.ruler:MV",
+    "ruler-vt": "kvswap.evals.tasks.ruler:VT",
+    "ruler-qa1": "kvswap.evals.tasks.passages:QA1",
+    "ruler-qa2": "kvswap.evals.tasks.passages:QA2",
+    "text2json": "kvswap.evals.tasks.text2json:TEXT2JSON",
+    "longbench": "kvswap.evals.tasks.longbench:LONGBENCH",
 }
 
 
