@@ -48,6 +48,9 @@ if TYPE_CHECKING:
     "--dataset", "datasets", multiple=True, metavar="FILE", help="LongBench file (JSONL) for the task longbench."
 )
 @click.option("--json", "json_file", required=True, metavar="FILE", help="Results; continued if it is there already.")
+@click.option(
+    "--prompts", metavar="DIR", help="Keep computed prompts there (large files), for methods that are added later."
+)
 @click.option("--plot", "plot_file", metavar="FILE", help="Picture of the results, .png or .svg (needs matplotlib).")
 @click.option(
     "--dtype",
@@ -70,6 +73,7 @@ def evaluate(
     documents: tuple[str, ...],
     datasets: tuple[str, ...],
     json_file: str,
+    prompts: str | None,
     plot_file: str | None,
     dtype: str,
     config_file: str | None,
@@ -110,7 +114,7 @@ def evaluate(
     try:
         loaded = load_weights(model, display, dtype=dtype)
         source = Source(tokenizer=loaded.tokenizer, passages=passages, seed=seed, steps=steps, datasets=files)
-        rows = _evaluate(loaded, config, plan, source, target, display)
+        rows = _evaluate(loaded, config, plan, source, display, file=target, prompts=prompts)
     finally:
         display.finish()
     _print_table([row for row in rows if row["task"] in [task.name for task in plan.tasks]])
@@ -118,10 +122,22 @@ def evaluate(
         plot(target, picture)
 
 
-def _evaluate(loaded: Any, config: Config, plan: Plan, source: Source, target: Path, display: Any) -> list[Any]:
+def _evaluate(
+    loaded: Any, config: Config, plan: Plan, source: Source, display: Any, *, file: Path, prompts: str | None
+) -> list[Any]:
+    from kvswap.evals.prompts import PromptShelf
     from kvswap.evals.run import evaluate as run
 
-    return run(loaded, config, plan, source, file=target, on_progress=display.progress, on_notice=_once(display.notice))
+    return run(
+        loaded,
+        config,
+        plan,
+        source,
+        file=file,
+        shelf=None if prompts is None else PromptShelf(Path(prompts)),
+        on_progress=display.progress,
+        on_notice=_once(display.notice),
+    )
 
 
 def _plan(tasks: str, methods: str, contexts: str, kv_memory: str, samples: int) -> Plan:

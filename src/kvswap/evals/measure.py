@@ -13,6 +13,7 @@ from typing import Any
 from kvswap.attachment import attach_each
 from kvswap.config import Config
 from kvswap.evals.forced import ForcedRun, force, greedy, share_prompt
+from kvswap.evals.prompts import PromptShelf
 from kvswap.evals.samples import Outcome, Sample
 from kvswap.models.loading import LoadedModel
 from kvswap.models.streaming import end_tokens
@@ -55,10 +56,14 @@ def measure(
     variants: Sequence[Variant],
     sample: Sample,
     *,
+    shelf: PromptShelf | None = None,
     on_fraction: Fraction,
     on_notice: Callable[[str], None],
 ) -> dict[Variant, Measured]:
-    """Run a sample; the first variant is ``FULL``, which the others are compared with."""
+    """Run a sample; the first variant is ``FULL``, which the others are compared with.
+
+    ``shelf`` keeps computed prompts, for methods that are added later.
+    """
     assert variants[0] == FULL
     wanted: list[Any] = [
         (each.method, config if each.kv_memory is None else config.replace(kv_memory=each.kv_memory))
@@ -80,7 +85,8 @@ def measure(
         on_progress=on_progress,
         on_notice=on_notice,
     ) as caches:
-        row = share_prompt(loaded.model, caches, sample.prompt)
+        share = share_prompt if shelf is None else shelf.share
+        row = share(loaded.model, caches, sample.prompt)
         forced = {each.label: cache for each, cache in zip(variants, caches, strict=False)}
         runs = {name: ForcedRun() for name in forced}
         force(loaded.model, forced, sample.forced, dict.fromkeys(forced, row), runs, on_step=on_step)

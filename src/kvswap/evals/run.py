@@ -19,6 +19,7 @@ import torch
 from kvswap.config import Config
 from kvswap.errors import ConfigError, InputError
 from kvswap.evals.measure import FULL, Measured, Variant, measure
+from kvswap.evals.prompts import PromptShelf
 from kvswap.evals.results import Record, summarise
 from kvswap.evals.samples import Sample, Source, Task
 from kvswap.jsonfile import write_json
@@ -65,6 +66,7 @@ def evaluate(
     source: Source,
     *,
     file: Path,
+    shelf: PromptShelf | None = None,
     on_progress: Progress,
     on_notice: Callable[[str], None],
 ) -> list[Record]:
@@ -88,7 +90,9 @@ def evaluate(
         def on_fraction(share: float, number: int = number) -> None:
             on_progress("evaluate", number * UNITS + int(share * UNITS), len(work) * UNITS)
 
-        found = measure(loaded, config, each.variants, each.sample, on_fraction=on_fraction, on_notice=on_notice)
+        found = measure(
+            loaded, config, each.variants, each.sample, shelf=shelf, on_fraction=on_fraction, on_notice=on_notice
+        )
         records += [
             _record(task, each.sample, variant, found[variant]) for task, missing in each.tasks for variant in missing
         ]
