@@ -63,7 +63,7 @@ def test_goes_on_where_it_was(base, tmp_path, capfd):
 
 
 def test_mistakes(base, tmp_path, capfd):
-    assert "use one of agreement, perplexity" in refused(capfd, changed(base, task="agreement,chess"))
+    assert "use one of agreement, perplexity, needle" in refused(capfd, changed(base, task="agreement,chess"))
     assert "use one of" in refused(capfd, changed(base, methods="full,magic"))
     assert "the model's limit is 2,048" in refused(capfd, changed(base, context="2045"))
     assert "'many'" in refused(capfd, changed(base, context="many"))
@@ -71,3 +71,32 @@ def test_mistakes(base, tmp_path, capfd):
     assert "no such file" in refused(capfd, [*base, "--document", "nowhere.txt"])
     (tmp_path / "results.json").write_text("[]")
     assert "not a results file" in refused(capfd, base)
+
+
+def test_questions_a_picture_and_prompts_that_are_kept(base, tmp_path, capfd):
+    shelf = tmp_path / "prompts"
+    words = changed(base, task="needle,text2json", samples=2, context="1500", methods="full", prompts=shelf)
+    assert run_command([*words, "--plot", str(tmp_path / "grid.png")]) == 0
+    files = {path: path.stat().st_mtime_ns for path in shelf.iterdir()}
+    assert len(files) == 4 and (tmp_path / "grid.png").stat().st_size > 5000
+    assert run_command(changed(words, methods="kvswap")) == 0
+    assert {path: path.stat().st_mtime_ns for path in shelf.iterdir()} == files
+    first = next(iter(files))
+    first.write_bytes(b"damaged")
+    again = changed(words, methods="kvswap", json=tmp_path / "again.json")
+    assert run_command(again) == 0 and first.stat().st_size > 5000
+    found = [json.loads((tmp_path / name).read_text())["samples"] for name in ("results.json", "again.json")]
+    assert {each.get("depth") for each in found[0] if each["task"] == "needle"} == {0.0, 0.25}
+    for each in found[0]:
+        twin = next(s for s in found[1] if (s["prompt_hash"], s["method"]) == (each["prompt_hash"], each["method"]))
+        assert twin["text"] == each["text"] and isinstance(each["text"], str)
+        assert twin["nll"] == pytest.approx(each["nll"], abs=1e-4)
+    capfd.readouterr()
+
+
+def test_mistakes_in_pictures_and_datasets(base, tmp_path, capfd):
+    assert "unknown kind of picture" in refused(capfd, changed(base, plot=tmp_path / "x.txt"))
+    (tmp_path / "data.jsonl").write_text('{"input": 1}\n')
+    bad = changed(base, task="longbench", dataset=tmp_path / "data.jsonl")
+    assert "line 1: 'input' is missing" in refused(capfd, bad)
+    assert "--dataset" in refused(capfd, changed(base, task="longbench"))

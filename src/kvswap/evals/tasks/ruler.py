@@ -7,6 +7,7 @@ the generated text contains; small models fail some of them with full attention 
 
 from __future__ import annotations
 
+import bisect
 import itertools
 import random
 import re
@@ -75,10 +76,10 @@ def sentences(source: Source, dice: random.Random) -> list[str]:
 
 
 def hidden(pieces: list[str], needles: list[str], depths: list[float]) -> str:
-    """``pieces`` joined, each needle put in at its share of them."""
-    whole = list(pieces)
+    """``pieces`` joined, each needle put in between two of them at its depth, a share of all characters."""
+    whole, ends = list(pieces), list(itertools.accumulate(map(len, pieces), initial=0))
     for depth, needle in sorted(zip(depths, needles, strict=True), reverse=True):
-        whole.insert(round(depth * len(pieces)), needle)
+        whole.insert(bisect.bisect_left(ends, depth * ends[-1]), needle)
     return " ".join(whole)
 
 

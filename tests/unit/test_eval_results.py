@@ -1,0 +1,40 @@
+"""Rows of results: paired with full attention, with errors, and plain words where there are too few samples."""
+
+from __future__ import annotations
+
+import pytest
+
+from kvswap.evals.results import summarise
+
+
+def record(method: str, index: int, score: float, **changes) -> dict:
+    values = {"task": "t", "method": method, "context": 100, "kv_memory": None if method == "full" else "1MiB"}
+    values |= {"index": index, "prompt_hash": str(index), "score": score, "kl": score / 10, "same": 1.0, "nll": 2.0}
+    values |= {"step_s": 0.1, "kv_memory_limit_bytes": None if method == "full" else 5, "kv_memory_peak_bytes": 3}
+    return values | changes
+
+
+def test_rows_are_paired_with_full():
+    scores = [(1.0, 0.5), (0.5, 0.5), (1.0, 1.0)]
+    records = [record("full", i, full) for i, (full, _) in enumerate(scores)]
+    records += [record("x", i, own) for i, (_, own) in enumerate(scores)][::-1]  # in another order
+    full, own = summarise(records)
+    assert (full["method"], full["kv_memory_limit_bytes"], own["kv_memory_limit_bytes"]) == ("full", None, 5)
+    assert own["score"] == pytest.approx(2 / 3) and own["full_score"] == pytest.approx(2.5 / 3)
+    assert own["retention"] == pytest.approx(0.8)
+    assert own["difference"] == pytest.approx(-0.5 / 3)
+    assert own["difference_stderr"] == pytest.approx(0.5 / 3)  # of -0.5, 0, 0
+    assert own["stderr"] == pytest.approx(0.5 / 3)
+    assert own["note"] == "only 3 samples: the standard error is itself uncertain"
+
+
+def test_one_sample_and_nothing_to_retain():
+    _, own = summarise([record("full", 0, 0.0), record("x", 0, 0.0)])
+    assert own["stderr"] is None and own["retention"] is None
+    assert own["note"] == "one sample: no standard error; full attention scores 0, so there is nothing to retain"
+
+
+def test_enough_samples_need_no_note():
+    rows = summarise([record(method, i, 1.0) for i in range(8) for method in ("full", "x")])
+    assert [row["note"] for row in rows] == ["", ""]
+    assert rows[1]["retention"] == 1
