@@ -65,15 +65,20 @@ class RunStats:
 
 def latency_percentiles_ms(times_s: list[float]) -> dict[str, float] | None:
     """p50, p90 and p99 of the gaps between ``times_s`` in milliseconds; None when there is no gap."""
-    gaps = sorted(1e3 * (after - before) for before, after in itertools.pairwise(times_s))
-    if not gaps:
+    return percentiles([1e3 * (after - before) for before, after in itertools.pairwise(times_s)])
+
+
+def percentiles(values: list[float]) -> dict[str, float] | None:
+    """p50, p90 and p99, interpolated; None for no values."""
+    ordered = sorted(values)
+    if not ordered:
         return None
 
     def at(share: float) -> float:
-        place = share * (len(gaps) - 1)
+        place = share * (len(ordered) - 1)
         low = int(place)
-        high = min(low + 1, len(gaps) - 1)
-        return gaps[low] + (gaps[high] - gaps[low]) * (place - low)
+        high = min(low + 1, len(ordered) - 1)
+        return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
 
     return {"p50": at(0.5), "p90": at(0.9), "p99": at(0.99)}
 

@@ -31,7 +31,23 @@ def open_cache(parts: ModelParts, implementation: str, config: Config, on_progre
         MappedLayer(folder) if part.order is not None else stock
         for part, stock in zip(parts.layers, stock_layers(parts), strict=True)
     ]
-    return FullCache(parts, implementation, layers, chunk_tokens=config.chunk_tokens, on_progress=on_progress)
+    return MappedCache(folder, parts, implementation, layers, chunk_tokens=config.chunk_tokens, on_progress=on_progress)
+
+
+class MappedCache(FullCache):
+    """Full attention over files in a folder."""
+
+    def __init__(self, folder: Path, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._folder = folder
+
+    def adopt(self, source: FullCache) -> None:
+        """Copy what ``source`` holds into the files."""
+        super().adopt(source)
+        for part in self.parts.offloaded:
+            layer = source.layers[part.index]
+            self.layers[part.index] = MappedLayer(self._folder)
+            self.layers[part.index].update(layer.keys, layer.values)
 
 
 class MappedLayer(DynamicLayer):

@@ -17,6 +17,7 @@ LABELS = {
     "disk": "measuring the disk",
     "model": "timing the model",
     "evaluate": "evaluating",
+    "bench": "measuring",
 }
 PLAIN_STEP = 0.25
 

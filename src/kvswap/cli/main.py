@@ -23,6 +23,7 @@ COMMANDS = {
     "profile": ("kvswap.cli.profile:profile", "Measure what this disk and a model cost."),
     "sessions": ("kvswap.cli.sessions:sessions", "Contexts on disk: list, check, repair, fork, export, remove."),
     "doctor": ("kvswap.cli.doctor:doctor", "Look at this machine and at the folder for KV files."),
+    "bench": ("kvswap.cli.bench:bench", "Measure methods beside each other on this machine."),
 }
 
 

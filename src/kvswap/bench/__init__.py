@@ -1,0 +1,1 @@
+"""Speed, memory and agreement of methods beside each other: ``kvswap bench`` and the scale suite."""

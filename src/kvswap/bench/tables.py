@@ -1,0 +1,76 @@
+"""Rows of a benchmark as tables: for a terminal, and in Markdown for the docs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from kvswap.units import format_bytes, format_rate
+
+Row = dict[str, Any]
+Column = tuple[str, Callable[[Row], str]]
+
+
+def _rate(row: Row) -> str:
+    low, high = row["spread"]["decode_tokens_per_s"]
+    return f"{row['decode_tokens_per_s']:.2f} ({low:.2f} to {high:.2f})"
+
+
+def _of_full(row: Row) -> str:
+    return "" if row["decode_speed_of_full"] is None else f"{row['decode_speed_of_full']:.2f}"
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{value:.0%}"
+
+
+def _ceiling(row: Row) -> str:
+    if not row["read_size_bytes"]:
+        return ""
+    return f"{format_rate(row['read_bytes_per_s'])} of {format_rate(row['ceiling_bytes_per_s'])}"
+
+
+COLUMNS: tuple[Column, ...] = (
+    ("context", lambda row: f"{row['context']:,}"),
+    ("batch", lambda row: str(row["batch"])),
+    ("method", lambda row: row["method"]),
+    ("tokens/s", _rate),
+    ("x full", _of_full),
+    ("p50 ms", lambda row: f"{row['itl_ms']['p50']:.0f}"),
+    ("p99 ms", lambda row: f"{row['itl_ms']['p99']:.0f}"),
+    ("first token", lambda row: "" if row["ttft_s"] is None else f"{row['ttft_s']:.1f} s"),
+    ("KL", lambda row: "" if row["kl"] is None else f"{row['kl']:.4f}"),
+    ("top-1", lambda row: _percent(row["top1"])),
+    ("memory held", lambda row: format_bytes(row["kv_memory_peak_bytes"])),
+    ("read a token", lambda row: format_bytes(row["read_bytes_per_token"]) if row["read_bytes_per_token"] else ""),
+    ("a read", lambda row: format_bytes(row["read_size_bytes"]) if row["read_size_bytes"] else ""),
+    ("disk, of its ceiling", _ceiling),
+    ("waiting", lambda row: _percent(row["exposed_wait_fraction"]) if row["read_size_bytes"] else ""),
+    ("overhead", lambda row: _percent(row["overhead_fraction"]) if row["overhead_fraction"] else ""),
+    ("reused", lambda row: _percent(row["reuse_rate"])),
+)
+LEFT = ("method",)
+
+
+def plain_table(rows: Sequence[Row]) -> list[str]:
+    """Lines of aligned columns, a line of names first."""
+    cells = [[name for name, _ in COLUMNS], *([show(row) for _, show in COLUMNS] for row in rows)]
+    widths = [max(len(line[column]) for line in cells) for column in range(len(COLUMNS))]
+    left = [name in LEFT for name, _ in COLUMNS]
+    return [
+        "  ".join(c.ljust(w) if each else c.rjust(w) for c, w, each in zip(line, widths, left, strict=True)).rstrip()
+        for line in cells
+    ]
+
+
+def markdown_table(rows: Sequence[Row]) -> list[str]:
+    """Lines of a Markdown table, less the columns that are empty in all rows."""
+    used = [(name, show) for name, show in COLUMNS if any(show(row) for row in rows)]
+    lines = ["| " + " | ".join(name for name, _ in used) + " |"]
+    lines.append("|" + "|".join("---" if name in LEFT else "--:" for name, _ in used) + "|")
+    lines += ["| " + " | ".join(_cell(name, show(row)) for name, show in used) + " |" for row in rows]
+    return lines
+
+
+def _cell(name: str, text: str) -> str:
+    return f"`{text}`" if name == "method" else text

@@ -1,0 +1,126 @@
+"""``kvswap bench``: every method in turns, a file that can be continued, a table, a picture."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from pathlib import Path
+
+import pytest
+
+import kvswap.bench.run
+from kvswap.baselines.registry import DISK, NAMES
+from kvswap.cli.main import run_command
+
+pytestmark = pytest.mark.usefixtures("cache_home")
+KEYS = {
+    *("method", "batch", "context", "decode_tokens_per_s", "prefill_tokens_per_s", "ttft_s", "kl", "top1"),
+    *("kv_memory_peak_bytes", "kv_full_bytes", "read_bytes_per_token", "exposed_wait_fraction", "reuse_rate"),
+}
+
+
+@pytest.fixture(autouse=True)
+def _quick_disk_test(monkeypatch) -> None:
+    measure = kvswap.bench.run.measure_reads
+    monkeypatch.setattr(
+        kvswap.bench.run, "measure_reads", lambda backend: measure(backend, file_bytes=1 << 20, read_s=0.1)
+    )
+
+
+@pytest.fixture
+def base(tiny, tmp_path) -> list[str]:
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({"select_tokens": 100, "recent_tokens": 16, "kv_memory": "4MiB"}))
+    words = ["bench", "--model", tiny, "--context", "300", "--new-tokens", "3", "--repeat", "2", "--config", config]
+    return [str(word) for word in [*words, "--kv-dir", tmp_path / "kv", "--json", tmp_path / "bench.json"]]
+
+
+def test_all_methods(base, tmp_path, capfd):
+    picture = tmp_path / "bench.png"
+    assert run_command([*base, "--methods", "all", "--batch", "1,2", "--plot", str(picture), "--label", "a test"]) == 0
+    content = json.loads((tmp_path / "bench.json").read_text())
+    rows = content["results"]
+    assert {(row["method"], row["batch"]) for row in rows} == {(name, batch) for name in NAMES for batch in (1, 2)}
+    for row in rows:
+        assert set(row) >= KEYS
+        low, high = row["spread"]["decode_tokens_per_s"]
+        assert 0 < low <= row["decode_tokens_per_s"] <= high
+        assert row["ttft_s"] > 0 and row["turns"] == 2
+        assert (row["kl"] < 1e-5) == (row["method"] in ("full", "mmap", "reload"))
+        assert (row["read_bytes_per_token"] > 0) == (row["method"] in DISK and row["method"] != "window")
+        if row["method"] in DISK:
+            assert row["kv_memory_peak_bytes"] <= row["kv_memory_limit_bytes"] == 4 << 20
+    whole = [row["read_bytes_per_token"] for row in rows if row["method"] == "reload"]
+    assert all(size >= 0.7 * 3 * 300 * 2 * 32 * 2 for size in whole)
+    assert picture.stat().st_size > 10_000
+    lines = capfd.readouterr().out.splitlines()
+    assert len(lines) == 1 + 2 * len(NAMES) and "kvswap-paper" in "".join(lines)
+    assert content["identity"]["label"] == "a test"
+    assert content["environment"][0]["read_test"]["small"]["bytes_per_s"] > 0
+
+
+def test_what_is_there_is_not_measured_again(base, tmp_path, monkeypatch):
+    file = tmp_path / "bench.json"
+    assert run_command([*base, "--methods", "window"]) == 0
+    before = json.loads(file.read_text())["records"]
+    assert [record["method"] for record in before] == ["full", "window"]
+    assert run_command([*base, "--methods", "window,kvswap", "--context", "200,300"]) == 0
+    after = json.loads(file.read_text())["records"]
+    assert [(r["context"], r["method"]) for r in after[2:]] == [
+        (200, "full"), (200, "window"), (200, "kvswap"), (300, "kvswap"),
+    ]  # fmt: skip
+    assert after[:2] == before
+    assert after[-1]["full_step_s"] != before[0]["full_step_s"]  # compared with full in the same run
+    monkeypatch.setattr(kvswap.bench.run, "attach_each", None)
+    assert run_command([*base, "--methods", "window,kvswap", "--context", "200,300"]) == 0
+
+
+def test_broken_off_and_continued(base, tmp_path, monkeypatch):
+    run_turns = kvswap.bench.run.run_turns
+
+    def once(*args, **kwargs):
+        monkeypatch.setattr(kvswap.bench.run, "run_turns", broken)
+        return run_turns(*args, **kwargs)
+
+    def broken(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(kvswap.bench.run, "run_turns", once)
+    words = [*base, "--prompts", "2", "--share-prompt"]
+    assert run_command(words) == 130
+    assert len(json.loads((tmp_path / "bench.json").read_text())["records"]) == 2
+    monkeypatch.setattr(kvswap.bench.run, "run_turns", run_turns)
+    assert run_command(words) == 0
+    content = json.loads((tmp_path / "bench.json").read_text())
+    assert [record["prompt"] for record in content["records"]] == [0, 0, 1, 1]
+    full, ours = content["results"]
+    assert (full["turns"], full["prompts"]) == (4, 2) and ours["ttft_s"] is None and full["ttft_s"] > 0
+    rates = [3 / sum(turn["step_s"]) for record in content["records"][1::2] for turn in record["turns"]]
+    assert ours["decode_tokens_per_s"] == pytest.approx(statistics.median(rates))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--methods", "magic"], "method: got 'magic'; use one of kvswap, "),
+        (["--context", "4k"], "--context: got '4k'; give whole numbers"),
+        (["--batch", "0"], "--batch: got '0'"),
+        (["--context", "9000"], "context 9,000: the model's limit is 2,048 tokens"),
+        (["--document", "absent.txt"], "no such file"),
+        (["--kv-memory", "64KiB"], "set kv_memory to at least"),
+        (["--json", "/nowhere/x.json"], "--json /nowhere/x.json: cannot be written"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(base, options, words, capfd):
+    assert run_command([*base, *options]) == 2
+    lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error")]
+    assert len(lines) == 1 and words in lines[0]
+
+
+def test_file_of_something_else(base, tmp_path, capfd):
+    assert run_command([*base, "--methods", "window"]) == 0
+    assert run_command([*base, "--methods", "window", "--label", "other"]) == 2
+    assert "its label differ" in capfd.readouterr().err
+    Path(tmp_path / "bench.json").write_text("{}")
+    assert run_command(base) == 2
+    assert "not a benchmark of this version" in capfd.readouterr().err
