@@ -86,16 +86,17 @@ def test_broken_off_and_continued(base, tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(kvswap.bench.run, "run_turns", once)
-    words = [*base, "--prompts", "2", "--share-prompt"]
+    words = [*base, "--prompts", "2", "--share-prompt", "--methods", "kvswap,mmap,reload"]
     assert run_command(words) == 130
-    assert len(json.loads((tmp_path / "bench.json").read_text())["records"]) == 2
+    assert len(json.loads((tmp_path / "bench.json").read_text())["records"]) == 4
     monkeypatch.setattr(kvswap.bench.run, "run_turns", run_turns)
     assert run_command(words) == 0
     content = json.loads((tmp_path / "bench.json").read_text())
-    assert [record["prompt"] for record in content["records"]] == [0, 0, 1, 1]
-    full, ours = content["results"]
+    assert [record["prompt"] for record in content["records"]] == [0] * 4 + [1] * 4
+    full, ours, *exact = content["results"]
+    assert [row["kl"] < 1e-6 for row in exact] == [True, True]
     assert (full["turns"], full["prompts"]) == (4, 2) and ours["ttft_s"] is None and full["ttft_s"] > 0
-    rates = [3 / sum(turn["step_s"]) for record in content["records"][1::2] for turn in record["turns"]]
+    rates = [3 / sum(turn["step_s"]) for record in content["records"][1::4] for turn in record["turns"]]
     assert ours["decode_tokens_per_s"] == pytest.approx(statistics.median(rates))
 
 

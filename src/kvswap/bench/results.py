@@ -25,7 +25,7 @@ def record_of(method: str, place: Record, run: MethodRun, full: MethodRun | None
         **place,
         "method": method,
         "prefill_s": run.prefill_s,
-        "turns": [dataclasses.asdict(turn) for turn in run.turns],
+        "turns": [_rounded(dataclasses.asdict(turn)) for turn in run.turns],
         "full_step_s": None if full is None else [statistics.median(turn.step_s) for turn in full.turns],
         "kv_full_bytes": stats.kv_full_bytes,
         "kv_memory_limit_bytes": stats.kv_memory_limit_bytes,
@@ -36,6 +36,12 @@ def record_of(method: str, place: Record, run: MethodRun, full: MethodRun | None
         "direct_io": stats.direct_io,
         "sketch": stats.sketch,
     }
+
+
+def _rounded(turn: Record) -> Record:
+    """Times to a microsecond."""
+    spent = {name: round(value, 6) for name, value in turn["spent"].items()}
+    return {**turn, "step_s": [round(each, 6) for each in turn["step_s"]], "spent": spent}
 
 
 def summarise(records: Iterable[Record]) -> list[Record]:

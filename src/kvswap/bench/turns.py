@@ -76,6 +76,7 @@ def run_turns(
             runs[name] = MethodRun(prefill_s=None)
         else:
             runs[name] = MethodRun(prefill_s=_call(model, prompt, caches[name])[1])
+    for name in names:
         for token in forced[:, :WARM_STEPS].unbind(1):
             _call(model, token[:, None], caches[name])
             on_step()
