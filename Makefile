@@ -1,5 +1,6 @@
 # make demo    set everything up and answer a question over a real document
 # make test    set everything up, lint, type-check, run the tests
+# make tables  make the tables in docs/benchmarks.md anew from benchmarks/results
 # make clean   remove what the two leave in this folder
 
 PYTHON ?= python3
@@ -10,7 +11,7 @@ RUN := $(VENV)/bin/python -m
 DEMO_DOCUMENT := $(VENV)/python-reference.txt
 DEMO_QUESTION := What do the operators "is" and "is not" test for?
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint tables clean
 demo: $(VENV)/demo.stamp
 	$(VENV)/bin/python examples/demo_document.py $(DEMO_DOCUMENT)
 	$(VENV)/bin/kvswap run --model smollm2-135m --document $(DEMO_DOCUMENT) --ask '$(DEMO_QUESTION)' --max-new-tokens 17
@@ -21,6 +22,9 @@ test: lint
 lint: $(VENV)/dev.stamp
 	$(RUN) ruff check .
 	$(RUN) mypy
+
+tables: $(VENV)/dev.stamp
+	$(VENV)/bin/python benchmarks/tables.py
 
 $(VENV)/torch.stamp:
 	$(PYTHON) -m venv $(VENV)

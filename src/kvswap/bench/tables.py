@@ -1,11 +1,22 @@
-"""Rows of a benchmark as tables: for a terminal, and in Markdown for the docs."""
+"""Rows of a benchmark as tables: for a terminal, and in Markdown for the docs.
+
+A page of docs names a results file between two comments, and what stands between them is made from that file::
+
+    <!-- bench: smollm2-4k.json -->
+    <!-- end -->
+"""
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from kvswap.units import format_bytes, format_rate
+
+MARK = re.compile(r"(<!-- (bench|scale): (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 Row = dict[str, Any]
 Column = tuple[str, Callable[[Row], str]]
@@ -74,3 +85,50 @@ def markdown_table(rows: Sequence[Row]) -> list[str]:
 
 def _cell(name: str, text: str) -> str:
     return f"`{text}`" if name == "method" else text
+
+
+def update_tables(page: str, results: Path) -> str:
+    """A page with its tables made anew from the files in ``results``. Raises OSError, ValueError for a file amiss."""
+    makers = {"bench": bench_lines, "scale": scale_lines}
+
+    def made(match: re.Match[str]) -> str:
+        content = json.loads((results / match[3]).read_text(encoding="utf-8"))
+        return match[1] + "\n".join(makers[match[2]](content)) + "\n" + match[4]
+
+    return MARK.sub(made, page)
+
+
+def bench_lines(content: Row) -> list[str]:
+    """The table of a benchmark, and below it what it was measured on."""
+    identity, environment = content["identity"], content["environment"][-1]
+    machine, test = environment["machine"], environment["read_test"]
+    versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
+    limit = identity["config"]["kv_memory"]
+    rates = f"{format_rate(test['small']['bytes_per_s'])} and {format_rate(test['large']['bytes_per_s'])}"
+    about = [
+        f"Model {Path(identity['model']).name}, {identity['dtype']}; memory limit of the methods on disk: {limit}; "
+        f"medians of {identity['repeat']} turns of {identity['new_tokens']} steps, lowest and highest in brackets.",
+        f"{machine['cpu']}, {machine['cores']} cores, {environment['threads']} threads; {environment['filesystem']}; "
+        f"random reads of 16 and 64 KiB at depth 64: {rates}. {versions}.",
+    ]
+    return ["", *markdown_table(content["results"]), "", *about, ""]
+
+
+def scale_lines(content: Row) -> list[str]:
+    """Step time by part and memory of the scale suite."""
+    rows = content["results"]
+    parts = list(rows[0]["parts_s"])
+    names = [part.removesuffix("_s").replace("_", " ") for part in parts]
+    lines = [
+        "| tokens | on disk | step, ms | " + " | ".join(names) + " | read a step | reused | memory, bytes a token |"
+    ]
+    lines.append("|" + "--:|" * (len(parts) + 6))
+    for row in rows:
+        cells = [f"{row['tokens']:,}", format_bytes(row["kv_bytes"]), f"{1e3 * row['median_step_s']:.0f}"]
+        cells += [f"{1e3 * row['parts_s'][part]:.1f}" for part in parts]
+        cells += [format_bytes(row["read_bytes_per_step"]), _percent(row["reuse_rate"])]
+        lines.append("| " + " | ".join([*cells, f"{row['memory_bytes_per_token']:,.0f}"]) + " |")
+    machine = content["environment"]["machine"]
+    about = f"{machine['cpu']}, {machine['cores']} cores, {content['environment']['threads']} threads."
+    skipped = content["skipped_tokens"]
+    return ["", *lines, "", about, *([f"Left out for lack of disk: {skipped}."] if skipped else []), ""]

@@ -1,0 +1,19 @@
+"""Make the tables in docs/benchmarks.md anew from benchmarks/results; ``make tables``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from kvswap.bench.tables import update_tables
+
+ROOT = Path(__file__).parents[1]
+
+
+def main() -> None:
+    """Rewrite the page."""
+    page = ROOT / "docs" / "benchmarks.md"
+    page.write_text(update_tables(page.read_text(encoding="utf-8"), ROOT / "benchmarks" / "results"), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
