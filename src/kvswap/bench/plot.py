@@ -6,16 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from kvswap.errors import ConfigError
-
-
-def check_plots() -> None:
-    """Raise ConfigError where matplotlib is not installed."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise ConfigError("--plot needs matplotlib", hint="pip install 'kvswap[plots]'") from error
-
 
 def plot_rows(rows: Sequence[dict[str, Any]], target: Path, title: str) -> None:
     """Bars of decode speed with lowest and highest turn, and of KL, for every batch and context."""

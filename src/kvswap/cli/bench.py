@@ -80,8 +80,9 @@ def bench(
     Example:
       kvswap bench --model smollm2-135m --context 4096 --methods kvswap,window,mmap --json bench.json --plot bench.png
     """
-    from kvswap.bench.plot import check_plots, plot_rows
+    from kvswap.bench.plot import plot_rows
     from kvswap.cli.files import check_writable
+    from kvswap.device.plots import check_plots
     from kvswap.disk.files import default_kv_dir, prepare_dir
     from kvswap.documents import read_document
     from kvswap.evals.text import evaluation_text
