@@ -15,7 +15,7 @@ import kvswap.disk.files
 import kvswap.models.gguf
 from kvswap.cli.main import run_command
 from kvswap.models.hub import Problem
-from tests.tiny.folders import save_tiny
+from tests.tiny.folders import byte_tokenizer, only_spaces, save_tiny
 
 pytestmark = pytest.mark.usefixtures("cache_home")
 
@@ -251,7 +251,10 @@ def start(words: list[str], **options: object) -> subprocess.Popen[str]:
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
 def test_signals_leave_no_files(base, tmp_path, number, code):
     target = tmp_path / "numbers.json"
-    words = [*changed(base, max_new_tokens=8000), "--stats-json", str(target)]
+    folder = save_tiny(tmp_path.parent / f"talker{code}")
+    bias = {"sequence_bias": only_spaces(byte_tokenizer())}
+    (folder / "generation_config.json").write_text(json.dumps(bias))
+    words = [*changed(base, model=folder, max_new_tokens=8000), "--stats-json", str(target)]
     process = start(words, stdout=subprocess.PIPE)
     assert process.stdout is not None
     assert process.stdout.read(1)  # the answer has begun

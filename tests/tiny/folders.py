@@ -36,6 +36,11 @@ def specials() -> dict[str, int]:
     return {token: number for number, token in enumerate(SPECIAL)}
 
 
+def only_spaces(tokenizer: Any) -> list[list[Any]]:
+    """A ``sequence_bias`` that makes every token a space: text is streamed word by word, so each comes at once."""
+    return [[tokenizer(" ", add_special_tokens=False)["input_ids"], 1000.0]]
+
+
 def save_tiny(folder: Path, family: str = "llama", chat_template: str | None = CHAT_TEMPLATE, **changes: Any) -> Path:
     """Write a tiny model and its tokenizer; returns the folder."""
     vocabulary = len(pre_tokenizers.ByteLevel.alphabet()) + len(SPECIAL)

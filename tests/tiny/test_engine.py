@@ -18,7 +18,7 @@ from kvswap.errors import ConfigError, InputError, MemoryBudgetError
 from kvswap.models.adapter import cache_keyword
 from kvswap.models.loading import LoadedModel, load_model
 from tests.tiny.families import full_cache
-from tests.tiny.folders import save_tiny
+from tests.tiny.folders import only_spaces, save_tiny
 
 STATS = """
     model method config prompt_tokens new_tokens token_ids text prefill_s calibration_s ttft_s decode_tokens_per_s
@@ -136,7 +136,8 @@ def test_full_method_has_no_limit_and_no_disk(loaded):
     assert stats.kv_memory_peak_bytes == stats.kv_full_bytes > 0
 
 
-def test_closing_the_iterator_ends_the_thread_and_the_conversation_goes_on(engine):
+def test_closing_the_iterator_ends_the_thread_and_the_conversation_goes_on(engine, loaded, monkeypatch):
+    monkeypatch.setattr(loaded.model.generation_config, "sequence_bias", only_spaces(loaded.tokenizer))
     answer = engine.ask("Who?", [DOCUMENT], max_new_tokens=2000)
     next(answer)
     with pytest.raises(InputError, match="still being read"):
