@@ -23,7 +23,7 @@ from kvswap.sketch.basis import KeyCovariance, load_bases, save_bases
 
 CALIBRATION_TOKENS = 16_384
 SEQUENCE_TOKENS = 8_192
-VERSION = "2"
+VERSION = "3"
 
 
 class CalibrationCache(LayerMajorCache):

@@ -24,6 +24,7 @@ class _Fields:
     select_tokens: int = 400
     layer_select_tokens: tuple[int, ...] | None = None
     group_tokens: int = 4
+    sketch_token_bytes: int | None = None
     sketch_rank: int | None = None
     sketch_bits: int = 4
     sink_tokens: int = 4
@@ -50,8 +51,10 @@ class Config(_Fields):
         M of each offloaded layer, in order, instead of the same for all; as ``kvswap tune`` finds them.
     group_tokens
         G: consecutive tokens that are read together.
+    sketch_token_bytes
+        Memory for the sketch of one token in one layer, for any method; ``None`` is ``D/8 * 2``.
     sketch_rank, sketch_bits
-        R and bits per code of the sketch; rank ``None`` is the largest within ``D/8 * 2`` bytes per token.
+        R numbers of so many bits are kept of each token; rank ``None`` is what fits ``sketch_token_bytes``.
     sink_tokens, recent_tokens
         First and newest tokens that are always attended to.
     store_dtype
@@ -91,6 +94,8 @@ class Config(_Fields):
         _integer("chunk_tokens", self.chunk_tokens, low=512)
         if self.chunk_tokens % 512:
             raise ConfigError(f"chunk_tokens: {self.chunk_tokens} is not a multiple of 512", hint="use 512 or 1024")
+        if self.sketch_token_bytes is not None:
+            _integer("sketch_token_bytes", self.sketch_token_bytes, low=1)
         if self.sketch_rank is not None:
             _integer("sketch_rank", self.sketch_rank, low=1)
         if self.kv_dir is not None and not isinstance(self.kv_dir, str):
@@ -114,6 +119,10 @@ class Config(_Fields):
                 )
             for count in self.layer_select_tokens:
                 _integer("layer_select_tokens", count, low=least)
+
+    def sketch_bytes(self, elements: int) -> int:
+        """Bytes for the sketch of a token whose key has ``elements`` elements (D)."""
+        return self.sketch_token_bytes or elements // 8 * 2
 
     @property
     def sink_groups(self) -> int:

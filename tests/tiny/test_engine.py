@@ -124,7 +124,7 @@ def test_stats_have_every_number_and_are_json(loaded, tmp_path):
     assert stats["ttft_s"] >= stats["prefill_s"]
     assert list(stats["itl_ms"]) == ["p50", "p90", "p99"]
     assert stats["disk_read_bytes"] > 0 and stats["disk_reads"] > 0 and 0 <= stats["reuse_rate"] <= 1
-    assert stats["config"]["sketch"].startswith("svd")
+    assert stats["config"]["sketch"].startswith("transform")
 
 
 def test_full_method_has_no_limit_and_no_disk(loaded):

@@ -10,11 +10,11 @@ from kvswap.predict.mass import group_mass, top_groups
 MINUS_INF = float("-inf")
 
 
-def test_mass_is_softmax_summed_over_heads_and_the_best_token_of_a_group() -> None:
+def test_mass_is_softmax_summed_over_heads_and_over_a_group() -> None:
     logits = torch.randn(2, 3, 24, generator=torch.Generator().manual_seed(0))
     logits[1, :, 13:] = MINUS_INF
     shares = torch.softmax(logits.double(), -1).sum(1)
-    expected = torch.stack([shares[:, start : start + 4].amax(1) for start in range(0, 24, 4)], 1)
+    expected = torch.stack([shares[:, start : start + 4].sum(1) for start in range(0, 24, 4)], 1)
     found = group_mass(logits.clone(), 4)
     assert found.shape == (2, 6)
     assert torch.allclose(found.double(), expected, atol=1e-6)
@@ -23,7 +23,7 @@ def test_mass_is_softmax_summed_over_heads_and_the_best_token_of_a_group() -> No
 
 def test_a_rest_that_fills_no_group_is_left_out() -> None:
     logits = torch.randn(1, 3, 26, generator=torch.Generator().manual_seed(0))
-    expected = torch.softmax(logits, -1).sum(1)[:, :24].view(1, 6, 4).amax(-1)
+    expected = torch.softmax(logits, -1).sum(1)[:, :24].view(1, 6, 4).sum(-1)
     assert torch.equal(group_mass(logits, 4), expected)
 
 

@@ -31,7 +31,7 @@ def per_head_makers(
     if facts.statistics is None:
         raise UnsupportedError(f"{name} without a tokenizer to calibrate with", hint="pass the tokenizer")
     heads, head_dim = facts.kv_heads, facts.head_dim
-    rank = config.sketch_rank or facts.elements // 8 * 2 // ITEM_BYTES
+    rank = config.sketch_rank or max(1, config.sketch_bytes(facts.elements) // ITEM_BYTES)
     each = min(head_dim, max(1, rank // heads))
 
     def maker(covariance: KeyCovariance) -> SketchMaker:

@@ -13,8 +13,9 @@ from kvswap.config import Config
 from kvswap.errors import UnsupportedError
 from kvswap.method import KeyFacts, Method, SketchMaker
 from kvswap.predict.mass import group_mass
-from kvswap.sketch.basis import Basis, identity_basis, rank_for
+from kvswap.sketch.basis import TRANSFORM, Basis, identity_basis
 from kvswap.sketch.codes import LayerSketch
+from kvswap.sketch.transform import TransformSketch, transform_basis
 
 
 def method() -> Method:
@@ -30,26 +31,29 @@ def method() -> Method:
 
 
 def makers(facts: KeyFacts, config: Config) -> list[SketchMaker]:
-    """Codes in the calibrated directions, or 2-bit codes of whole keys. Raises UnsupportedError."""
-    elements = facts.elements
+    """Transform codes by the calibration, or 2-bit codes of whole keys without one. Raises UnsupportedError."""
+    elements, bits = facts.elements, config.sketch_bits
     if facts.statistics is None:
         whole = code_maker(facts, identity_basis(elements), 2)
         return [whole] * facts.layers
-    rank = config.sketch_rank or rank_for(elements, config.sketch_bits, elements // 8 * 2)
-    if rank > elements:
-        raise UnsupportedError(f"sketch_rank {rank} is more than the {elements} elements of a key", hint="lower it")
-    return [code_maker(facts, covariance.basis(rank), config.sketch_bits) for covariance in facts.statistics]
+    rank = config.sketch_rank or min(elements, config.sketch_bytes(elements) * 8 // bits)
+    if rank > elements or rank * bits % 8:
+        raise UnsupportedError(
+            f"sketch_rank {rank} of {bits} bits: more than the {elements} elements of a key, or no whole bytes",
+            hint=f"use a multiple of {8 // bits} up to {elements}",
+        )
+    return [code_maker(facts, transform_basis(each, rank, bits), bits) for each in facts.statistics]
 
 
 def code_maker(facts: KeyFacts, basis: Basis, bits: int) -> SketchMaker:
-    """Codes of ``bits`` in the directions of ``basis``."""
-    rank = basis.matrix.shape[1]
+    """Codes of ``bits`` by ``basis``."""
+    rank, sketch = basis.matrix.shape[1], TransformSketch if basis.kind == TRANSFORM else LayerSketch
     return SketchMaker(
         label=f"{basis.kind} rank {rank}, {bits} bit",
-        token_bytes=LayerSketch.token_bytes(rank, bits),
-        scratch_token_bytes=LayerSketch.scratch_bytes(rank, bits, facts.query_heads, facts.device),
+        token_bytes=sketch.token_bytes(rank, bits),
+        scratch_token_bytes=sketch.scratch_bytes(rank, bits, facts.query_heads, facts.device),
         basis_bytes=basis.matrix.nbytes,
-        make=partial(_make, facts, basis, bits),
+        make=partial(_make, sketch, facts, basis, bits),
     )
 
 
@@ -58,8 +62,10 @@ def score(sketch: LayerSketch, query: torch.Tensor, scaling: float, group_tokens
     return group_mass(sketch.logits(query, scaling), group_tokens)
 
 
-def _make(facts: KeyFacts, basis: Basis, bits: int, batch: int, capacity_tokens: int) -> LayerSketch:
-    return LayerSketch(
+def _make(
+    sketch: type[LayerSketch], facts: KeyFacts, basis: Basis, bits: int, batch: int, capacity_tokens: int
+) -> LayerSketch:
+    return sketch(
         batch=batch,
         kv_heads=facts.kv_heads,
         head_dim=facts.head_dim,

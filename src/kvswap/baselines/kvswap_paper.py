@@ -38,7 +38,7 @@ def makers(facts: KeyFacts, config: Config) -> list[SketchMaker]:
     """Rows of the leading singular directions in 16 bits. Raises UnsupportedError without a calibration."""
     if facts.statistics is None:
         raise UnsupportedError("kvswap-paper without a tokenizer to calibrate with", hint="pass the tokenizer")
-    rank = config.sketch_rank or max(1, facts.elements // 8 * 2 // ITEM_BYTES)
+    rank = config.sketch_rank or max(1, config.sketch_bytes(facts.elements) // ITEM_BYTES)
     if rank > facts.elements:
         raise UnsupportedError(
             f"sketch_rank {rank} is more than the {facts.elements} elements of a key", hint="lower it"

@@ -13,7 +13,10 @@ MINUS_INF = float("-inf")
 
 
 def group_mass(logits: torch.Tensor, group_tokens: int) -> torch.Tensor:
-    """Largest estimated attention mass of a token in each group.
+    """Estimated attention mass of each group.
+
+    The published scheme takes the best token of a group. A group is read as a whole and attended to as a whole, so what
+    it is worth is the mass of all its tokens (docs/predictor.md has the measurement).
 
     Parameters
     ----------
@@ -22,9 +25,12 @@ def group_mass(logits: torch.Tensor, group_tokens: int) -> torch.Tensor:
 
     Returns
     -------
-    ``[B, T // G]`` float32: summed over heads, then the maximum over the tokens of the group.
+    ``[B, T // G]`` float32: summed over heads and over the tokens of the group.
     """
-    return best_of_groups(torch.softmax(logits, dim=-1).sum(dim=1), group_tokens)
+    mass = torch.softmax(logits, dim=-1).sum(dim=1)
+    whole = mass.shape[1] // group_tokens * group_tokens
+    grouped: torch.Tensor = mass[:, :whole].unflatten(1, (-1, group_tokens)).sum(dim=-1)
+    return grouped
 
 
 def best_of_groups(scores: torch.Tensor, group_tokens: int) -> torch.Tensor:

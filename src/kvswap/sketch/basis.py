@@ -17,26 +17,32 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+TRANSFORM = "transform"
 SCALE_BYTES = 4  # float16 scale and minimum of each token
 
 
 @dataclass(frozen=True, slots=True)
 class Basis:
-    """``matrix`` is ``[D, R]`` float32 with orthonormal columns; ``kind`` is ``svd`` or ``identity``."""
+    """``matrix`` is ``[D, R]`` float32 with orthonormal columns; ``kind`` is ``svd`` or ``identity``.
+
+    Of kind ``transform`` it is ``[2 * D + 3, R]``, see ``kvswap.sketch.transform``.
+    """
 
     matrix: torch.Tensor
     kind: str
 
 
 class KeyCovariance:
-    """Uncentred second moments of one layer's keys, and of the queries that each KV head gets.
+    """Uncentred moments of one layer's keys, and second ones of the queries that each KV head gets.
 
-    ``matrix`` is ``[D, D]``, summed; ``queries`` ``[H_kv, d, d]``, summed over ``query_count`` queries a KV head; both
-    float64.
+    ``total`` ``[D]`` and ``matrix`` ``[D, D]`` are summed over ``count`` keys, ``queries`` ``[H_kv, d, d]`` over
+    ``query_count`` queries a KV head; all float64.
     """
 
     def __init__(self, kv_heads: int, head_dim: int) -> None:
         self.matrix = torch.zeros(kv_heads * head_dim, kv_heads * head_dim, dtype=torch.float64)
+        self.total = torch.zeros(kv_heads * head_dim, dtype=torch.float64)
+        self.count = 0
         self.queries = torch.zeros(kv_heads, head_dim, head_dim, dtype=torch.float64)
         self.query_count = 0
 
@@ -44,6 +50,8 @@ class KeyCovariance:
         """Count keys ``[n, H_kv, d]`` of any float dtype."""
         rows = keys.reshape(keys.shape[0], -1).float().cpu()
         self.matrix += (rows.T @ rows).double()
+        self.total += rows.double().sum(0)
+        self.count += len(rows)
 
     def add_queries(self, queries: torch.Tensor) -> None:
         """Count queries ``[H_q, n, d]`` of any float dtype."""
@@ -87,20 +95,24 @@ def save_bases(path: Path, statistics: dict[int, KeyCovariance], identity: dict[
     """Write the statistics of a model's layers, replacing the file in one move."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(f".{os.getpid()}.partial")  # two processes may calibrate at once
-    tensors = {str(index): covariance.matrix.float() for index, covariance in statistics.items()}
-    for index, covariance in statistics.items():
-        tensors[f"q{index}"] = (covariance.queries / max(1, covariance.query_count)).float()
+    tensors = {}
+    for index, each in statistics.items():
+        tensors[f"{index}"] = (each.matrix / max(1, each.count)).float()
+        tensors[f"m{index}"] = (each.total / max(1, each.count)).float()
+        tensors[f"q{index}"] = (each.queries / max(1, each.query_count)).float()
     save_file(tensors, partial, metadata={"kvswap": json.dumps(identity)})
     partial.replace(path)
 
 
-def _sound(matrix: torch.Tensor, queries: torch.Tensor) -> bool:
-    """Whether two tensors from a file can be the moments of one layer."""
+def _sound(matrix: torch.Tensor, mean: torch.Tensor, queries: torch.Tensor) -> bool:
+    """Whether tensors from a file can be the moments of one layer."""
     if matrix.ndim != 2 or queries.ndim != 3 or queries.shape[1] != queries.shape[2]:
         return False
     if tuple(matrix.shape) != (queries.shape[0] * queries.shape[1],) * 2:
         return False
-    return bool(matrix.isfinite().all()) and bool(queries.isfinite().all())
+    if mean.shape != matrix.shape[:1]:
+        return False
+    return all(bool(each.isfinite().all()) for each in (matrix, mean, queries))
 
 
 def load_bases(path: Path, identity: dict[str, str]) -> dict[int, KeyCovariance] | str:
@@ -113,13 +125,18 @@ def load_bases(path: Path, identity: dict[str, str]) -> dict[int, KeyCovariance]
                 return "calibration of another model or version"
             found = {}
             for name in file.keys():  # noqa: SIM118 - not a dict
-                if name.startswith("q"):
+                if name.startswith(("m", "q")):
                     continue
-                matrix, queries = file.get_tensor(name), file.get_tensor(f"q{name}")
-                if not _sound(matrix, queries):
+                matrix, mean, queries = (file.get_tensor(f"{kind}{name}") for kind in ("", "m", "q"))
+                if not _sound(matrix, mean, queries):
                     return f"calibration of layer {name} is damaged"
                 covariance = found[int(name)] = KeyCovariance(*queries.shape[:2])
-                covariance.matrix, covariance.queries, covariance.query_count = matrix.double(), queries.double(), 1
+                covariance.matrix, covariance.total, covariance.queries = (
+                    matrix.double(),
+                    mean.double(),
+                    queries.double(),
+                )
+                covariance.count = covariance.query_count = 1
             return found
     except (SafetensorError, OSError, ValueError) as error:
         return f"calibration file is damaged: {error}"

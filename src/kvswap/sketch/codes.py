@@ -20,6 +20,8 @@ STEP_TOKENS = 256
 class LayerSketch:
     """Grows by whole steps of 256 tokens. One thread."""
 
+    scale_rows = 2
+
     def __init__(
         self,
         *,
@@ -33,12 +35,12 @@ class LayerSketch:
     ) -> None:
         self.bits, self.kv_heads, self.basis = bits, kv_heads, basis
         self.rank = basis.matrix.shape[1]
-        self._matrix = basis.matrix.to(device)
+        self._matrix, query_matrix = (each.to(device) for each in self.matrices(basis))
         self._integer = prefers_integers(bits, device)
-        self._by_head = self._matrix.view(kv_heads, head_dim, self.rank)
+        self._by_head = query_matrix.view(kv_heads, head_dim, self.rank)
         capacity = round_up(capacity_tokens, STEP_TOKENS)
         self._codes = torch.zeros(batch, self.rank * bits // 8, capacity, dtype=torch.uint8, device=device)
-        self._scale = torch.zeros(batch, 2, capacity, dtype=torch.float16, device=device)
+        self._scale = torch.zeros(batch, self.scale_rows, capacity, dtype=torch.float16, device=device)
         self.tokens: NDArray[np.int64] = np.zeros(batch, np.int64)
 
     @property
@@ -62,17 +64,25 @@ class LayerSketch:
         stop = start + keys.shape[1]
         self._grow(stop)
         rows = keys.transpose(0, 1).reshape(keys.shape[1], -1).float() @ self._matrix
+        codes, self._scale[sequence, :, start:stop] = self.encode(rows)
+        packed = codes.T.unflatten(0, (8 // self.bits, -1))
+        shifts = torch.arange(0, 8, self.bits, dtype=torch.uint8, device=codes.device)[:, None, None]
+        self._codes[sequence, :, start:stop] = (packed << shifts).sum(0, dtype=torch.uint8)
+        self.tokens[sequence] = stop
+
+    @staticmethod
+    def matrices(basis: Basis) -> tuple[torch.Tensor, torch.Tensor]:
+        """What keys and what queries are multiplied by, ``[D, R]`` each."""
+        return basis.matrix, basis.matrix
+
+    def encode(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Codes ``[n, R]`` uint8 of projected keys ``[n, R]``, with scales and minima ``[2, n]`` float16."""
         low, high = rows.amin(1), rows.amax(1)
         levels = (1 << self.bits) - 1
         scale = ((high - low) / levels).clamp(min=1e-6).half()
         low = low.half()
         codes = ((rows - low.float()[:, None]) / scale.float()[:, None]).round_().clamp_(0, levels).to(torch.uint8)
-        packed = codes.T.unflatten(0, (8 // self.bits, -1))
-        shifts = torch.arange(0, 8, self.bits, dtype=torch.uint8, device=codes.device)[:, None, None]
-        self._codes[sequence, :, start:stop] = (packed << shifts).sum(0, dtype=torch.uint8)
-        self._scale[sequence, 0, start:stop] = scale
-        self._scale[sequence, 1, start:stop] = low
-        self.tokens[sequence] = stop
+        return codes, torch.stack((scale, low))
 
     def dump(self, sequence: int, start: int, stop: int) -> tuple[NDArray[np.uint8], NDArray[np.uint16]]:
         """Codes ``[R * bits / 8, n]`` and the bits of scales and minima ``[2, n]`` of a range of tokens; copies."""
@@ -98,6 +108,14 @@ class LayerSketch:
         width = round_up(int(self.tokens.max()), STEP_TOKENS)  # of few values: matrix libraries prepare for each anew
         by_head = (query.float() * scaling).view(batch, self.kv_heads, -1, self._by_head.shape[1])
         low_rank = (by_head @ self._by_head).view(batch, heads, self.rank)
+        logits = self.products(low_rank, width)
+        for sequence, count in enumerate(self.tokens):
+            logits[sequence, :, int(count) :] = float("-inf")
+        return logits
+
+    def products(self, low_rank: torch.Tensor, width: int) -> torch.Tensor:
+        """Projected queries ``[B, H_q, R]`` times the keys that the first ``width`` codes stand for."""
+        batch, heads, _ = low_rank.shape
         multiply = integer_products if self._integer else float_products
         scale = self._scale[:, :, :width].float()
         scale[:, 1] += middle(self.bits) * scale[:, 0]  # from the minimum to the value of the middle code
@@ -105,10 +123,7 @@ class LayerSketch:
         for sequence in range(batch):
             products = multiply(low_rank[sequence], self._codes[sequence, :, :width], self.bits)
             torch.mul(products, scale[sequence, :1], out=logits[sequence])
-        logits.addcmul_(scale[:, 1:], low_rank.sum(-1, keepdim=True))
-        for sequence, count in enumerate(self.tokens):
-            logits[sequence, :, int(count) :] = float("-inf")
-        return logits
+        return logits.addcmul_(scale[:, 1:], low_rank.sum(-1, keepdim=True))
 
     def _grow(self, tokens: int) -> None:
         extra = round_up(tokens, STEP_TOKENS) - self._codes.shape[2]

@@ -77,6 +77,12 @@ class Layout:
         return self.sketch_rank * self.sketch_bits // 8
 
     @property
+    def basis_rows(self) -> int:
+        """Rows of one layer's basis: one an element, twice that and three for a transform."""
+        elements = self.kv_heads * self.head_dim
+        return 2 * elements + 3 if self.sketch_kind == "transform" else elements
+
+    @property
     def waiting_groups(self) -> int:
         """Most groups of a layer that may not be on disk yet, the rolling tail included."""
         return ceil_div(self.recent_tokens, self.group_tokens) + ceil_div(self.sink_tokens, self.group_tokens) + 2

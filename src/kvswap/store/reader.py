@@ -73,10 +73,10 @@ class SessionReader:
         return Stored(tokens=checkpoint.tokens, flushed=checkpoint.flushed, tail=tail, groups=groups)
 
     def basis(self) -> list[NDArray[np.float32]]:
-        """The directions of every layer's sketch, ``[D, rank]`` each. Raises DamagedError."""
+        """The basis of every layer's sketch, ``[basis_rows, rank]`` each. Raises DamagedError."""
         layout, blob = self.manifest.layout, self.manifest.basis
         assert layout is not None and blob is not None
-        arrays, shape = self._arrays(blob), (layout.kv_heads * layout.head_dim, layout.sketch_rank)
+        arrays, shape = self._arrays(blob), (layout.basis_rows, layout.sketch_rank)
         found = [arrays.get(str(layer)) for layer in range(layout.layers)]
         if any(each is None or each.dtype != np.float32 or each.shape != shape for each in found):
             raise self._damaged("its basis has other shapes")

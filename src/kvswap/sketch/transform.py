@@ -1,0 +1,107 @@
+"""Transform coding of keys: directions that matter for logits, each with the precision it deserves, no scale a token.
+
+What a sketch is for is the product of a key with queries. So directions are those of the centred keys under the metric
+of the queries that were seen in calibration (query-weighted principal components), a direction's error then counts as
+its variance does, and digits go where they lower the error most: reverse water-filling, as in any transform code
+(Goyal, "Theoretical foundations of transform coding", 2001). Steps are fixed by the calibration; a key that is further
+out is clipped. The mean of the keys is left out, and so is the middle of the codes: both shift all logits of a head by
+the same amount, which a softmax does not see.
+
+A code of several digits is kept as rows of equal width: the row of the k-th digit has ``2 ** (bits * k)`` times the
+weight. One kernel thus scores any mix of precisions.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from kvswap.sketch.basis import TRANSFORM, Basis, KeyCovariance
+from kvswap.sketch.codes import LayerSketch
+from kvswap.sketch.score import float_products, integer_products
+
+# Of a Gaussian of variance 1, by bits: error of the best uniform quantiser, and its step (Max, 1960).
+ERRORS = {0: 1.0, 2: 0.1188, 4: 0.01154, 6: 0.00104, 8: 0.000090}
+STEPS = {2: 0.9957, 4: 0.3352, 6: 0.1041, 8: 0.0308}
+SMALLEST_QUERY = 1e-3  # of the largest: directions that no query looked at in calibration still get some weight
+
+
+def transform_basis(statistics: KeyCovariance, rows: int, bits: int) -> Basis:
+    """Basis of ``rows`` digits of ``bits`` (2 or 4) a token.
+
+    Its matrix is ``[2 * D + 3, rows]``: what encodes (less the mean), what queries are multiplied by, the mean's share,
+    the bits of the whole code, and which digit of it the row is.
+    """
+    root, inverse = _roots(statistics.queries)
+    mean = statistics.total / max(1, statistics.count)
+    centred = statistics.matrix / max(1, statistics.count) - torch.outer(mean, mean)
+    variances, vectors = torch.linalg.eigh(root @ centred @ root)
+    variances = variances.clamp(min=max(1e-12 * float(variances[-1]), 1e-20))
+    directions, digits = _spend(variances, rows, bits)
+    whole = bits * torch.bincount(directions, minlength=len(variances))[directions]
+    steps = torch.tensor([STEPS[int(each)] for each in whole], dtype=torch.float64) * variances[directions].sqrt()
+    encode = (root @ vectors)[:, directions] / steps
+    decode = (inverse @ vectors)[:, directions] * steps * 2.0 ** (bits * digits)
+    parts = (encode, decode, (mean @ encode)[None], whole.double()[None], digits.double()[None])
+    return Basis(torch.cat(parts).float().contiguous(), TRANSFORM)
+
+
+def _spend(variances: torch.Tensor, rows: int, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where ``rows`` digits lower the error most: direction and digit (0 the finest) of each row."""
+    levels = [ERRORS[each] for each in range(0, 9, bits)]
+    gains = variances[:, None] * -torch.diff(torch.tensor(levels, dtype=torch.float64))
+    best = gains.flatten().topk(min(rows, gains.numel())).indices.sort().values
+    return best // gains.shape[1], best % gains.shape[1]  # gains fall with each digit, so a code has its first digits
+
+
+def _roots(queries: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Square root of the query moments ``[H_kv, d, d]`` as one ``[D, D]``, and its inverse."""
+    roots, inverses = [], []
+    for moments in queries:
+        values, vectors = torch.linalg.eigh(moments)
+        values = values.clamp(min=max(SMALLEST_QUERY * float(values[-1]), 1e-30)).sqrt()
+        roots.append((vectors * values) @ vectors.T)
+        inverses.append((vectors / values) @ vectors.T)
+    return torch.block_diag(*roots), torch.block_diag(*inverses)
+
+
+class TransformSketch(LayerSketch):
+    """``LayerSketch`` with codes by a transform basis. Its logits lack a constant of each head; no scales are kept."""
+
+    scale_rows = 0
+
+    @staticmethod
+    def token_bytes(rank: int, bits: int) -> int:
+        """What one token of one layer takes: codes alone."""
+        return rank * bits // 8
+
+    @staticmethod
+    def matrices(basis: Basis) -> tuple[torch.Tensor, torch.Tensor]:
+        """What keys and what queries are multiplied by, ``[D, R]`` each."""
+        elements = (basis.matrix.shape[0] - 3) // 2
+        return basis.matrix[:elements], basis.matrix[elements : 2 * elements]
+
+    def encode(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Digits ``[n, R]`` uint8 of projected keys ``[n, R]``; no scales, ``[0, n]``."""
+        mean, bits, digit = self.basis.matrix[-3:].to(rows.device)
+        levels = torch.exp2(bits)
+        whole = (rows - mean).floor_().add_(levels / 2)
+        whole = torch.minimum(whole.clamp_(min=0), levels - 1).to(torch.uint8)
+        codes = (whole >> (digit * self.bits).to(torch.uint8)) & ((1 << self.bits) - 1)
+        return codes, rows.new_empty(0, len(rows), dtype=torch.float16)
+
+    def products(self, low_rank: torch.Tensor, width: int) -> torch.Tensor:
+        """Projected queries ``[B, H_q, R]`` times the keys that the first ``width`` codes stand for."""
+        multiply = integer_products if self._integer else float_products
+        pairs = zip(low_rank, self._codes[:, :, :width], strict=True)
+        return torch.stack([multiply(query, codes, self.bits) for query, codes in pairs])
+
+    def dump(self, sequence: int, start: int, stop: int) -> tuple[NDArray[np.uint8], NDArray[np.uint16]]:
+        """Codes of a range of tokens, and zeros where others have scales and minima; copies."""
+        codes, _ = super().dump(sequence, start, stop)
+        return codes, np.zeros((2, stop - start), np.uint16)
+
+    def restore(self, sequence: int, codes: NDArray[np.uint8], scales: NDArray[np.uint16]) -> None:
+        """Put what ``dump`` gave of the first tokens of a sequence, which has none yet."""
+        super().restore(sequence, codes, scales[:0])
