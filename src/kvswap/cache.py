@@ -332,6 +332,11 @@ class KVSwapCache(LayerMajorCache):
     # ---- what users see
 
     @property
+    def decode(self) -> Decode | None:
+        """The path of decode steps, once there is a context."""
+        return self._decode
+
+    @property
     def stats(self) -> CacheStats:
         """Counters and sizes up to now."""
         state, trace, counters = self._state, self.trace, self._backend.counters

@@ -69,6 +69,7 @@ class Decode:
             for layer in range(state.shape.layers)
         ]
         self._fetches: dict[int, Fetch] = {}
+        self.latest: dict[int, Fetch] = {}  # what each layer attended to in its last step
         self._half = 0
         self._gap_groups, self._skip_bytes = GAP_BYTES // state.layout.slot_bytes, 0
         if state.method.rebuilds_keys:  # V alone is read, group by group, from the last aligned place before it
@@ -167,7 +168,7 @@ class Decode:
         """
         state, step = self.state, self.step
         assert step is not None
-        fetch = self._fetches.pop(layer)
+        fetch = self.latest[layer] = self._fetches.pop(layer)
         state.store.backend.wait(fetch.ticket)
         state.trace.lap()
         if state.store.verifies:

@@ -32,6 +32,7 @@ from kvswap.models.loading import LoadedModel, load_model
 from kvswap.models.sampling import Sampling
 from kvswap.models.streaming import Generation, end_tokens
 from kvswap.prompt import Conversation, Request, make_request
+from kvswap.quality import QualityMeter
 from kvswap.session import Session
 from kvswap.stats import RunStats, latency_percentiles_ms, tokens_per_s
 from kvswap.store.folder import SessionFolder
@@ -86,7 +87,10 @@ def load(
 
 
 class Engine:
-    """One conversation with one model. Close it, or use it in a ``with`` block."""
+    """One conversation with one model. Close it, or use it in a ``with`` block.
+
+    With ``check_quality`` set, some steps are done over again exactly; ``stats.quality`` has what that shows.
+    """
 
     def __init__(
         self,
@@ -99,7 +103,7 @@ class Engine:
         on_progress: Progress | None = None,
         on_notice: Callable[[str], None] | None = None,
     ) -> None:
-        self.config, self.method = config, method
+        self.config, self.method, self.check_quality = config, method, False
         self._loaded, self._on_progress, self._on_notice = loaded, on_progress, on_notice
         self._notices: list[str] = []
         self._stack = ExitStack()
@@ -206,7 +210,9 @@ class Engine:
         before, stored = cache.stats, cache.get_seq_length()
         if self._session is not None:
             self._session.keep_prompt(ids, self._said.pack())
-        generation = Generation(self._loaded.model, self._loaded.tokenizer, ids, cache, sampling)
+        checked = self.check_quality and isinstance(cache, KVSwapCache)
+        meter = QualityMeter(self._loaded.model, cache) if checked else None
+        generation = Generation(self._loaded.model, self._loaded.tokenizer, ids, cache, sampling, meter)
         self._generation = generation
         try:
             yield from generation
@@ -216,7 +222,8 @@ class Engine:
                 self._drop()  # a forward broke off: layers hold different numbers of tokens
             else:
                 self._remember(request, text, ids, generation.token_ids)
-                self._stats = self._measure(generation, sampling, ids, stored, started_s, before, cache.stats)
+                stats = self._measure(generation, sampling, ids, stored, started_s, before, cache.stats)
+                self._stats = replace(stats, quality=meter.stats if meter else None)
                 self._setup_s = self._calibration_s = 0.0
 
     def _settle(self, ids: list[int], goes_on: bool) -> None:

@@ -140,17 +140,26 @@ class Prefill:
 
 def attend_stored(state: BatchState, layer: int, sequence: int, query: torch.Tensor, tokens: int) -> TiledAttention:
     """Attend with ``query`` ``[H_q, q, d]`` to the first ``tokens`` stored tokens, streamed from disk in order."""
-    group_tokens = state.window.group_tokens
     attention = TiledAttention(query, state.shape.kv_heads, state.shape.scaling)
+    for _, keys, values in stored_tiles(state, layer, sequence, tokens):
+        attention.add(keys, values)
+    return attention
+
+
+def stored_tiles(
+    state: BatchState, layer: int, sequence: int, tokens: int
+) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+    """The first ``tokens`` stored tokens in order: first token, K and V ``[H_kv, n, d]``, valid until the next tile."""
+    group_tokens, start = state.window.group_tokens, 0
     flushed = int(state.flushed[layer, sequence])
     reader = state.store.read_tiles(layer, sequence, flushed, tile_groups(group_tokens), state.pool.dtypes[layer])
     try:
         for keys, values in reader:
-            attention.add(keys, values)
+            yield start, keys, values
+            start += keys.shape[1]
     finally:
         reader.close()
-    waiting = tokens - flushed * group_tokens
+    waiting = tokens - start
     if waiting > 0:
         head = state.pool.read_home(layer, sequence, flushed, ceil_div(waiting, group_tokens))[:, :, :waiting]
-        attention.add(head[0], head[1])
-    return attention
+        yield start, head[0], head[1]

@@ -9,6 +9,23 @@ from typing import Any
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class QualityStats:
+    """Means over steps that were done over again with exact attention.
+
+    ``mass_kept``: share of attention mass on what was attended to, over heads and layers; ``mass_kept_least``: in the
+    worst checked step. ``kl``: KL(exact || selected) of the next-token distribution in nats; ``same``: share of checks
+    where both think the same token likeliest. ``check_s``: time that the checks took.
+    """
+
+    checks: int
+    mass_kept: float
+    mass_kept_least: float
+    kl: float
+    same: float
+    check_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RunStats:
     """One answer. Sizes describe the whole stored context, times and counts this answer alone.
 
@@ -51,6 +68,7 @@ class RunStats:
     disk_reads: int = 0
     reuse_rate: float = 0.0
     io_wait_s: float = 0.0
+    quality: QualityStats | None = None
     backend: str = "none"
     direct_io: bool = False
     notices: list[str] = field(default_factory=list)

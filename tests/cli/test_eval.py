@@ -44,6 +44,7 @@ def test_table_and_results(base, tmp_path, capfd):
     for sample in found["samples"]:
         assert len(sample["prompt_hash"]) == 16 and sample["prompt_tokens"] == sample["context"]
         assert 0 <= sample["score"] <= 1
+        assert sample["mass"] == 1 if sample["method"] == "full" else 0.05 < sample["mass"] < 1
     assert len({sample["prompt_hash"] for sample in found["samples"]}) == 4
 
 

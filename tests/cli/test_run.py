@@ -291,3 +291,15 @@ def test_public_names_stay_what_they_are():
     assert all(getattr(kvswap, name).__name__ == name for name in kvswap.__all__)
     with pytest.raises(AttributeError, match="no attribute 'lode'"):
         _ = kvswap.lode
+
+
+def test_quality_is_checked(base, tmp_path, capfd):
+    target = tmp_path / "numbers.json"
+    (tmp_path / "c.json").write_text(json.dumps({"select_tokens": 60, "recent_tokens": 16}))
+    words = [*base, "--check-quality", "--config", str(tmp_path / "c.json"), "--stats-json", str(target)]
+    assert run_command(words) == 0
+    quality = json.loads(target.read_text())["quality"]
+    assert quality["checks"] == 1 and 0.05 < quality["mass_kept"] < 1 and quality["kl"] > 0
+    (line,) = (line for line in capfd.readouterr().err.splitlines() if line.startswith("quality "))
+    assert f" {quality['mass_kept']:.1%} of the attention mass kept" in line and "in one step" in line
+    assert "it checks kvswap alone" in refused(capfd, changed([*base, "--check-quality"], method="full"))

@@ -27,7 +27,7 @@ LAYERS = (
     ("session",),
     ("attachment",),
     ("baselines",),
-    ("calibrate",),
+    ("calibrate", "quality"),
     ("cache",),
     ("layer_major",),
     ("prefill", "decode", "snapshot"),
@@ -47,7 +47,9 @@ EVERYWHERE = ("device.cost",)
 
 PURE = ("plan", "store.layout", "device.cost", "terms", "units", "window")
 IMPURE_LIBRARIES = ("torch", "os")
-TRANSFORMERS_USERS = ("models", "layer_major", "cache", "calibrate", "attachment", "engine", "baselines.mmap")
+TRANSFORMERS_USERS = (
+    *("models", "layer_major", "cache", "calibrate", "attachment", "engine", "quality", "baselines.mmap"),
+)
 QUICK_TO_LOAD = ("__init__", "cli", "device.machine", "device.disk_test", "disk", "config")
 SLOW_LIBRARIES = {"torch", "transformers"}
 

@@ -43,6 +43,11 @@ class TiledAttention:
         self._output = fresh if self._output is None else self._output * keep + fresh
         self._peak = peak
 
+    @property
+    def log_total(self) -> torch.Tensor:
+        """Logarithm of the sum of exponentials of all logits so far, ``[H_q, q]`` float32."""
+        return (self._peak + self._total.log()).reshape(self._shape)
+
     def result(self) -> torch.Tensor:
         """Attention output ``[q, H_q, d]`` float32."""
         assert self._output is not None, "no tile was added"

@@ -124,7 +124,7 @@ def _kvswap_rows(stats: RunStats) -> list[tuple[str, str]]:
     waited = f"{format_s(stats.io_wait_s)} spent waiting"
     reads = f"{format_bytes(stats.disk_read_bytes)} in {stats.disk_reads:,} reads, {waited}"
     page_cache = "" if stats.direct_io else ", through the page cache"
-    return [
+    rows = [
         ("KV memory held", f"{format_bytes(held)}{of_limit}{share}"),
         ("of which", format_parts(stats.memory_parts)),
         ("prefill's peak", f"{format_bytes(stats.prefill_peak_bytes)}, what is held included"),
@@ -132,6 +132,12 @@ def _kvswap_rows(stats: RunStats) -> list[tuple[str, str]]:
         ("read from disk", f"{reads} ({stats.backend}{page_cache})"),
         ("reuse", f"{stats.reuse_rate:.0%} of the selected groups were in memory already"),
     ]
+    found = stats.quality
+    if found is not None:
+        steps = "one step" if found.checks == 1 else f"{found.checks} steps"
+        kept = f"{found.mass_kept:.1%} of the attention mass kept, KL {found.kl:.4f}"
+        rows.append(("quality", f"{kept}, in {steps} done over again ({format_s(found.check_s)})"))
+    return rows
 
 
 def _full(stats: RunStats) -> bool:

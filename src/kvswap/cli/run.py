@@ -67,6 +67,11 @@ if TYPE_CHECKING:
     help="Keep the context on disk under this name, or go on from where it was.",
 )
 @click.option("--no-verify", is_flag=True, help="Do not compare what is read of a session with its checksums.")
+@click.option(
+    "--check-quality",
+    is_flag=True,
+    help="Do some steps over again with exact attention, in 5 % of the time, and tell what selection costs.",
+)
 @click.option("--stats-json", metavar="FILE", help="Write all numbers of the run there.")
 def run(
     model: str,
@@ -84,6 +89,7 @@ def run(
     config_file: str | None,
     session_name: str | None,
     no_verify: bool,
+    check_quality: bool,
     stats_json: str | None,
 ) -> None:
     """Ask a model about documents, with its KV cache on disk.
@@ -98,6 +104,7 @@ def run(
     from kvswap.cli.files import check_writable
     from kvswap.disk.files import default_kv_dir, prepare_dir
     from kvswap.documents import read_document
+    from kvswap.errors import ConfigError
     from kvswap.jsonfile import write_json
     from kvswap.models.sampling import Sampling
     from kvswap.prompt import make_request
@@ -107,23 +114,33 @@ def run(
     texts = [read_document(path) for path in documents]
     make_request(question, texts)
     target = None if stats_json is None else check_writable("--stats-json", stats_json)
+    if check_quality and method != "kvswap":
+        raise ConfigError(f"--check-quality with --method {method}", hint="it checks kvswap alone")
     if method in DISK:
         prepare_dir(config.kv_dir or default_kv_dir())
     session = _session(config, session_name, method)
-    options: dict[str, Any] = {"method": method, "dtype": dtype, "mmap": not no_mmap}
-    stats = _answer(model, config, question, texts, sampling, session=session, verify=not no_verify, **options)
+    options: dict[str, Any] = {"method": method, "dtype": dtype, "mmap": not no_mmap, "verify": not no_verify}
+    stats = _answer(model, config, question, texts, sampling, check_quality=check_quality, session=session, **options)
     if target is not None:
         write_json(target, stats.to_dict())
 
 
 def _answer(
-    model: str, config: Config, question: str, texts: list[Any], sampling: Sampling, **options: Any
+    model: str,
+    config: Config,
+    question: str,
+    texts: list[Any],
+    sampling: Sampling,
+    *,
+    check_quality: bool,
+    **options: Any,
 ) -> RunStats:
     from kvswap.cli.display import Display
 
     display = Display()
     try:
         with load_engine(model, config, display, **options) as engine:
+            engine.check_quality = check_quality
             if texts and engine.session is not None:
                 engine.begin_anew()
             for text in engine.ask(question, texts, **dataclasses.asdict(sampling)):

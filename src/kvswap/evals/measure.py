@@ -11,12 +11,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from kvswap.attachment import attach_each
+from kvswap.cache import KVSwapCache
 from kvswap.config import Config
+from kvswap.errors import UnsupportedError
 from kvswap.evals.forced import ForcedRun, force, greedy, share_prompt
 from kvswap.evals.prompts import PromptShelf
 from kvswap.evals.samples import Outcome, Sample
 from kvswap.models.loading import LoadedModel
 from kvswap.models.streaming import end_tokens
+from kvswap.quality import QualityMeter
 
 Fraction = Callable[[float], None]
 PROMPT_SHARE, STEPS_SHARE = 0.6, 0.39  # of a sample's progress; the rest is its end
@@ -40,10 +43,14 @@ FULL = Variant("full", None)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measured:
-    """What one variant did on one sample. KL and nll are means over tokens, in nats."""
+    """What one variant did on one sample. KL and nll are means over tokens, in nats.
+
+    ``mass``: the share of attention mass that the last forced step kept; None where that cannot be told.
+    """
 
     outcome: Outcome
     kl: float
+    mass: float | None
     step_s: float
     kv_memory_limit_bytes: int | None
     kv_memory_peak_bytes: int
@@ -70,12 +77,15 @@ def measure(
         for each in variants
     ]
     generates = bool(sample.answers)
+    watched: list[tuple[QualityMeter | None, Any]] = []
 
     def on_progress(stage: str, done: int, total: int) -> None:
         if stage == "prefill":
             on_fraction(PROMPT_SHARE * done / total)
 
     def on_step(done: int, total: int) -> None:
+        if done == total - 1:
+            _remember(watched)  # the last step's mass is measured
         on_fraction(PROMPT_SHARE + STEPS_SHARE * done / total / (2 if generates else 1))
 
     with attach_each(
@@ -89,7 +99,10 @@ def measure(
         row = share(loaded.model, caches, sample.prompt)
         forced = {each.label: cache for each, cache in zip(variants, caches, strict=False)}
         runs = {name: ForcedRun() for name in forced}
+        watched += [(_meter(loaded.model, cache), cache) for cache in forced.values()]
+        _remember(watched)
         force(loaded.model, forced, sample.forced, dict.fromkeys(forced, row), runs, on_step=on_step)
+        masses = [1.0 if cache is caches[0] else _mass(meter, sample.forced[-1]) for meter, cache in watched]
         texts: list[str | None] = [None] * len(variants)
         if generates:
             ends = end_tokens(loaded.model, loaded.tokenizer) or []
@@ -102,14 +115,36 @@ def measure(
         each: Measured(
             outcome=_outcome(runs[each.label], text),
             kl=statistics.fmean(runs[each.label].kl),
+            mass=mass,
             step_s=runs[each.label].median_step_s,
             kv_memory_limit_bytes=None if each == FULL else stat.kv_memory_limit_bytes,
             kv_memory_peak_bytes=stat.kv_memory_peak_bytes,
             reuse_rate=stat.reuse_rate,
         )
-        for each, text, stat in zip(variants, texts, stats, strict=False)
+        for each, text, mass, stat in zip(variants, texts, masses, stats, strict=False)
     }
 
 
 def _outcome(run: ForcedRun, text: str | None) -> Outcome:
     return Outcome(nll=statistics.fmean([run.first_nll, *run.nll]), same=statistics.fmean(run.same), text=text)
+
+
+def _meter(model: Any, cache: Any) -> QualityMeter | None:
+    """A meter of what selection costs, where the method allows one."""
+    if not isinstance(cache, KVSwapCache):
+        return None
+    try:
+        return QualityMeter(model, cache)
+    except UnsupportedError:
+        return None
+
+
+def _remember(watched: Sequence[tuple[QualityMeter | None, Any]]) -> None:
+    for meter, _ in watched:
+        if meter is not None:
+            meter.remember()
+
+
+def _mass(meter: QualityMeter | None, token: int) -> float | None:
+    """Share of the mass of exact attention that the last step, of ``token``, attended to."""
+    return None if meter is None else meter.mass(token)

@@ -52,6 +52,7 @@ def _row(rows: Sequence[Record], full: Sequence[Record]) -> Record:
         "kl": _mean(rows, "kl"),
         "kl_stderr": _error([each["kl"] for each in rows]),
         "same": _mean(rows, "same"),
+        "mass": _mean([each for each in rows if each["mass"] is not None], "mass"),
         "nll": _mean(rows, "nll"),
         "full_nll": _mean(full, "nll"),
         "step_s": statistics.median(each["step_s"] for each in rows),

@@ -138,6 +138,7 @@ def _record(task: Task, sample: Sample, variant: Variant, measured: Measured) ->
         "answers": list(sample.answers),
         "text": outcome.text,
         "kl": measured.kl,
+        "mass": measured.mass,
         "same": outcome.same,
         "nll": outcome.nll,
         "step_s": measured.step_s,

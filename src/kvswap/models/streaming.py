@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
+from transformers import LogitsProcessorList, StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
 from kvswap.models.adapter import cache_keyword
 from kvswap.models.sampling import Sampling
@@ -24,13 +24,18 @@ class Stopped(Exception):  # noqa: N818 - not an error
 
 
 class Generation:
-    """One answer on its way; iterate for its text, once. ``token_ids`` and ``times_s`` grow with it."""
+    """One answer on its way; iterate for its text, once. ``token_ids`` and ``times_s`` grow with it.
 
-    def __init__(self, model: Any, tokenizer: Any, ids: list[int], cache: Any, sampling: Sampling) -> None:
+    ``watch(input_ids, scores)`` sees the logits of every step first and gives them back.
+    """
+
+    def __init__(
+        self, model: Any, tokenizer: Any, ids: list[int], cache: Any, sampling: Sampling, watch: Any = None
+    ) -> None:
         self.stop = threading.Event()
         self.error: BaseException | None = None
         self._model, self._tokenizer, self._ids, self._cache = model, tokenizer, ids, cache
-        self._sampling = sampling
+        self._sampling, self._watch = sampling, watch
         self._streamer = _TimedStreamer(tokenizer)
 
     @property
@@ -81,6 +86,7 @@ class Generation:
             attention_mask=torch.ones_like(ids),
             streamer=self._streamer,
             stopping_criteria=StoppingCriteriaList([_StopOn(self.stop)]),
+            logits_processor=LogitsProcessorList([] if self._watch is None else [self._watch]),
             eos_token_id=end_tokens(self._model, self._tokenizer),
             pad_token_id=self._pad_token(),
             **self._sampling.arguments(),
