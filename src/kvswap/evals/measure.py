@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from kvswap.attachment import attach_each
 from kvswap.cache import KVSwapCache
 from kvswap.config import Config
@@ -103,12 +105,7 @@ def measure(
         _remember(watched)
         force(loaded.model, forced, sample.forced, dict.fromkeys(forced, row), runs, on_step=on_step)
         masses = [1.0 if cache is caches[0] else _mass(meter, sample.forced[-1]) for meter, cache in watched]
-        texts: list[str | None] = [None] * len(variants)
-        if generates:
-            ends = end_tokens(loaded.model, loaded.tokenizer) or []
-            for number, cache in enumerate(caches[len(variants) :]):
-                ids = greedy(loaded.model, cache, row, sample.max_new_tokens, ends)
-                texts[number] = loaded.tokenizer.decode(ids, skip_special_tokens=True)
+        texts = _answers(loaded, sample, caches[len(variants) :], row) or [None] * len(variants)
         stats = [cache.stats for cache in caches]
     on_fraction(1.0)
     return {
@@ -123,6 +120,13 @@ def measure(
         )
         for each, text, mass, stat in zip(variants, texts, masses, stats, strict=False)
     }
+
+
+def _answers(loaded: LoadedModel, sample: Sample, caches: Sequence[Any], row: torch.Tensor) -> list[str | None]:
+    """What each cache, which holds the prompt, goes on with."""
+    ends = end_tokens(loaded.model, loaded.tokenizer) or []
+    answers = (greedy(loaded.model, cache, row, sample.max_new_tokens, ends) for cache in caches)
+    return [loaded.tokenizer.decode(ids, skip_special_tokens=True) for ids in answers]
 
 
 def _outcome(run: ForcedRun, text: str | None) -> Outcome:
