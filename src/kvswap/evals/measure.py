@@ -22,6 +22,7 @@ from kvswap.evals.samples import Outcome, Sample
 from kvswap.models.loading import LoadedModel
 from kvswap.models.streaming import end_tokens
 from kvswap.quality import QualityMeter
+from kvswap.trace import CacheStats
 
 Fraction = Callable[[float], None]
 PROMPT_SHARE, STEPS_SHARE = 0.6, 0.39  # of a sample's progress; the rest is its end
@@ -109,17 +110,22 @@ def measure(
         stats = [cache.stats for cache in caches]
     on_fraction(1.0)
     return {
-        each: Measured(
-            outcome=_outcome(runs[each.label], text),
-            kl=statistics.fmean(runs[each.label].kl),
-            mass=mass,
-            step_s=runs[each.label].median_step_s,
-            kv_memory_limit_bytes=None if each == FULL else stat.kv_memory_limit_bytes,
-            kv_memory_peak_bytes=stat.kv_memory_peak_bytes,
-            reuse_rate=stat.reuse_rate,
-        )
+        each: _measured(each, runs[each.label], text, mass, stat)
         for each, text, mass, stat in zip(variants, texts, masses, stats, strict=False)
     }
+
+
+def _measured(variant: Variant, run: ForcedRun, text: str | None, mass: float | None, stats: CacheStats) -> Measured:
+    nll, same = statistics.fmean([run.first_nll, *run.nll]), statistics.fmean(run.same)
+    return Measured(
+        outcome=Outcome(nll=nll, same=same, text=text),
+        kl=statistics.fmean(run.kl),
+        mass=mass,
+        step_s=run.median_step_s,
+        kv_memory_limit_bytes=None if variant == FULL else stats.kv_memory_limit_bytes,
+        kv_memory_peak_bytes=stats.kv_memory_peak_bytes,
+        reuse_rate=stats.reuse_rate,
+    )
 
 
 def _answers(loaded: LoadedModel, sample: Sample, caches: Sequence[Any], row: torch.Tensor) -> list[str | None]:
@@ -127,10 +133,6 @@ def _answers(loaded: LoadedModel, sample: Sample, caches: Sequence[Any], row: to
     ends = end_tokens(loaded.model, loaded.tokenizer) or []
     answers = (greedy(loaded.model, cache, row, sample.max_new_tokens, ends) for cache in caches)
     return [loaded.tokenizer.decode(ids, skip_special_tokens=True) for ids in answers]
-
-
-def _outcome(run: ForcedRun, text: str | None) -> Outcome:
-    return Outcome(nll=statistics.fmean([run.first_nll, *run.nll]), same=statistics.fmean(run.same), text=text)
 
 
 def _meter(model: Any, cache: Any) -> QualityMeter | None:
