@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from kvswap.bench.run import ceiling_bytes_per_s, stretch
+from kvswap.bench.run import ceiling_bytes_per_s, step_over_bound, stretch
 from kvswap.bench.turns import growth
 from kvswap.errors import InputError
 from kvswap.trace import CacheStats
@@ -42,3 +42,15 @@ def test_growth_counts_hits_among_what_was_selected_meanwhile() -> None:
     grown = growth(before, after)
     assert grown["reused_groups"] == pytest.approx(100)
     assert (grown["io_wait_s"], grown["disk_reads"], grown["decode_s"]) == (0.5, 3, 0)
+
+
+@pytest.mark.parametrize(("waiting", "read_bytes", "expected"), [(0.0, 1, 1.0), (0.2, 1, 1.25), (0.5, 80, 1.25)])
+def test_bound_is_computing_or_reading_whichever_is_longer(waiting: float, read_bytes: int, expected: float) -> None:
+    row = {
+        "batch": 2,
+        "decode_tokens_per_s": 20.0,
+        "read_bytes_per_token": read_bytes / 2,
+        "ceiling_bytes_per_s": 1000.0,
+        "exposed_wait_fraction": waiting,
+    }
+    assert step_over_bound(row) == pytest.approx(expected)

@@ -180,10 +180,21 @@ def ceiling_bytes_per_s(test: dict[str, Any], read_bytes: float) -> float:
     return float(small["bytes_per_s"] + share * (large["bytes_per_s"] - small["bytes_per_s"]))
 
 
+def step_over_bound(row: Record) -> float:
+    """Time of a step over the least it could take: computing alone, or its bytes at the ceiling's rate.
+
+    Computing is the step less the wait for reads; where reads hide behind it completely, this is 1.
+    """
+    step_s = row["batch"] / row["decode_tokens_per_s"]
+    reading_s = row["batch"] * row["read_bytes_per_token"] / row["ceiling_bytes_per_s"]
+    return float(step_s / max(step_s * (1 - row["exposed_wait_fraction"]), reading_s))
+
+
 def _with_ceiling(rows: list[Record], test: dict[str, Any]) -> list[Record]:
     for row in rows:
         size = row["read_size_bytes"]
         row["ceiling_bytes_per_s"] = ceiling_bytes_per_s(test, size) if size else None
+        row["step_over_bound"] = step_over_bound(row) if size else None
     return rows
 
 

@@ -57,6 +57,7 @@ COLUMNS: tuple[Column, ...] = (
     ("a read", lambda row: format_bytes(row["read_size_bytes"]) if row["read_size_bytes"] else ""),
     ("disk, of its ceiling", _ceiling),
     ("waiting", lambda row: _percent(row["exposed_wait_fraction"]) if row["read_size_bytes"] else ""),
+    ("x bound", lambda row: f"{row['step_over_bound']:.2f}" if row.get("step_over_bound") else ""),
     ("overhead", lambda row: _percent(row["overhead_fraction"]) if row["overhead_fraction"] else ""),
     ("reused", lambda row: _percent(row["reuse_rate"])),
 )
