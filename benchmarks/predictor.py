@@ -1,0 +1,116 @@
+"""kvswap beside the published scheme in the same memory: relaxed and tight, G = 4 and G = 8, in turns in one run.
+
+    python benchmarks/predictor.py --model smollm2-135m --context 7000 --texts 8 --steps 32 --json FILE [--prompts DIR]
+
+Texts are those of ``kvswap eval --task agreement --samples 8``: never calibrated on. For every text the prompt is
+computed once, then full attention and all variants take the same tokens of the text one by one. Relaxed is a sketch of
+D/8 x 2 bytes a token and layer, tight D/32 x 2, for both methods, with everything that grows with tokens counted; one
+memory limit for all. A file that is there is continued. KL is KL(full || variant) of the next-token distribution, nats.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+from kvswap import Config
+from kvswap.attachment import attach_each
+from kvswap.evals.forced import ForcedRun, force, share_prompt
+from kvswap.evals.prompts import PromptShelf
+from kvswap.evals.samples import Sample, Source
+from kvswap.evals.tasks import find_task
+from kvswap.evals.text import evaluation_text
+from kvswap.jsonfile import write_json
+from kvswap.models.adapter import inspect
+from kvswap.models.loading import load_model
+
+METHODS = ("kvswap", "kvswap-paper")
+TEXTS, MOST_STEPS = 8, 64  # texts are cut for these, whatever part of them is used
+
+
+def variants(elements: int, kv_memory: str) -> dict[str, tuple[str, Config]]:
+    """Methods and configurations by name, for keys of ``elements`` elements."""
+    relaxed = Config(kv_memory=kv_memory)
+    tight = relaxed.replace(sketch_token_bytes=elements // 32 * 2, sketch_bits=2)
+    found = {}
+    for group_tokens in (4, 8):
+        for setting, config in (("relaxed", relaxed), ("tight", tight)):
+            for method in METHODS:
+                found[f"{method} {setting} G{group_tokens}"] = (method, config.replace(group_tokens=group_tokens))
+    return found
+
+
+def run_text(
+    loaded: Any, sample: Sample, steps: int, wanted: dict[str, tuple[str, Config]], shelf: Any
+) -> dict[str, Any]:
+    """One text through full attention and all variants."""
+    first = next(iter(wanted.values()))[1]
+    with attach_each(loaded.model, [("full", first), *wanted.values()], tokenizer=loaded.tokenizer) as caches:
+        row = (share_prompt if shelf is None else shelf.share)(loaded.model, caches, sample.prompt)
+        named = dict(zip(("full", *wanted), caches, strict=True))
+        runs = {name: ForcedRun() for name in named}
+        force(loaded.model, named, sample.forced[:steps], dict.fromkeys(named, row), runs)
+        stats = {name: cache.stats for name, cache in named.items()}
+    return {
+        "index": sample.index,
+        "prompt_hash": sample.prompt_hash,
+        "context": sample.context,
+        "kv_memory": first.kv_memory,
+        "steps": steps,
+        "methods": {
+            name: {
+                "kl": run.kl,
+                "same": run.same,
+                "nll": run.nll,
+                "step_s": run.median_step_s,
+                "sketch": stats[name].sketch,
+                "sketch_bytes": stats[name].memory_parts.get("sketch"),
+                "peak": stats[name].kv_memory_peak_bytes,
+            }
+            for name, run in runs.items()
+        },
+    }
+
+
+def table(rows: list[dict[str, Any]]) -> list[str]:
+    """One line a variant: KL with its standard error over texts, top-1 agreement, sketch."""
+    lines = []
+    for name in rows[0]["methods"]:
+        kl = [statistics.fmean(row["methods"][name]["kl"]) for row in rows]
+        same = statistics.fmean(each for row in rows for each in row["methods"][name]["same"])
+        error = statistics.stdev(kl) / len(kl) ** 0.5 if len(kl) > 1 else float("nan")
+        sketch = rows[0]["methods"][name]["sketch"]
+        lines.append(f"{name:28} KL {statistics.fmean(kl):.4f} ± {error:.4f}  same {same:.1%}  {sketch}")
+    return lines
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--context", type=int, default=7000)
+    parser.add_argument("--texts", type=int, default=TEXTS, help=f"at most {TEXTS}")
+    parser.add_argument("--steps", type=int, default=MOST_STEPS, help=f"at most {MOST_STEPS}")
+    parser.add_argument("--kv-memory", default="24MiB")
+    parser.add_argument("--prompts", type=Path, help="keep computed prompts there")
+    parser.add_argument("--json", type=Path, required=True)
+    args = parser.parse_args()
+    loaded = load_model(args.model, dtype="float32")
+    parts = inspect(loaded.model)
+    wanted = variants(parts.kv_heads * parts.head_dim, args.kv_memory)
+    source = Source(tokenizer=loaded.tokenizer, passages=evaluation_text(), seed=0, steps=MOST_STEPS)
+    shelf = None if args.prompts is None else PromptShelf(args.prompts)
+    rows = json.loads(args.json.read_text()) if args.json.exists() else []
+    done = {row["prompt_hash"] for row in rows}
+    for sample in list(find_task("agreement").make(source, args.context, TEXTS))[: args.texts]:
+        if sample.prompt_hash not in done:
+            rows.append(run_text(loaded, sample, args.steps, wanted, shelf))
+            write_json(args.json, rows)
+    print("\n".join(table(rows)))
+
+
+if __name__ == "__main__":
+    main()
