@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from kvswap.attachment import attach
     from kvswap.config import Config
+    from kvswap.device.tune import tune
     from kvswap.engine import Engine, load
     from kvswap.errors import KVSwapError
     from kvswap.session import Session
 
-__all__ = ["Config", "Engine", "KVSwapError", "Session", "attach", "load"]
+__all__ = ["Config", "Engine", "KVSwapError", "Session", "attach", "load", "tune"]
 
 _HOMES = {
     "Config": "kvswap.config",
@@ -21,6 +22,7 @@ _HOMES = {
     "attach": "kvswap.attachment",
     "Session": "kvswap.session",
     "load": "kvswap.engine",
+    "tune": "kvswap.device.tune",
 }
 
 

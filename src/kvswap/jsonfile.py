@@ -1,11 +1,18 @@
-"""JSON files, replaced in one move so that a reader never sees half of one."""
+"""JSON files: replaced in one move so that a reader never sees half of one, and checked when read."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
+import types
+import typing
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from kvswap.errors import ConfigError
+
+T = TypeVar("T")
 
 
 def write_json(target: Path, content: Any) -> None:
@@ -21,3 +28,72 @@ def write_json(target: Path, content: Any) -> None:
 def partial_name(target: Path) -> Path:
     """Where it is written before the move."""
     return target.with_name(f".{target.name}.{os.getpid()}.partial")
+
+
+def save_json(path: str | Path, content: dict[str, Any]) -> None:
+    """Write ``content`` to a file that a user named. Raises ConfigError when that cannot be."""
+    target = Path(path).expanduser().absolute()
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write_json(target, content)
+    except OSError as error:
+        raise ConfigError(
+            f"{path}: cannot be written: {error.strerror}", hint="give a file in a folder of yours"
+        ) from error
+
+
+def read_json(path: str | Path, *, kind: str, version: int) -> dict[str, Any]:
+    """The object in a file of ``write_json`` with ``format`` and ``version`` as wanted. Raises ConfigError."""
+    try:
+        values = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else f"damaged JSON: {error}"
+        raise ConfigError(f"{path}: {reason}", hint=f"give a file that {_maker(kind)} wrote") from error
+    if not isinstance(values, dict) or values.get("format") != kind:
+        raise ConfigError(f"{path}: not a {kind} file", hint=f"give a file that {_maker(kind)} wrote")
+    if values.get("version") != version:
+        raise ConfigError(
+            f"{path}: version {values.get('version')!r}, this kvswap reads {version}", hint=f"run {_maker(kind)} again"
+        )
+    return values
+
+
+def build(cls: type[T], values: Any, where: str) -> T:
+    """A dataclass from what JSON made of it; names and types are checked. Raises ConfigError."""
+    if not isinstance(values, dict):
+        raise _damaged(where, f"{cls.__name__} is no object")
+    hints = typing.get_type_hints(cls)
+    names = {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    if set(values) != names:
+        odd = ", ".join(sorted(set(values) ^ names))
+        raise _damaged(where, f"{cls.__name__} lacks or has too much of: {odd}")
+    return cls(**{name: _value(hints[name], values[name], f"{where}: {name}") for name in names})
+
+
+def _value(wanted: Any, value: Any, where: str) -> Any:
+    origin, inner = typing.get_origin(wanted), typing.get_args(wanted)
+    if wanted is Any:
+        return value
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in inner:
+            return None
+        return _value(next(each for each in inner if each is not type(None)), value, where)
+    if dataclasses.is_dataclass(wanted):
+        return build(typing.cast(type, wanted), value, where)
+    if origin is list and isinstance(value, list):
+        return [_value(inner[0], each, where) for each in value]
+    if origin is dict and isinstance(value, dict) and all(isinstance(key, str) for key in value):
+        return {key: _value(inner[1], each, where) for key, each in value.items()}
+    if wanted is float and isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(wanted, type) and type(value) is wanted:
+        return value
+    raise _damaged(where, f"{value!r:.40} is no {getattr(wanted, '__name__', wanted)}")
+
+
+def _damaged(where: str, what: str) -> ConfigError:
+    return ConfigError(f"{where}: damaged: {what}", hint="make the file anew")
+
+
+def _maker(kind: str) -> str:
+    return f"`{kind.replace('-', ' ', 1)}`"

@@ -287,7 +287,7 @@ def test_public_names_stay_what_they_are():
 
     for _ in range(2):  # the first use imports a module of the same name
         assert callable(kvswap.attach) and callable(kvswap.load)
-    assert {"attach", "load", "Config", "Engine", "KVSwapError", "Session"} == set(kvswap.__all__)
+    assert {"attach", "load", "tune", "Config", "Engine", "KVSwapError", "Session"} == set(kvswap.__all__)
     assert all(getattr(kvswap, name).__name__ == name for name in kvswap.__all__)
     with pytest.raises(AttributeError, match="no attribute 'lode'"):
         _ = kvswap.lode

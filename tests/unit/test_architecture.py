@@ -27,7 +27,7 @@ LAYERS = (
     ("session",),
     ("attachment",),
     ("baselines",),
-    ("calibrate", "quality"),
+    ("calibrate", "quality", "replay"),
     ("cache",),
     ("layer_major",),
     ("prefill", "decode", "snapshot"),
@@ -37,6 +37,7 @@ LAYERS = (
     ("sketch", "predict", "plan", "stage", "attend"),
     ("store",),
     ("disk",),
+    ("tuned",),
     ("config", "trace", "ledger", "memory", "corpus", "documents", "stats"),
     ("window", "units", "jsonfile"),
     ("terms", "errors"),
@@ -48,7 +49,7 @@ EVERYWHERE = ("device.cost",)
 PURE = ("plan", "store.layout", "device.cost", "terms", "units", "window")
 IMPURE_LIBRARIES = ("torch", "os")
 TRANSFORMERS_USERS = (
-    *("models", "layer_major", "cache", "calibrate", "attachment", "engine", "quality", "baselines.mmap"),
+    *("models", "layer_major", "cache", "calibrate", "attachment", "engine", "quality", "replay", "baselines.mmap"),
 )
 QUICK_TO_LOAD = ("__init__", "cli", "device.machine", "device.disk_test", "disk", "config")
 SLOW_LIBRARIES = {"torch", "transformers"}

@@ -26,6 +26,7 @@ def profile(tmp_path: Path) -> Profile:
         compute_itemsize_bytes=4,
         store_itemsize_bytes=2,
         longest_tokens=8192,
+        threads=2,
     )
     return Profile(stamp=stamp_of(tmp_path), made="now", disks=[disk()], model=facts, costs=model())
 
@@ -33,7 +34,7 @@ def profile(tmp_path: Path) -> Profile:
 def test_round_trip(profile: Profile, tmp_path: Path) -> None:
     file = tmp_path / "new" / "profile.json"
     profile.save(file)
-    assert load_profile(file, str(tmp_path), "abc") == profile
+    assert load_profile(file, str(tmp_path), profile.model) == profile
     assert [path.name for path in file.parent.iterdir()] == ["profile.json"]
 
 
@@ -52,15 +53,18 @@ def test_profile_of_elsewhere_is_refused_unless_forced(
     other = dataclasses.replace(profile, stamp=dataclasses.replace(profile.stamp, **changes))
     other.save(tmp_path / "profile.json")
     with pytest.raises(ConfigError, match=words) as caught:
-        load_profile(tmp_path / "profile.json", str(tmp_path), "abc")
+        load_profile(tmp_path / "profile.json", str(tmp_path), profile.model)
     assert "--force" in str(caught.value)
-    assert load_profile(tmp_path / "profile.json", str(tmp_path), "abc", force=True) == other
+    assert load_profile(tmp_path / "profile.json", str(tmp_path), profile.model, force=True) == other
 
 
 def test_profile_of_another_model_is_refused(profile: Profile, tmp_path: Path) -> None:
     profile.save(tmp_path / "profile.json")
-    with pytest.raises(ConfigError, match="model tiny"):
-        load_profile(tmp_path / "profile.json", str(tmp_path), "xyz")
+    assert profile.model is not None
+    for changes, words in (({"fingerprint": "xyz"}, "model tiny"), ({"threads": 9}, "2 threads instead of 9")):
+        facts = dataclasses.replace(profile.model, **changes)  # type: ignore[arg-type]
+        with pytest.raises(ConfigError, match=words):
+            load_profile(tmp_path / "profile.json", str(tmp_path), facts)
 
 
 def damage(text: str) -> dict[str, str]:
@@ -89,7 +93,7 @@ def test_damaged_files_are_refused_in_a_sentence(profile: Profile, tmp_path: Pat
     for text, words in damage(file.read_text()).items():
         file.write_text(text)
         with pytest.raises(ConfigError, match=words) as caught:
-            load_profile(file, str(tmp_path), "abc", force=True)
+            load_profile(file, str(tmp_path), profile.model, force=True)
         assert str(file) in str(caught.value) and caught.value.hint
     with pytest.raises(ConfigError, match="No such file"):
         load_profile(tmp_path / "absent.json", str(tmp_path))

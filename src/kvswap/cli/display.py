@@ -16,6 +16,9 @@ LABELS = {
     "prefill": "reading the prompt",
     "disk": "measuring the disk",
     "model": "timing the model",
+    "tables": "measuring what selections cost in quality (once)",
+    "tune": "pricing combinations",
+    "verify": "running the configuration",
     "evaluate": "evaluating",
     "bench": "measuring",
 }

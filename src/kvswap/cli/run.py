@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from kvswap.baselines.registry import DISK, NAMES
+from kvswap.cli.configs import read_config
 
 if TYPE_CHECKING:
     from kvswap.config import Config
     from kvswap.engine import Engine
+    from kvswap.models.loading import LoadedModel
     from kvswap.models.sampling import Sampling
     from kvswap.stats import RunStats
     from kvswap.store.folder import SessionFolder
@@ -110,9 +114,9 @@ def run(
     from kvswap.prompt import make_request
 
     sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
-    config = _config(config_file, kv_memory=kv_memory, kv_dir=kv_dir)
+    config, tuned = read_config(config_file, kv_memory=kv_memory, kv_dir=kv_dir)
     texts = [read_document(path) for path in documents]
-    make_request(question, texts)
+    request = make_request(question, texts)
     target = None if stats_json is None else check_writable("--stats-json", stats_json)
     if check_quality and method != "kvswap":
         raise ConfigError(f"--check-quality with --method {method}", hint="it checks kvswap alone")
@@ -120,6 +124,8 @@ def run(
         prepare_dir(config.kv_dir or default_kv_dir())
     session = _session(config, session_name, method)
     options: dict[str, Any] = {"method": method, "dtype": dtype, "mmap": not no_mmap, "verify": not no_verify}
+    if tuned is not None:
+        options["choose"] = partial(tuned.choose, request=None if session else request, new_tokens=max_new_tokens)
     stats = _answer(model, config, question, texts, sampling, check_quality=check_quality, session=session, **options)
     if target is not None:
         write_json(target, stats.to_dict())
@@ -176,13 +182,18 @@ def load_engine(
     mmap: bool = True,
     session: SessionFolder | None = None,
     verify: bool = True,
+    choose: Callable[[LoadedModel], Config] | None = None,
 ) -> Engine:
-    """An engine that tells ``display`` what it does. The session is closed with it, also when it cannot be loaded."""
+    """An engine that tells ``display`` what it does. The session is closed with it, also when it cannot be loaded.
+
+    ``choose`` gives the configuration instead of ``config`` once the model is there.
+    """
     from kvswap.cli.loading import load_weights
     from kvswap.store.shelf import close_session
 
     try:
         loaded = load_weights(model, display, dtype=dtype, mmap=mmap)
+        config = choose(loaded) if choose is not None else config
     except BaseException:
         if session is not None:
             close_session(session)
@@ -191,11 +202,3 @@ def load_engine(
 
     tell: dict[str, Any] = {"on_progress": display.progress, "on_notice": display.notice}
     return load(loaded, config, method=method, session=session, verify=verify, **tell)
-
-
-def _config(config_file: str | None, **options: str | None) -> Config:
-    from kvswap.config import Config
-
-    given = {name: value for name, value in options.items() if value is not None}
-    base = Config.from_file(config_file) if config_file is not None else Config()
-    return base.replace(**given)

@@ -29,8 +29,9 @@ from kvswap.device.profile import ModelFacts
 from kvswap.models.adapter import ModelParts, cache_keyword, inspect
 from kvswap.models.loading import LoadedModel
 from kvswap.predict.mass import top_groups
-from kvswap.sketch.basis import Basis, rotation
+from kvswap.sketch.basis import KeyCovariance
 from kvswap.sketch.codes import LayerSketch
+from kvswap.sketch.transform import TransformSketch, transform_basis
 from kvswap.trace import CacheStats
 
 PREFILL_S = 5.0
@@ -93,6 +94,7 @@ def model_facts(loaded: LoadedModel, parts: ModelParts) -> ModelFacts:
         compute_itemsize_bytes=itemsize,
         store_itemsize_bytes=2,
         longest_tokens=int(getattr(parts.config, "max_position_embeddings", 0) or 0),
+        threads=torch.get_num_threads(),
     )
 
 
@@ -194,19 +196,21 @@ def _call(model: Any, cache: Any, ids: list[int]) -> None:
 def _score_costs(parts: ModelParts, report: Callable[[], None]) -> list[PredictCost]:
     """Scoring and choosing for ranks and bits from the tightest to the richest sketch that is tuned for."""
     elements = parts.kv_heads * parts.head_dim
-    directions = rotation(elements)
-    settings = [(max(8, elements // 16), 4), (max(8, elements // 2), 4), (max(8, elements // 8), 2), (elements, 2)]
+    statistics = KeyCovariance(parts.kv_heads, parts.head_dim)
+    statistics.add(torch.randn(4 * elements, parts.kv_heads, parts.head_dim))
+    statistics.add_queries(torch.randn(parts.query_heads, elements, parts.head_dim))
+    settings = [(max(8, elements // 8), 4), (max(8, elements // 2), 4), (max(8, elements // 4), 2), (elements, 2)]
     found = []
     for tokens in SCORED_TOKENS:
         keys = torch.randn(parts.kv_heads, tokens, parts.head_dim, generator=torch.Generator().manual_seed(0))
         query = torch.randn(1, parts.query_heads, parts.head_dim).to(parts.device, parts.dtype)
         for rank, bits in settings:
-            sketches = [
-                LayerSketch(
+            sketches: list[LayerSketch] = [
+                TransformSketch(
                     batch=1,
                     kv_heads=parts.kv_heads,
                     head_dim=parts.head_dim,
-                    basis=Basis(directions[:, :rank].contiguous(), "svd"),
+                    basis=transform_basis(statistics, rank, bits),
                     bits=bits,
                     capacity_tokens=tokens,
                     device=parts.device,

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING
 
 from kvswap.device.cost import DiskCosts, ModelCosts
 from kvswap.device.disk_curve import Progress, measure_disk
-from kvswap.device.files import build, read_json, write_json
 from kvswap.device.machine import cores, describe_machine
 from kvswap.disk import default_kv_dir, prepare_dir
 from kvswap.disk.files import filesystem_of
 from kvswap.errors import ConfigError
+from kvswap.jsonfile import build, read_json, save_json
 
 if TYPE_CHECKING:
     from kvswap.models.loading import LoadedModel
@@ -54,7 +54,7 @@ class Stamp:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelFacts:
-    """Which model, and what of its shape the costs depend on. ``layers`` are the offloaded ones."""
+    """Which model, what of its shape the costs depend on, and torch's threads. ``layers`` are the offloaded ones."""
 
     name: str
     fingerprint: str
@@ -65,6 +65,7 @@ class ModelFacts:
     compute_itemsize_bytes: int
     store_itemsize_bytes: int
     longest_tokens: int
+    threads: int
 
     @property
     def key_elements(self) -> int:
@@ -89,7 +90,7 @@ class Profile:
 
     def save(self, path: str | Path) -> None:
         """Write as JSON. Raises ConfigError."""
-        write_json(path, {"format": FORMAT, "version": VERSION, **dataclasses.asdict(self)})
+        save_json(path, {"format": FORMAT, "version": VERSION, **dataclasses.asdict(self)})
 
 
 def stamp_of(kv_dir: Path) -> Stamp:
@@ -128,9 +129,9 @@ def take_profile(
 
 
 def load_profile(
-    path: str | Path, kv_dir: str | None, fingerprint: str | None = None, *, force: bool = False
+    path: str | Path, kv_dir: str | None, facts: ModelFacts | None = None, *, force: bool = False
 ) -> Profile:
-    """Read a profile that holds for this machine, the folder and the model of ``fingerprint``.
+    """Read a profile that holds for this machine, the folder and, where given, the model of ``facts``.
 
     Raises ConfigError for a damaged file, and for one of elsewhere unless ``force``.
     """
@@ -143,14 +144,21 @@ def load_profile(
         return profile
     folder = prepare_dir(kv_dir if kv_dir is not None else default_kv_dir())
     differences = stamp_of(folder).differences(profile.stamp)
-    if fingerprint is not None and (profile.model is None or profile.model.fingerprint != fingerprint):
-        differences.append(f"model {profile.model.name if profile.model else 'none'}")
+    if facts is not None:
+        differences += _other_model(profile.model, facts)
     if differences:
         raise ConfigError(
             f"{path}: measured elsewhere: {'; '.join(differences)}",
             hint="run `kvswap profile` here, or use it anyway with --force",
         )
     return profile
+
+
+def _other_model(profiled: ModelFacts | None, facts: ModelFacts) -> list[str]:
+    if profiled is None or profiled.fingerprint != facts.fingerprint:
+        return [f"model {profiled.name if profiled else 'none'}"]
+    same = profiled.threads == facts.threads
+    return [] if same else [f"{profiled.threads} threads instead of {facts.threads}"]
 
 
 def cached_path(fingerprint: str, kv_dir: str | None) -> Path:

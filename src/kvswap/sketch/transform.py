@@ -47,6 +47,11 @@ def transform_basis(statistics: KeyCovariance, rows: int, bits: int) -> Basis:
     return Basis(torch.cat(parts).float().contiguous(), TRANSFORM)
 
 
+def basis_bytes(elements: int, rows: int) -> int:
+    """What a basis for keys of D elements takes."""
+    return (2 * elements + 3) * rows * 4
+
+
 def _spend(variances: torch.Tensor, rows: int, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Where ``rows`` digits lower the error most: direction and digit (0 the finest) of each row."""
     levels = [ERRORS[each] for each in range(0, 9, bits)]

@@ -1,0 +1,142 @@
+"""The cost model beside the engine: decode steps of several settings, in turns, part by part.
+
+    python benchmarks/cost_model.py --model smollm2-135m --profile p.json [--json out.json] [--sweep tuned.json]
+
+Settings differ in group size, selection, room for reuse and context. Each runs 50 teacher-forced steps over evaluation
+text; its time is the median of five blocks' medians. With ``--sweep`` the settings are those of a tuned configuration
+and, at the same memory, G = 1, 2, 4, 8, 16 with the default sketch, beside full attention for the KL.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import kvswap
+from kvswap.device.model_costs import model_facts
+from kvswap.device.profile import load_profile
+from kvswap.device.tables import cached_tables, load_tables, sketchings
+from kvswap.device.tuner import Candidate, Pricing, Request
+from kvswap.device.verify import Measured, measure_steps
+from kvswap.models.adapter import inspect
+from kvswap.models.loading import LoadedModel, load_model
+from kvswap.tuned import load_tuned
+from kvswap.units import MIB
+
+# group_tokens, select_tokens, room for reuse in MiB
+SETTINGS = ((1, 400, 0), (2, 400, 4), (4, 400, 0), (4, 400, 12), (8, 400, 2), (16, 400, 6), (4, 200, 1), (4, 800, 4))
+
+
+def priced(pricing: Pricing, config: kvswap.Config, tokens: int) -> Candidate:
+    """The price of a configuration whose memory is a limit in bytes."""
+    request = Request(
+        limit_bytes=int(config.kv_memory), context_tokens=tokens, batch=1, select_tokens=config.select_tokens
+    )
+    found = pricing.price(config, request)
+    assert found is not None
+    return found
+
+
+def settings(pricing: Pricing, contexts: list[int]) -> Iterator[tuple[int, list[kvswap.Config]]]:
+    """Contexts in turn, each with its share of the settings."""
+    rank = sketchings(pricing.facts.key_elements)[0].rank
+    for number, tokens in enumerate(contexts):
+        configs = []
+        for group, select, room in SETTINGS[number :: len(contexts)]:
+            config = kvswap.Config(group_tokens=group, select_tokens=select, sketch_rank=rank)
+            least = pricing.needs(config, 1).minimum_bytes(tokens)
+            configs.append(config.replace(kv_memory=least + room * MIB))
+        yield tokens, configs
+
+
+def sweep(pricing: Pricing, path: str) -> tuple[int, list[kvswap.Config]]:
+    """The tuned configuration, then every group size with the default sketch at the same memory."""
+    solution = load_tuned(path).solutions[0]
+    rank = sketchings(pricing.facts.key_elements)[0].rank
+    configs = [solution.config]
+    for group in (1, 2, 4, 8, 16):
+        config = kvswap.Config(kv_memory=solution.config.kv_memory, group_tokens=group, sketch_rank=rank)
+        if pricing.needs(config, 1).minimum_bytes(solution.context_tokens) <= int(config.kv_memory):
+            configs.append(config)
+    return solution.context_tokens, configs
+
+
+def row(config: kvswap.Config, tokens: int, price: Candidate, found: Measured) -> dict[str, Any]:
+    """Predicted and measured of one setting."""
+    cost = price.cost
+    return {
+        "tokens": tokens,
+        "group_tokens": config.group_tokens,
+        "select_tokens": config.select_tokens,
+        "by_layer": price.by_layer,
+        "sketch": str(price.sketch),
+        "kv_memory": config.kv_memory,
+        "reuse_slots": [price.reuse_slots, found.reuse_slots],
+        "step_ms": [1e3 * cost.step_s, 1e3 * found.step_s],
+        **{name: [1e3 * getattr(cost, name), 1e3 * value] for name, value in found.parts_s.items()},
+        "reads": [cost.reads, found.reads],
+        "read_mb": [cost.read_bytes / 1e6, found.read_bytes / 1e6],
+        "reuse_rate": [price.traffic.reuse_rate, found.reuse_rate],
+        "kl": [price.kl, found.kl],
+    }
+
+
+def show(each: dict[str, Any]) -> None:
+    """One line."""
+    ratio = each["step_ms"][1] / each["step_ms"][0]
+    text = " ".join(
+        f"{name.removesuffix('_s')} {each[name][0]:.1f}/{each[name][1]:.1f}"
+        for name in ("step_ms", "compute_s", "predict_s", "slots_s", "submit_s", "wait_s", "reads", "read_mb")
+    )
+    print(
+        f"T {each['tokens']} G {each['group_tokens']} M {each['select_tokens']} {each['sketch']} slots "
+        f"{each['reuse_slots']} ratio {ratio:.2f}: {text} reuse {each['reuse_rate'][0]:.2f}/{each['reuse_rate'][1]:.2f}"
+        + (f" KL {each['kl'][0]:.4f}/{each['kl'][1]:.4f}" if each["kl"][1] is not None else "")
+    )
+
+
+def runs(loaded: LoadedModel, pricing: Pricing, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """All settings, measured."""
+    if args.sweep:
+        todo = [sweep(pricing, args.sweep)]
+    else:
+        todo = list(settings(pricing, [int(each) for each in args.contexts.split(",")]))
+    for tokens, configs in todo:
+        found = measure_steps(loaded, configs, tokens=tokens, steps=args.steps, with_full=bool(args.sweep))
+        for config, measured in zip(configs, found, strict=True):
+            yield row(config, tokens, priced(pricing, config, tokens), measured)
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--profile", required=True)
+    parser.add_argument("--contexts", default="2048,6144")
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--sweep", metavar="TUNED")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    loaded = load_model(args.model)
+    facts = model_facts(loaded, inspect(loaded.model))
+    profile = load_profile(args.profile, None, facts)
+    tables = load_tables(cached_tables(facts.fingerprint), facts.fingerprint, facts.layers)
+    found = []
+    for each in runs(loaded, Pricing(profile, tables, facts, loaded.model.device), args):
+        found.append(each)
+        show(each)
+    if args.json:
+        about = {
+            "model": facts.name.rsplit("/", 1)[-1],
+            "threads": facts.threads,
+            "stamp": dataclasses.asdict(profile.stamp),
+        }
+        args.json.write_text(json.dumps({**about, "settings": found}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,50 @@
+"""The configuration of a command: from a file of keys, or of ``kvswap tune``, with options on top."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from kvswap.config import Config
+    from kvswap.models.loading import LoadedModel
+    from kvswap.prompt import Request
+    from kvswap.tuned import TunedConfig
+
+
+@dataclass(frozen=True, slots=True)
+class TunedChoice:
+    """A file of ``kvswap tune``, which has a configuration for each length of context, and what overrides it."""
+
+    tuned: TunedConfig
+    overrides: dict[str, Any]
+
+    def choose(self, loaded: LoadedModel, *, request: Request | None, new_tokens: int) -> Config:
+        """The configuration for a prompt, or for the longest context. Raises ConfigError for another model.
+
+        A session takes that of the longest context, so that it stays the same as the session grows.
+        """
+        from kvswap.calibrate import fingerprint
+        from kvswap.models.adapter import inspect
+        from kvswap.prompt import encode, render
+
+        self.tuned.check_model(fingerprint(inspect(loaded.model)))
+        tokens = max(solution.context_tokens for solution in self.tuned.solutions)
+        if request is not None:
+            tokens = len(encode(loaded.tokenizer, render(loaded.tokenizer, [], request), first=True)) + new_tokens
+        return self.tuned.config(context_tokens=tokens).replace(**self.overrides)
+
+
+def read_config(config_file: str | None, **options: str | None) -> tuple[Config, TunedChoice | None]:
+    """The configuration, and the choice that follows when the file is a tuned one. Raises ConfigError."""
+    from kvswap.config import Config
+    from kvswap.tuned import is_tuned, load_tuned
+
+    given = {name: value for name, value in options.items() if value is not None}
+    if config_file is None:
+        return Config(**given), None
+    if not is_tuned(config_file):
+        return Config.from_file(config_file).replace(**given), None
+    choice = TunedChoice(load_tuned(config_file), given)
+    longest = max(choice.tuned.solutions, key=lambda solution: solution.context_tokens)
+    return longest.config.replace(**given), choice

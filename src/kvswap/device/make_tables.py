@@ -1,0 +1,254 @@
+"""Computing the tables of a model: one exact run over calibration text, then the same steps under every setting."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from kvswap.attachment import Attachment
+from kvswap.baselines.kvswap import score
+from kvswap.calibrate import calibrate, fingerprint
+from kvswap.config import Config
+from kvswap.corpus import calibration_topics
+from kvswap.device.budgets import layer_groups
+from kvswap.device.disk_curve import Progress
+from kvswap.device.machine import version_of
+from kvswap.device.tables import GROUPS, SELECTED, Quality, Sketching, Tables, TablesFacts, sketchings
+from kvswap.disk import default_kv_dir
+from kvswap.errors import InputError
+from kvswap.models.adapter import ModelParts, cache_keyword
+from kvswap.models.loading import LoadedModel
+from kvswap.replay import Recording, ReplayCache, Selection
+from kvswap.sketch.basis import KeyCovariance
+from kvswap.sketch.codes import LayerSketch
+from kvswap.sketch.transform import TransformSketch, transform_basis
+from kvswap.window import Window
+
+CONTEXTS = (2048, 7168)
+STEPS = 32
+COMMON_GROUPS = (2, 8)
+"""Group sizes at which every sketch is measured; the default sketch is measured at all."""
+SINKS, RECENT = Config().sink_tokens, Config().recent_tokens
+_CHUNK_TOKENS = 512
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """One replay."""
+
+    sketch: Sketching
+    group_tokens: int
+    select_tokens: int
+    by_layer: bool = False
+
+    @property
+    def config(self) -> Config:
+        """The window of this setting follows from it."""
+        return Config(group_tokens=self.group_tokens, select_tokens=self.select_tokens)
+
+
+def settings(key_elements: int) -> list[Setting]:
+    """What is measured at each context; those of one sketch stand together."""
+    default, *others = sketchings(key_elements)
+    found = [Setting(default, group, select) for group in GROUPS for select in SELECTED]
+    found += [Setting(default, group, 400, True) for group in COMMON_GROUPS]
+    for sketch in others:
+        found += [Setting(sketch, group, 400, by) for by in (False, True) for group in COMMON_GROUPS]
+    return found
+
+
+def make_tables(
+    loaded: LoadedModel,
+    *,
+    contexts: tuple[int, ...] = CONTEXTS,
+    steps: int = STEPS,
+    on_progress: Progress | None = None,
+) -> Tables:
+    """Compute tables on calibration text. Raises ModelError, and InputError when the text is too short."""
+    attachment = Attachment(loaded.model)
+    try:
+        return _Maker(attachment, loaded, contexts, steps, on_progress).make()
+    finally:
+        attachment.restore()
+
+
+class _Maker:
+    def __init__(
+        self,
+        attachment: Attachment,
+        loaded: LoadedModel,
+        contexts: tuple[int, ...],
+        steps: int,
+        on_progress: Progress | None,
+    ) -> None:
+        self.parts, self.loaded, self.steps = attachment.parts, loaded, steps
+        self.implementation = attachment.implementation
+        self._on_progress = on_progress or (lambda stage, done, total: None)
+        longest = int(getattr(self.parts.config, "max_position_embeddings", 0) or max(contexts) + steps)
+        self.contexts = sorted({min(each, (longest - steps) // 16 * 16) for each in contexts})
+        text = "\n\n".join(text for _, text in calibration_topics())
+        self.ids: list[int] = loaded.tokenizer(text, add_special_tokens=False)["input_ids"]
+        needed = self.contexts[-1] + steps
+        if len(self.ids) < needed:
+            raise InputError(f"the calibration text has {len(self.ids):,} tokens, {needed:,} are needed")
+        self.settings = settings(self.parts.kv_heads * self.parts.head_dim)
+
+    def make(self) -> Tables:
+        """All contexts, from short to long: each goes on with the prompt of the one before."""
+        statistics = self._calibrate()
+        cache = ReplayCache(
+            self.parts,
+            self.implementation,
+            capacity_tokens=self.contexts[-1] + self.steps,
+            chunk_tokens=_CHUNK_TOKENS,
+        )
+        total = len(self.contexts) * (len(self.settings) + 2)
+        counter = itertools.count(1)
+
+        def tick() -> None:
+            self._on_progress("tables", next(counter), total)
+
+        qualities: list[Quality] = []
+        rankings, kept = {}, {}
+        for context in self.contexts:
+            self._feed(cache, self.ids[cache.tokens : context])
+            tick()
+            back = cache.mark()
+            cache.recording = recording = Recording()
+            exact = self._rows(cache, context)
+            cache.recording = None
+            back()
+            sketches = self._sketches(cache, statistics, self.settings[0].sketch)
+            for group in GROUPS:
+                rankings[context, group], kept[context, group] = _rank(cache, self.parts, recording, sketches, group)
+            tick()
+            made = self.settings[0].sketch
+            for setting in self.settings:
+                if setting.sketch != made:
+                    sketches, made = self._sketches(cache, statistics, setting.sketch), setting.sketch
+                cache.selection = _selection(setting, sketches, kept[context, setting.group_tokens])
+                kl = _kl(exact, self._rows(cache, context))
+                cache.selection = None
+                back()
+                qualities.append(_quality(context, setting, kl))
+                tick()
+        facts = TablesFacts(
+            model=self.loaded.name,
+            fingerprint=fingerprint(self.parts),
+            kvswap_version=version_of("kvswap"),
+            text="calibration half of the Python language reference",
+            steps=self.steps,
+            contexts=list(self.contexts),
+            qualities=qualities,
+        )
+        return Tables(facts, rankings, kept)
+
+    def _calibrate(self) -> list[KeyCovariance]:
+        return calibrate(
+            self.parts,
+            self.implementation,
+            self.loaded.tokenizer,
+            default_kv_dir().parent / "calibration",
+            run=lambda ids, cache: self._call(ids, cache),
+            chunk_tokens=_CHUNK_TOKENS,
+            on_progress=self._on_progress,
+        )
+
+    def _sketches(self, cache: ReplayCache, statistics: list[KeyCovariance], sketch: Sketching) -> list[LayerSketch]:
+        found: list[LayerSketch] = []
+        for order, covariance in enumerate(statistics):
+            each = TransformSketch(
+                batch=1,
+                kv_heads=self.parts.kv_heads,
+                head_dim=self.parts.head_dim,
+                basis=transform_basis(covariance, sketch.rank, sketch.bits),
+                bits=sketch.bits,
+                capacity_tokens=cache.tokens,
+                device=self.parts.device,
+            )
+            each.append(0, cache.kv[order, 0, 0, :, : cache.tokens])
+            found.append(each)
+        return found
+
+    def _rows(self, cache: ReplayCache, context: int) -> torch.Tensor:
+        """Log-probabilities ``[steps, V]`` after each of the steps' tokens."""
+        rows = [self._feed(cache, [token]) for token in self.ids[context : context + self.steps]]
+        return torch.stack(rows)
+
+    def _feed(self, cache: ReplayCache, ids: list[int]) -> torch.Tensor:
+        output = self._call(torch.tensor([ids], device=self.parts.device), cache, logits_to_keep=1)
+        row: torch.Tensor = output.logits[0, -1].float().cpu().log_softmax(-1)
+        return row
+
+    @torch.no_grad()
+    def _call(self, ids: torch.Tensor, cache: Any, **options: Any) -> Any:
+        model = self.parts.model
+        caller: Callable[..., Any] = model if options else self.parts.decoder
+        return caller(input_ids=ids, use_cache=True, **{cache_keyword(model): cache}, **options)
+
+
+def _selection(setting: Setting, sketches: list[LayerSketch], kept: NDArray[np.float32]) -> Selection:
+    config = setting.config
+    window = Window(config.group_tokens, config.sink_groups, config.recent_groups, config.select_groups)
+    uniform = [window.select_groups] * len(sketches)
+    return Selection(window, layer_groups(kept, window.select_groups) if setting.by_layer else uniform, sketches)
+
+
+def _quality(context: int, setting: Setting, kl: NDArray[np.float64]) -> Quality:
+    return Quality(
+        tokens=context,
+        rank=setting.sketch.rank,
+        bits=setting.sketch.bits,
+        group_tokens=setting.group_tokens,
+        select_tokens=setting.select_tokens,
+        by_layer=setting.by_layer,
+        kl=float(kl.mean()),
+        kl_error=float(kl.std(ddof=1) / np.sqrt(len(kl))),
+    )
+
+
+def _kl(exact: torch.Tensor, other: torch.Tensor) -> NDArray[np.float64]:
+    """KL(exact || other) in nats of each step."""
+    found: NDArray[np.float64] = (exact.exp() * (exact - other)).sum(-1).double().numpy()
+    return found
+
+
+@torch.no_grad()
+def _rank(
+    cache: ReplayCache, parts: ModelParts, recording: Recording, sketches: list[LayerSketch], group_tokens: int
+) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+    """Groups best first, ``[steps, L, K]``, and the mass kept with the first of them, ``[L, K + 1]``."""
+    config = Config(group_tokens=group_tokens, select_tokens=max(SELECTED))
+    context = cache.tokens
+    first, stop = config.sink_groups, context // group_tokens - config.recent_groups
+    width = min(stop - first, 2 * config.select_groups)
+    steps, layers = len(recording.true), len(sketches)
+    ranking = np.zeros((steps, layers, width), np.int32)
+    kept = np.zeros((layers, width + 1))
+    for step, layer in _pairs(steps, layers):
+        query = recording.predicted[step][layer][None]
+        scores = score(sketches[layer], query, parts.scaling, group_tokens)[0, first:stop]
+        best = scores.argsort(descending=True)[:width]
+        ranking[step, layer] = (best + first).cpu().numpy()
+        mass = _mass(recording.true[step][layer], cache.kv[layer, 0, 0, :, :context], parts.scaling)
+        by_group = mass[: context // group_tokens * group_tokens].unflatten(0, (-1, group_tokens)).sum(1)
+        pinned = float(by_group[:first].sum() + by_group[stop:].sum())
+        kept[layer, 0] += pinned
+        kept[layer, 1:] += pinned + by_group[first:stop][best].cumsum(0).cpu().numpy()
+    return ranking, (kept / steps).astype(np.float32)
+
+
+def _pairs(steps: int, layers: int) -> Iterator[tuple[int, int]]:
+    return itertools.product(range(steps), range(layers))
+
+
+def _mass(query: torch.Tensor, keys: torch.Tensor, scaling: float) -> torch.Tensor:
+    """Attention mass of each token, mean over heads: query ``[H_q, d]``, keys ``[H_kv, T, d]``."""
+    by_head = query.view(keys.shape[0], -1, keys.shape[2]) @ keys.float().transpose(1, 2) * scaling
+    return by_head.softmax(-1).flatten(0, 1).mean(0)

@@ -1,0 +1,100 @@
+"""``kvswap tune``: a file that ``kvswap run`` takes, with reasons and a promise that memory keeps to the byte."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+
+import pytest
+
+from kvswap.cli.main import run_command
+from kvswap.device import disk_curve, make_tables, profile, verify
+from kvswap.device import tune as tune_module
+from kvswap.tuned import load_tuned
+from kvswap.units import MIB
+from tests.tiny.folders import save_tiny
+
+pytestmark = pytest.mark.usefixtures("cache_home")
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """Everything is measured, but in seconds."""
+    measure = functools.partial(disk_curve.measure_disk, point_s=0.001, file_bytes=16 * MIB)
+    monkeypatch.setattr(profile, "measure_disk", measure)
+    tables = functools.partial(make_tables.make_tables, contexts=(512, 1024), steps=2)
+    monkeypatch.setattr(tune_module, "make_tables", tables)
+    monkeypatch.setattr(verify, "STEPS", 10)
+
+
+def words(tiny, tmp_path, *more: str, memory: str = "3MiB", context: int = 1500) -> list[str]:
+    base = ["tune", "--model", str(tiny), "--kv-memory", memory, "--context", str(context)]
+    return [*base, "--kv-dir", str(tmp_path / "kv"), "--out", str(tmp_path / "tuned.json"), *more]
+
+
+def test_tuned_file_says_why_and_run_keeps_its_promise(tiny, tmp_path, capfd):
+    tables = tmp_path / "tables.safetensors"
+    more = ["--context", "600", "--tables", str(tables), "--verify", "--prefer", "speed"]
+    assert run_command(words(tiny, tmp_path, *more)) == 0
+    out = capfd.readouterr().out
+    for text in ("1 x 1,500 tokens", "1 x 600 tokens", "sketch: rank", "G = ", "M ", "reuse:", "disk:", "expected:"):
+        assert text in out, text
+    assert "  memory: " in out and "promised" in out and "KL" in out
+    tuned = load_tuned(tmp_path / "tuned.json")
+    assert [each.context_tokens for each in tuned.solutions] == [1500, 600] and tables.exists()
+
+    document, stats = tmp_path / "story.txt", tmp_path / "stats.json"
+    document.write_text("Once upon a time. " * 60)
+    run = ["run", "--model", str(tiny), "--config", str(tmp_path / "tuned.json"), "--document", str(document)]
+    run += ["--ask", "Who?", "--max-new-tokens", "3", "--stats-json", str(stats)]
+    assert run_command(run) == 0
+    numbers, values = json.loads(stats.read_text()), tuned.solutions[0].values  # the prompt is longer than 600
+    for key in ("group_tokens", "sketch_rank", "sketch_bits", "layer_select_tokens"):
+        assert numbers["config"][key] == values[key]
+    assert numbers["kv_memory_limit_bytes"] == values["kv_memory"] <= 3 * MIB
+    assert os.listdir(tmp_path / "kv") == []
+
+
+def test_memory_of_the_engine_is_what_was_promised(tiny, tmp_path, capfd):
+    assert run_command(words(tiny, tmp_path)) == 0
+    tuned = load_tuned(tmp_path / "tuned.json")
+    from kvswap.attachment import attach
+    from kvswap.models.loading import load_model
+    from tests.tiny.families import forced_logits, tokens
+
+    loaded, solution = load_model(str(tiny)), tuned.solutions[0]
+    with attach(loaded.model, solution.config, tokenizer=loaded.tokenizer) as cache:
+        forced_logits(loaded.model, tokens(1, 1500), tokens(1, 2), cache)
+        assert cache.stats.memory_parts == solution.promise.memory_parts
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"memory": "100KiB"}, "too small for 1 x 1,500 tokens whatever the parameters"),
+        ({"memory": "much"}, "kv_memory: 'much' is not a size"),
+        ({"context": 4096}, "more than the model's limit of 2,048"),
+        ({"context": 0}, "context: got 0"),
+        ({"more": ["--batch", "0"]}, "batch: got 0"),
+        ({"more": ["--select-tokens", "20"]}, "select_tokens: 20 leaves no group"),
+        ({"more": ["--out", "/nowhere/at/all.json"]}, "--out /nowhere/at/all.json: cannot be written"),
+        ({"more": ["--profile", "absent.json"]}, "absent.json: No such file"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(options, message, tiny, tmp_path, capfd):
+    more = options.pop("more", [])
+    assert run_command(words(tiny, tmp_path, *more, **options)) == 2
+    err = capfd.readouterr().err
+    lines = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and err.splitlines()[-1] == lines[0] and message in lines[0]
+
+
+def test_files_of_another_model_are_refused(tiny, tmp_path, capfd):
+    assert run_command(words(tiny, tmp_path, "--tables", str(tmp_path / "t.safetensors"))) == 0
+    other = save_tiny(tmp_path / "other", "qwen2", max_position_embeddings=2048)
+    assert run_command(words(other, tmp_path, "--tables", str(tmp_path / "t.safetensors"))) == 2
+    assert "made for model" in capfd.readouterr().err
+    run = ["run", "--model", str(other), "--config", str(tmp_path / "tuned.json"), "--ask", "Who?"]
+    assert run_command(run) == 2
+    assert "tuned for another model" in capfd.readouterr().err

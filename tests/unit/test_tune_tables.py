@@ -1,0 +1,132 @@
+"""Tables: interpolated where they were not measured, the same after a round trip, refused when of elsewhere."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from kvswap.device.machine import version_of
+from kvswap.device.make_tables import settings
+from kvswap.device.tables import GROUPS, Quality, Sketching, Tables, TablesFacts, load_tables, sketchings
+from kvswap.errors import ConfigError
+
+D, LAYERS, CONTEXTS = 192, 4, (1024, 8192)
+DEFAULT = sketchings(D)[0]
+
+
+def true_kl(tokens: int, sketch: Sketching, group: int, select: int, by_layer: bool) -> float:
+    """A law of the form that is interpolated: powers of everything."""
+    rough = {4: 1.0, 2: 1.5}[sketch.bits] * (DEFAULT.token_bytes / sketch.token_bytes) ** 0.5
+    return 0.01 * (tokens / 8192) ** 0.5 * rough * group**0.4 * (400 / select) ** 2 * (0.8 if by_layer else 1.0)
+
+
+def tables(**changes: object) -> Tables:
+    qualities = [
+        Quality(
+            tokens=tokens,
+            rank=each.sketch.rank,
+            bits=each.sketch.bits,
+            group_tokens=each.group_tokens,
+            select_tokens=each.select_tokens,
+            by_layer=each.by_layer,
+            kl=true_kl(tokens, each.sketch, each.group_tokens, each.select_tokens, each.by_layer),
+            kl_error=0.001,
+        )
+        for tokens in CONTEXTS
+        for each in settings(D)
+    ]
+    facts = TablesFacts(
+        model="tiny",
+        fingerprint="abc",
+        kvswap_version=version_of("kvswap"),
+        text="none",
+        steps=8,
+        contexts=list(CONTEXTS),
+        qualities=qualities,
+    )
+    random = np.random.default_rng(0)
+    rankings, kept = {}, {}
+    for tokens in CONTEXTS:
+        for group in GROUPS:
+            groups, width = tokens // group, min(tokens // group, 1600 // group)
+            skew = random.exponential(1.0, (8, LAYERS, groups)) * np.exp(-np.arange(groups) * group / 600)
+            rankings[tokens, group] = (-skew).argsort(axis=2)[:, :, :width].astype(np.int32)
+            line = 1 - np.exp(-np.outer([0.02, 0.01, 0.004, 0.001], np.arange(width + 1) * group))
+            kept[tokens, group] = line.astype(np.float32)
+    return Tables(dataclasses.replace(facts, **changes), rankings, kept)
+
+
+@pytest.mark.parametrize("tokens", [1024, 2900, 8192])
+@pytest.mark.parametrize("sketch", sketchings(D))
+@pytest.mark.parametrize("group", GROUPS)
+def test_quality_is_interpolated(tokens: int, sketch: Sketching, group: int) -> None:
+    for select, by_layer in ((200, False), (300, True), (400, False), (800, True)):
+        found = tables().kl(tokens, sketch, group, select, by_layer=by_layer)
+        assert found == pytest.approx(true_kl(tokens, sketch, group, select, by_layer), rel=1e-6)
+
+
+def test_quality_beyond_the_contexts_is_that_of_the_nearest() -> None:
+    assert tables().kl(32768, DEFAULT, 4, 400, by_layer=False) == tables().kl(8192, DEFAULT, 4, 400, by_layer=False)
+
+
+def test_sketches_go_from_tight_to_rich_within_their_bytes() -> None:
+    found = sketchings(1024)
+    assert [each.token_bytes <= 1024 // share * 2 for each, share in zip(found, (8, 4, 16, 32, 8, 16, 32), strict=True)]
+    assert len(set(found)) == len(found) == 7
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    made = tables()
+    made.save(tmp_path / "new" / "t.safetensors")
+    found = load_tables(tmp_path / "new" / "t.safetensors", "abc", LAYERS)
+    assert found.facts == made.facts
+    for key, ranking in made.rankings.items():
+        assert (found.rankings[key] == ranking).all() and (found.kept[key] == made.kept[key]).all()
+
+
+def test_tables_of_elsewhere_are_refused_unless_forced(tmp_path: Path) -> None:
+    file = tmp_path / "t.safetensors"
+    tables().save(file)
+    with pytest.raises(ConfigError, match=r"made for model tiny.*--force"):
+        load_tables(file, "xyz", LAYERS)
+    assert load_tables(file, "xyz", LAYERS, force=True).facts.model == "tiny"
+    with pytest.raises(ConfigError, match="4 layers, the model has 5"):
+        load_tables(file, "xyz", 5, force=True)
+    tables(kvswap_version="0.0.1").save(file)
+    with pytest.raises(ConfigError, match=r"made for kvswap 0.0.1"):
+        load_tables(file, "abc", LAYERS)
+
+
+def test_damaged_tables_are_refused_in_a_sentence(tmp_path: Path) -> None:
+    file = tmp_path / "t.safetensors"
+    tables().save(file)
+    content, tensors = file.read_bytes(), load_file(file)
+    about = {"format": "kvswap-tables", "version": 1, **dataclasses.asdict(tables().facts)}
+
+    def write(about: object, tensors: dict[str, np.ndarray]) -> None:
+        save_file(tensors, file, metadata={"kvswap": json.dumps(about)})
+
+    file.write_bytes(content[: len(content) // 2])
+    with pytest.raises(ConfigError, match="damaged"):
+        load_tables(file, "abc", LAYERS)
+    with pytest.raises(ConfigError, match="No such file"):
+        load_tables(tmp_path / "absent", "abc", LAYERS)
+    for changed, words in (
+        ({**about, "format": "x"}, "not a kvswap-tables file"),
+        ({**about, "version": 9}, "version 9, this kvswap reads 1"),
+        ({**about, "qualities": []}, "nothing was measured"),
+        ({**about, "steps": "many"}, "steps"),
+        (None, "not a kvswap-tables file"),
+    ):
+        write(changed, tensors)
+        with pytest.raises(ConfigError, match=words):
+            load_tables(file, "abc", LAYERS)
+    broken = {**tensors, "ranking.1024.4": tensors["ranking.1024.4"] - 5000}
+    write(about, broken)
+    with pytest.raises(ConfigError, match="ranking of 1024 tokens, G = 4"):
+        load_tables(file, "abc", LAYERS)

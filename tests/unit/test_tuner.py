@@ -1,0 +1,95 @@
+"""The tuner: what fits, what is best, and that a slow disk asks for larger groups."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+
+from kvswap.device.cost import DiskCosts
+from kvswap.device.explain import reasons
+from kvswap.device.profile import ModelFacts, Profile, stamp_of
+from kvswap.device.tuner import KL_SLACK, TIME_SLACK, Candidate, Pricing, Request, search
+from kvswap.errors import MemoryBudgetError
+from kvswap.units import MIB
+from tests.unit.test_cost import disk, model
+from tests.unit.test_tune_tables import LAYERS, tables
+
+FACTS = ModelFacts(
+    name="tiny",
+    fingerprint="abc",
+    layers=LAYERS,
+    query_heads=9,
+    kv_heads=3,
+    head_dim=64,
+    compute_itemsize_bytes=4,
+    store_itemsize_bytes=2,
+    longest_tokens=32768,
+    threads=2,
+)
+
+
+def pricing(folder: Path, curve: DiskCosts | None = None) -> Pricing:
+    known = Profile(stamp=stamp_of(folder), made="now", disks=[curve or disk()], model=FACTS, costs=model())
+    return Pricing(known, tables(), FACTS, torch.device("cpu"))
+
+
+def found(folder: Path, curve: DiskCosts | None = None, prefer: str = "quality", limit: int = 12 * MIB) -> Candidate:
+    request = Request(limit_bytes=limit, context_tokens=8192, batch=1, select_tokens=400)
+    return search(pricing(folder, curve), request, prefer=prefer, on_step=lambda done, total: None)[0]
+
+
+def fewer_reads(curve: DiskCosts) -> DiskCosts:
+    """A disk that takes 1 ms for each read and hardly anything for its bytes."""
+    points = [dataclasses.replace(point, burst_s=1e-3 * point.depth) for point in curve.bursts]
+    return dataclasses.replace(curve, bursts=points)
+
+
+def test_a_slow_disk_gets_larger_groups(tmp_path: Path) -> None:
+    fast, slow = found(tmp_path), found(tmp_path, fewer_reads(disk()))
+    assert slow.config.group_tokens > fast.config.group_tokens
+    assert slow.cost.wait_s > fast.cost.wait_s
+
+
+def test_what_is_preferred_is_best_within_the_slack_of_the_other(tmp_path: Path) -> None:
+    request = Request(limit_bytes=12 * MIB, context_tokens=8192, batch=1, select_tokens=400)
+    prices = pricing(tmp_path)
+    quality, every = search(prices, request, prefer="quality", on_step=lambda done, total: None)
+    speed, _ = search(prices, request, prefer="speed", on_step=lambda done, total: None)
+    fastest, best = min(each.cost.step_s for each in every), min(each.kl for each in every)
+    assert quality.cost.step_s <= TIME_SLACK * fastest and speed.kl <= KL_SLACK * best
+    assert not [each for each in every if each.cost.step_s <= TIME_SLACK * fastest and each.kl < quality.kl]
+    assert not [each for each in every if each.kl <= KL_SLACK * best and each.cost.step_s < speed.cost.step_s]
+    assert all(sum(each.memory_parts.values()) <= request.limit_bytes for each in every)
+    assert quality.by_layer  # which the tables say is better by a fifth
+    lines = reasons(quality, every, disk(), LAYERS)
+    assert [line.split(":")[0].split(" ")[0] for line in lines] == ["sketch", "G", "M", "reuse", "disk"]
+
+
+def test_memory_becomes_reuse(tmp_path: Path) -> None:
+    small, large = found(tmp_path, limit=6 * MIB), found(tmp_path, limit=24 * MIB)
+    assert large.reuse_slots > small.reuse_slots or large.sketch.token_bytes > small.sketch.token_bytes
+    assert large.kl <= small.kl * 1.01
+
+
+def test_too_small_a_limit_names_the_smallest(tmp_path: Path) -> None:
+    with pytest.raises(MemoryBudgetError, match="too small for 1 x 8,192 tokens") as caught:
+        found(tmp_path, limit=MIB)
+    assert sum(caught.value.parts.values()) == caught.value.minimum_bytes > MIB
+    assert found(tmp_path, limit=caught.value.minimum_bytes).reuse_slots == 0
+
+
+def test_a_batch_needs_more_and_is_slower(tmp_path: Path) -> None:
+    prices = pricing(tmp_path)
+    one, two = (
+        search(
+            prices,
+            Request(limit_bytes=24 * MIB, context_tokens=4096, batch=batch, select_tokens=400),
+            prefer="quality",
+            on_step=lambda done, total: None,
+        )[0]
+        for batch in (1, 2)
+    )
+    assert two.cost.step_s > one.cost.step_s and two.memory_parts["sketch"] > 0
