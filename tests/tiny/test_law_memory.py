@@ -16,7 +16,7 @@ def allocated_bytes(state) -> dict[str, int]:
     slot_bytes = state.layout.slot_bytes
     return {
         "sketch": sum(sketch.nbytes for sketch in state.sketches),
-        "tables": pool.table.nbytes + pool.owner.nbytes + pool.worth.nbytes,
+        "tables": pool.table.nbytes + pool.owner.nbytes + pool.worth.nbytes + pool.seen.nbytes,
         "slots": pool.reuse_slots * slot_bytes,
         "staging": 2 * pool.staging_groups * slot_bytes,
         "tails": pool.staging_start * slot_bytes,

@@ -12,7 +12,7 @@ from kvswap.window import Window
 
 GROWTH_TOKENS = 256
 WRITE_QUEUE_BYTES = 1 << 20
-OWNER_BYTES = 8 + 4  # who lives in a reuse slot, and its worth
+OWNER_BYTES = 8 + 4 + 4  # who lives in a reuse slot, its worth, and when that was true
 STAGING_SLACK = 2.0  # room for gaps that are read through
 
 

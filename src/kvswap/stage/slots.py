@@ -28,6 +28,7 @@ from kvswap.window import Window
 Int = NDArray[np.int64]
 
 WORTH_DECAY = 0.9
+LOOK_AT = 8  # slots looked at for every group that wants one
 
 
 class SlotPool:
@@ -71,6 +72,9 @@ class SlotPool:
         self.table: NDArray[np.int32] = np.full((layers * batch, capacity_groups), -1, np.int32)
         self.owner: Int = np.full(reuse_slots, -1, np.int64)
         self.worth: NDArray[np.float32] = np.full(reuse_slots, -1, np.float32)
+        self.seen: NDArray[np.int32] = np.zeros(reuse_slots, np.int32)  # visit of its layer when worth was true
+        self._visits: NDArray[np.int32] = np.zeros(layers, np.int32)
+        self._hand = 0
 
     # ---- shape
 
@@ -93,6 +97,7 @@ class SlotPool:
         gone = self.owner[reuse_slots:]
         self.table.reshape(-1)[gone[gone >= 0]] = -1
         self.owner, self.worth = self.owner[:reuse_slots].copy(), self.worth[:reuse_slots].copy()
+        self.seen, self._hand = self.seen[:reuse_slots].copy(), 0
         if self.host:
             self.slab.shrink((self.reuse_start + reuse_slots) * self.layout.slot_bytes)
 
@@ -154,19 +159,25 @@ class SlotPool:
         rows = layer * self.batch + sequences
         found = self.table[rows, groups].astype(np.int64)
         if self.reuse_slots:
-            low, high = layer * self.batch * self.table.shape[1], (layer + 1) * self.batch * self.table.shape[1]
-            mine = (self.owner >= low) & (self.owner < high)
-            np.multiply(self.worth, WORTH_DECAY, out=self.worth, where=mine)
-            self.worth[found[found >= 0] - self.reuse_start] += 1
+            self._visits[layer] += 1
+            hits = found[found >= 0] - self.reuse_start
+            self.worth[hits] = self._worth_now(hits) + 1
+            self.seen[hits] = self._visits[layer]
         return found
+
+    def _worth_now(self, slots: Int) -> NDArray[np.float32]:
+        """Worth with the decay since each was last touched: one step for every visit of its own layer."""
+        layers = np.maximum(self.owner[slots], 0) // (self.batch * self.table.shape[1])
+        idle = self._visits[layers] - self.seen[slots]
+        worth: NDArray[np.float32] = self.worth[slots] * np.float32(WORTH_DECAY) ** idle
+        return worth
 
     def admit(self, layer: int, sequences: Int, groups: Int, staged: Int) -> None:
         """Keep groups that have just landed in slots ``staged``, as far as something of less worth can go."""
         room = min(len(groups), self.reuse_slots)
         if room == 0:
             return
-        victims = np.argpartition(self.worth, room - 1)[:room] if room < self.reuse_slots else np.arange(room)
-        victims = victims[self.worth[victims] < 1]
+        victims = self._victims(room)
         count = len(victims)
         if count == 0:
             return
@@ -174,11 +185,23 @@ class SlotPool:
         old = self.owner[victims]
         flat[old[old >= 0]] = -1
         key = (layer * self.batch + sequences[:count]) * self.table.shape[1] + groups[:count]
-        self.owner[victims], self.worth[victims] = key, 1
+        self.owner[victims], self.worth[victims], self.seen[victims] = key, 1, self._visits[layer]
         target = victims + self.reuse_start
         flat[key] = target
         rows = self._rows[self.dtypes[layer]]
         rows[torch.from_numpy(target)] = rows[torch.from_numpy(staged[:count])]
+
+    def _victims(self, room: int) -> Int:
+        """Up to ``room`` slots of least worth, below that of a fresh group, among the next ones in turn.
+
+        Looking at all slots would cost more with every gigabyte of them; a hand goes round instead.
+        """
+        count = min(self.reuse_slots, room * LOOK_AT + 64)
+        candidates = (self._hand + np.arange(count)) % self.reuse_slots
+        self._hand = (self._hand + count) % self.reuse_slots
+        worth = np.where(self.owner[candidates] < 0, -1, self._worth_now(candidates))
+        least = np.argpartition(worth, room - 1)[:room] if room < count else np.arange(count)
+        return candidates[least[worth[least] < 1]]
 
     # ---- staging and gathering
 
