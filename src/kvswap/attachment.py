@@ -239,7 +239,7 @@ def _open_cache(
             backend=backend,
             makers=makers,
             store_dtype=_store_dtype(config, parts),
-            check_space=partial(check_free, folder),
+            check_space=keeper.room if keeper is not None else partial(check_free, folder),
             on_progress=on_progress,
             keeper=keeper,
         )

@@ -37,6 +37,7 @@ from kvswap.session import Session
 from kvswap.stats import RunStats, latency_percentiles_ms, tokens_per_s
 from kvswap.store.folder import SessionFolder
 from kvswap.store.shelf import close_session, open_or_create
+from kvswap.store.wear import Limits
 from kvswap.trace import CacheStats
 
 
@@ -49,6 +50,7 @@ def load(
     mmap: bool = True,
     session: str | SessionFolder | None = None,
     verify: bool = True,
+    limits: Limits | None = None,
     on_progress: Progress | None = None,
     on_notice: Callable[[str], None] | None = None,
 ) -> Engine:
@@ -66,6 +68,8 @@ def load(
         Name of a session below ``config.kv_dir``, which is made or goes on from where it was; or one that is open.
     verify
         Whether what is read of a session is compared with its checksums.
+    limits
+        How much disk sessions may take, and how much may be written a day.
     on_progress
         Called with ``("calibrate" | "prefill", done, total)``.
     on_notice
@@ -81,9 +85,8 @@ def load(
     config = config or Config()
     if isinstance(session, str):
         session = open_or_create(config.kv_dir, session)
-    return Engine(
-        loaded, config, method=method, session=session, verify=verify, on_progress=on_progress, on_notice=notice
-    )
+    options: dict[str, Any] = {"session": session, "verify": verify, "limits": limits}
+    return Engine(loaded, config, method=method, on_progress=on_progress, on_notice=notice, **options)
 
 
 class Engine:
@@ -100,6 +103,7 @@ class Engine:
         method: str = "kvswap",
         session: SessionFolder | None = None,
         verify: bool = True,
+        limits: Limits | None = None,
         on_progress: Progress | None = None,
         on_notice: Callable[[str], None] | None = None,
     ) -> None:
@@ -117,7 +121,7 @@ class Engine:
         try:
             if session is not None:
                 self._stack.callback(close_session, session)
-                self._join(session, verify)
+                self._join(session, verify, limits)
             self._open()
         except BaseException:
             self._stack.close()
@@ -260,11 +264,11 @@ class Engine:
 
     # ---- the session
 
-    def _join(self, folder: SessionFolder, verify: bool) -> None:
+    def _join(self, folder: SessionFolder, verify: bool, limits: Limits | None) -> None:
         if self.method != "kvswap":
             raise UnsupportedError(f"a session with method {self.method}", hint="only kvswap keeps sessions")
-        options: dict[str, Any] = {"on_progress": self._report, "on_notice": self._notice}
-        self._session = Session(folder, self._loaded, self.config, verify=verify, **options)
+        tell: dict[str, Any] = {"on_progress": self._report, "on_notice": self._notice}
+        self._session = Session(folder, self._loaded, self.config, verify=verify, limits=limits, **tell)
         self._stack.callback(self._session.detach)
         self._recall()
 
@@ -363,6 +367,7 @@ class Engine:
             resumed_tokens=stored if self._session else 0,
             computed_tokens=len(ids) - stored,
             session_written_bytes=self._session.folder.manifest.written_bytes if self._session else 0,
+            sessions_written_bytes=self._session.usage.total_bytes if self._session else 0,
             new_tokens=len(token_ids),
             finish_reason=self._finish_reason(token_ids, sampling),
             token_ids=token_ids,

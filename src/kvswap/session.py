@@ -21,7 +21,6 @@ import torch
 from kvswap.attachment import attach
 from kvswap.cache import KVSwapCache
 from kvswap.config import Config
-from kvswap.disk.files import check_free
 from kvswap.errors import InputError
 from kvswap.layer_major import Progress
 from kvswap.models.adapter import cache_keyword, context_limit, inspect
@@ -34,6 +33,7 @@ from kvswap.store.folder import SessionFolder
 from kvswap.store.fork import fork
 from kvswap.store.manifest import Model
 from kvswap.store.shelf import create_session, open_session, session_path
+from kvswap.store.wear import Limits, Room, Usage, add_usage, read_usage
 
 KEEP_TOKENS = 512
 """A prompt with so many new tokens is worth a commit of its own."""
@@ -50,6 +50,8 @@ class Session:
         Model and tokenizer, as ``load_model`` gives them.
     verify
         Whether groups are compared with their checksums when they are read.
+    limits
+        How much disk all sessions together may take, and how much may be written a day.
     on_progress, on_notice
         As for ``kvswap.load``.
     """
@@ -61,6 +63,7 @@ class Session:
         config: Config,
         *,
         verify: bool = True,
+        limits: Limits | None = None,
         on_progress: Progress | None = None,
         on_notice: Callable[[str], None] | None = None,
     ) -> None:
@@ -68,6 +71,7 @@ class Session:
         self._loaded, self._verify = loaded, verify
         self._on_progress = on_progress
         self._on_notice = on_notice or logging.getLogger("kvswap").warning
+        self._room = Room(folder.folder.path, limits or Limits(), self._on_notice)
         self._stack = ExitStack()
         self._cache: KVSwapCache | None = None
         self._generating = self._closed = self._restarted = False
@@ -123,6 +127,11 @@ class Session:
         return self._cache.padded_tokens if self._cache is not None else self._tokens
 
     @property
+    def usage(self) -> Usage:
+        """What was written for all sessions of this folder."""
+        return read_usage(self._room.root)
+
+    @property
     def conversation(self) -> bytes:
         """What ``commit`` was given beside the ids; empty where nothing was."""
         return self._talk
@@ -132,9 +141,7 @@ class Session:
         """The context as a cache for ``generate``, attached to the model at first use. ``commit`` makes it durable."""
         self._check_open()
         if self._cache is None:
-            keeper = Keeper(
-                self.folder, self._identity, verify=self._verify, grow=partial(check_free, self.folder.folder.path)
-            )
+            keeper = Keeper(self.folder, self._identity, verify=self._verify, room=self._room.ask)
             cache = self._stack.enter_context(
                 attach(
                     self._loaded.model,
@@ -227,7 +234,9 @@ class Session:
         unchanged = self.tokens == self._tokens
         if unchanged and ids == self._ids and talk == self._talk and not self._restarted:
             return
+        before_bytes = self.folder.manifest.written_bytes
         self.cache.commit(ids, talk, interim=interim)
+        add_usage(self._room.root, self.folder.manifest.written_bytes - before_bytes)
         self._ids, self._talk, self._tokens, self._restarted = ids, talk, self.tokens, False
 
     def keep_prompt(self, ids: Sequence[int], talk: bytes = b"") -> None:

@@ -39,13 +39,16 @@ _MODEL_WORDS = {
 
 
 class Keeper:
-    """One session under one cache. ``tokens`` is how many the session holds when the cache begins."""
+    """One session under one cache. ``tokens`` is how many the session holds when the cache begins.
+
+    ``room(bytes)`` is asked before files take more space, and may refuse.
+    """
 
     def __init__(
-        self, folder: SessionFolder, model: Model, *, verify: bool = True, grow: Callable[[int], None] | None = None
+        self, folder: SessionFolder, model: Model, *, verify: bool = True, room: Callable[[int], None] | None = None
     ) -> None:
         self.folder, self.model = folder, model
-        self._verify, self._grow = verify, grow or (lambda nbytes: None)
+        self._verify, self.room = verify, room or (lambda nbytes: None)
         self._check_model()
         self._stored: Stored | None = folder.load()
         self.tokens = self._stored.tokens if self._stored else 0
@@ -136,7 +139,7 @@ class Keeper:
             verify=self._verify,
             what=self.folder.what,
             begin=begin,
-            grow=self._grow,
+            grow=self.room,
         )
 
     def restore(self, state: BatchState) -> None:

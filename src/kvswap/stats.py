@@ -35,7 +35,7 @@ class RunStats:
     gaps; ``reuse_rate`` is hits over selected groups, pinned ones excluded; ``io_wait_s`` is time blocked on reads.
     ``stored_tokens`` of the prompt were in the cache before and were not computed again; in a named session,
     ``resumed_tokens`` of them came from it and ``computed_tokens`` were computed now. ``session_written_bytes`` is
-    everything written for the session in its whole life.
+    everything written for the session in its whole life, ``sessions_written_bytes`` for all of the folder.
     """
 
     model: str
@@ -47,6 +47,7 @@ class RunStats:
     resumed_tokens: int = 0
     computed_tokens: int = 0
     session_written_bytes: int = 0
+    sessions_written_bytes: int = 0
     new_tokens: int = 0
     finish_reason: str = ""
     token_ids: list[int] = field(default_factory=list)

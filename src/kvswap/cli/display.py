@@ -107,7 +107,8 @@ def summary_rows(stats: RunStats) -> list[tuple[str, str]]:
     ]
     if stats.session is not None:
         counts = f"{stats.resumed_tokens:,} tokens were there, {stats.computed_tokens:,} were computed"
-        written = f"{format_bytes(stats.session_written_bytes)} written for it so far"
+        all_bytes = format_bytes(stats.sessions_written_bytes)
+        written = f"{format_bytes(stats.session_written_bytes)} written for it so far, {all_bytes} for all sessions"
         rows.insert(1, ("session", f"{stats.session}: {counts}; {written}"))
     if not _full(stats):
         rows += _kvswap_rows(stats)

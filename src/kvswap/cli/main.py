@@ -22,6 +22,7 @@ COMMANDS = {
     "eval": ("kvswap.cli.eval:evaluate", "Compare answers with those of full attention."),
     "profile": ("kvswap.cli.profile:profile", "Measure what this disk and a model cost."),
     "tune": ("kvswap.cli.tune:tune", "Find the parameters for a memory limit."),
+    "chat": ("kvswap.cli.chat:chat", "Talk with a model, turn by turn."),
     "sessions": ("kvswap.cli.sessions:sessions", "Contexts on disk: list, check, repair, fork, export, remove."),
     "doctor": ("kvswap.cli.doctor:doctor", "Look at this machine and at the folder for KV files."),
     "bench": ("kvswap.cli.bench:bench", "Measure methods beside each other on this machine."),

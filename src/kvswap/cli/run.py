@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from kvswap.models.sampling import Sampling
     from kvswap.stats import RunStats
     from kvswap.store.folder import SessionFolder
+    from kvswap.store.wear import Limits
 
 
 @click.command()
@@ -70,6 +71,12 @@ if TYPE_CHECKING:
     metavar="NAME",
     help="Keep the context on disk under this name, or go on from where it was.",
 )
+@click.option(
+    "--disk-quota",
+    metavar="SIZE",
+    help="Disk for all sessions together; closed ones make room, least recently used first.  [default: no limit]",
+)
+@click.option("--write-limit", metavar="SIZE", help="Most that may be written for sessions a day.  [default: no limit]")
 @click.option("--no-verify", is_flag=True, help="Do not compare what is read of a session with its checksums.")
 @click.option(
     "--check-quality",
@@ -92,6 +99,8 @@ def run(
     no_mmap: bool,
     config_file: str | None,
     session_name: str | None,
+    disk_quota: str | None,
+    write_limit: str | None,
     no_verify: bool,
     check_quality: bool,
     stats_json: str | None,
@@ -122,11 +131,13 @@ def run(
         raise ConfigError(f"--check-quality with --method {method}", hint="it checks kvswap alone")
     if method in DISK:
         prepare_dir(config.kv_dir or default_kv_dir())
-    session = _session(config, session_name, method)
+    limits = limits_of(disk_quota, write_limit)
+    session = open_for_run(config, session_name, method)
     options: dict[str, Any] = {"method": method, "dtype": dtype, "mmap": not no_mmap, "verify": not no_verify}
+    options |= {"session": session, "limits": limits, "check_quality": check_quality}
     if tuned is not None:
         options["choose"] = partial(tuned.choose, request=None if session else request, new_tokens=max_new_tokens)
-    stats = _answer(model, config, question, texts, sampling, check_quality=check_quality, session=session, **options)
+    stats = _answer(model, config, question, texts, sampling, **options)
     if target is not None:
         write_json(target, stats.to_dict())
 
@@ -160,7 +171,7 @@ def _answer(
         display.finish()
 
 
-def _session(config: Config, name: str | None, method: str) -> SessionFolder | None:
+def open_for_run(config: Config, name: str | None, method: str) -> SessionFolder | None:
     """Open or make the session before anything heavy is loaded."""
     from kvswap.errors import ConfigError
     from kvswap.store.shelf import open_or_create
@@ -170,6 +181,17 @@ def _session(config: Config, name: str | None, method: str) -> SessionFolder | N
     if method != "kvswap":
         raise ConfigError(f"--session with --method {method}", hint="only kvswap keeps sessions")
     return open_or_create(config.kv_dir, name)
+
+
+def limits_of(disk_quota: str | None, write_limit: str | None) -> Limits:
+    """The limits that two options state. Raises ConfigError."""
+    from kvswap.store.wear import Limits
+    from kvswap.units import parse_bytes
+
+    return Limits(
+        quota_bytes=None if disk_quota is None else parse_bytes(disk_quota, name="--disk-quota"),
+        write_bytes=None if write_limit is None else parse_bytes(write_limit, name="--write-limit"),
+    )
 
 
 def load_engine(
@@ -183,6 +205,7 @@ def load_engine(
     session: SessionFolder | None = None,
     verify: bool = True,
     choose: Callable[[LoadedModel], Config] | None = None,
+    limits: Limits | None = None,
 ) -> Engine:
     """An engine that tells ``display`` what it does. The session is closed with it, also when it cannot be loaded.
 
@@ -201,4 +224,4 @@ def load_engine(
     from kvswap.engine import load
 
     tell: dict[str, Any] = {"on_progress": display.progress, "on_notice": display.notice}
-    return load(loaded, config, method=method, session=session, verify=verify, **tell)
+    return load(loaded, config, method=method, session=session, verify=verify, limits=limits, **tell)

@@ -43,14 +43,10 @@ class PrivateFolder:
     @classmethod
     def create(cls, path: Path) -> PrivateFolder:
         """Make the folder, which must not exist, with mode 0700. Raises FileExistsError when it does."""
-        try:
+        with told(f"folder {path} cannot be made"):
             os.mkdir(path, 0o700)
-        except FileExistsError:
-            raise
-        except OSError as error:
-            raise _write_error(f"folder {path} cannot be made", error) from error
-        folder = cls(path)
-        os.fchmod(folder._fd, 0o700)
+            folder = cls(path)
+            os.fchmod(folder._fd, 0o700)
         return folder
 
     def close(self) -> None:
@@ -69,6 +65,8 @@ class PrivateFolder:
         except FileNotFoundError:
             raise
         except OSError as error:
+            if error.errno not in (errno.ELOOP, errno.ENXIO, errno.EACCES, errno.EISDIR):
+                raise _read_error(f"{self.path / name} cannot be opened", error) from error
             why = "it is a link" if error.errno == errno.ELOOP else error.strerror
             raise StorageError(f"{self.path / name}: {why}", hint="a session has plain files of its owner") from error
         try:
@@ -81,11 +79,9 @@ class PrivateFolder:
     def make(self, name: str, *, direct: bool = False) -> int:
         """A descriptor of a new file with mode 0600, which the caller closes."""
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | _PLAIN | (getattr(os, "O_DIRECT", 0) if direct else 0)
-        try:
+        with told(f"{self.path / name} cannot be made"):
             fd = os.open(name, flags, 0o600, dir_fd=self._fd)
-        except OSError as error:
-            raise _write_error(f"{self.path / name} cannot be made", error) from error
-        os.fchmod(fd, 0o600)
+            os.fchmod(fd, 0o600)
         return fd
 
     # ---- whole files
@@ -126,10 +122,8 @@ class PrivateFolder:
     def replace(self, name: str, data: bytes) -> None:
         """Put new contents in a file's place in one move, durably: it has the old or the new ones, never a part."""
         self.write(f"{name}.new", data)
-        try:
+        with told(f"{self.path / name} cannot be replaced"):
             os.rename(f"{name}.new", name, src_dir_fd=self._fd, dst_dir_fd=self._fd)
-        except OSError as error:
-            raise _write_error(f"{self.path / name} cannot be replaced", error) from error
         self.sync()
 
     def truncate(self, name: str, size_bytes: int) -> None:
@@ -151,10 +145,8 @@ class PrivateFolder:
 
     def sync(self) -> None:
         """Make names durable."""
-        try:
+        with told(f"folder {self.path} cannot be made durable"):
             os.fsync(self._fd)
-        except OSError as error:
-            raise _write_error(f"folder {self.path} cannot be synchronised", error) from error
 
     # ---- names
 
@@ -168,7 +160,7 @@ class PrivateFolder:
 
     def remove(self, name: str) -> None:
         """Remove a name; nothing when it is absent."""
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(FileNotFoundError), told(f"{self.path / name} cannot be removed"):
             os.unlink(name, dir_fd=self._fd)
 
     def link_from(self, source: PrivateFolder, name: str) -> bool:
@@ -196,11 +188,10 @@ class PrivateFolder:
     def _closing(self, fd: int, name: str, *, durable: bool = True) -> Iterator[None]:
         """Close at the end, after fdatasync; errors of both become ours."""
         try:
-            yield
-            if durable:
-                os.fdatasync(fd)
-        except OSError as error:
-            raise _write_error(f"write of {self.path / name}", error) from error
+            with told(f"write of {self.path / name}"):
+                yield
+                if durable:
+                    os.fdatasync(fd)
         finally:
             os.close(fd)
 
@@ -226,10 +217,23 @@ def _pread(fd: int, count_bytes: int, offset_bytes: int, path: Path) -> bytes:
     try:
         return os.pread(fd, count_bytes, offset_bytes)
     except OSError as error:
-        name = errno.errorcode.get(error.errno or 0, "?")
-        raise DiskReadError(
-            f"read of {path}: {name}, {error.strerror}", hint="check the disk (dmesg), then try again"
-        ) from error
+        raise _read_error(f"read of {path}", error) from error
+
+
+@contextmanager
+def told(what: str) -> Iterator[None]:
+    """Errors of the system in the block become ours; that a name is absent or taken is the caller's to judge."""
+    try:
+        yield
+    except (FileNotFoundError, FileExistsError):
+        raise
+    except OSError as error:
+        raise _write_error(what, error) from error
+
+
+def _read_error(what: str, error: OSError) -> DiskReadError:
+    name = errno.errorcode.get(error.errno or 0, "?")
+    return DiskReadError(f"{what}: {name}, {error.strerror}", hint="check the disk (dmesg), then try again")
 
 
 def _write_error(what: str, error: OSError) -> DiskWriteError:

@@ -8,6 +8,7 @@ the group store, through descriptors from ``open_data``. Imports no torch. One t
 from __future__ import annotations
 
 import os
+import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -22,6 +23,7 @@ from kvswap.errors import SessionError
 from kvswap.store import lock
 from kvswap.store.checksum import text_sum
 from kvswap.store.index import Arrays, LayerIndex, encode_arrays, encode_batch
+from kvswap.store.making import making, move_into_place, partial_path
 from kvswap.store.manifest import (
     CHECKPOINTS,
     SEGMENTS,
@@ -93,17 +95,20 @@ class SessionFolder(SessionReader):
     @classmethod
     def create(cls, path: Path) -> SessionFolder:
         """Make a session that holds nothing yet. Raises SessionError when the name is taken."""
-        try:
-            folder = PrivateFolder.create(path)
-        except FileExistsError as error:
-            raise SessionError(f"session {path.name} exists already", hint="open it, or choose another name") from error
-        try:
-            now = int(time.time())
-            folder.replace(MANIFEST, encode(Manifest(created=now, used=now)))
-            return cls(folder, write=True)
-        except BaseException:
-            folder.close()
-            raise
+        if os.path.lexists(path):
+            raise SessionError(f"session {path.name} exists already", hint="open it, or choose another name")
+        with making(path.parent):
+            partial, now = partial_path(path), int(time.time())
+            folder = PrivateFolder.create(partial)
+            try:
+                folder.replace(MANIFEST, encode(Manifest(created=now, used=now)))
+                move_into_place(partial, path)
+            except BaseException:
+                shutil.rmtree(partial, ignore_errors=True)
+                raise
+            finally:
+                folder.close()
+        return cls.open(path, write=True)
 
     def close(self) -> None:
         """Give the lock back. May be called twice."""

@@ -6,6 +6,7 @@ changed under them, and what is taken out of it they notice.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import json
@@ -39,11 +40,17 @@ def acquire(folder: PrivateFolder, what: str) -> int:
         raise SessionError(
             f"{what} is in use by {holder}", hint="end that, or use a session of another name (kvswap sessions fork)"
         ) from error
+    _sign(fd)
+    return fd
+
+
+def _sign(fd: int) -> None:
+    """Write who we are, for others' messages; a disk that refuses that little will be heard of soon enough."""
     command = Path(sys.argv[0]).name if sys.argv and sys.argv[0] else "python"
     held = {"pid": os.getpid(), "host": socket.gethostname(), "since": int(time.time()), "command": command}
-    os.ftruncate(fd, 0)
-    os.pwrite(fd, json.dumps(held).encode(), 0)
-    return fd
+    with contextlib.suppress(OSError):
+        os.ftruncate(fd, 0)
+        os.pwrite(fd, json.dumps(held).encode(), 0)
 
 
 def _lock(fd: int) -> None:
@@ -58,7 +65,8 @@ def _lock(fd: int) -> None:
 
 def release(fd: int) -> None:
     """Give the lock back."""
-    os.ftruncate(fd, 0)
+    with contextlib.suppress(OSError):
+        os.ftruncate(fd, 0)
     os.close(fd)
 
 

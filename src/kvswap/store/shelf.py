@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import re
-import secrets
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from kvswap.errors import DamagedError, KVSwapError, SessionError
 from kvswap.store import lock
 from kvswap.store.check import QUARANTINE, move_away, quarantine_path, repair
 from kvswap.store.folder import SessionFolder
-from kvswap.store.fork import PARTIAL, making
+from kvswap.store.making import PARTIAL, making, partial_path
 from kvswap.store.manifest import Manifest
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -147,7 +146,7 @@ def remove(path: Path, *, wipe: bool = False) -> int:
         try:
             for name in folder.names() if wipe else ():
                 wiped_bytes += folder.overwrite(name)
-            gone = path.with_name(f"{PARTIAL}{secrets.token_hex(8)}")
+            gone = partial_path(path)
             os.rename(path, gone)  # a name is free at once, and a kill leaves what prune removes
             shutil.rmtree(gone)
         finally:

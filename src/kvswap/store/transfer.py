@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import io
 import os
-import secrets
 import shutil
 import tarfile
 import time
@@ -26,8 +25,8 @@ from kvswap.errors import DamagedError, InputError, SessionError
 from kvswap.store.check import check
 from kvswap.store.checksum import group_sums, text_sum
 from kvswap.store.folder import BASIS, SessionFolder
-from kvswap.store.fork import PARTIAL, making, move_into_place
 from kvswap.store.index import LayerIndex, encode_arrays, encode_batch
+from kvswap.store.making import making, move_into_place, partial_path
 from kvswap.store.manifest import LIMIT_BYTES, Blob, Manifest, Segment, encode, parse
 from kvswap.store.reader import MANIFEST
 
@@ -81,7 +80,7 @@ def import_session(source: Path, path: Path) -> Manifest:
     """
     if os.path.lexists(path):
         raise SessionError(f"session {path.name} exists already", hint="choose another name (--name)")
-    partial = path.with_name(f"{PARTIAL}{secrets.token_hex(8)}")
+    partial = partial_path(path)
     try:
         with making(path.parent), tarfile.open(source, mode="r:") as archive:
             check_free(path.parent, source.stat().st_size)

@@ -1,0 +1,162 @@
+"""``kvswap chat``: a conversation of several turns, kept in a session if it has one.
+
+Answers go to stdout, everything else to stderr. Ctrl-C ends an answer, Ctrl-D the chat.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from kvswap.cli.run import limits_of, load_engine, open_for_run
+from kvswap.errors import SessionError, UserError
+
+if TYPE_CHECKING:
+    from kvswap.engine import Engine
+
+HELP = {
+    "/stats": "the numbers of the last answer",
+    "/undo": "take back the last turn",
+    "/fork NAME": "a second session that begins as this one is now",
+    "/save": "say what is on disk; every turn is, as soon as it is complete",
+    "/help": "these lines",
+    "/quit": "end; so does Ctrl-D",
+}
+
+
+@click.command()
+@click.option("--model", required=True, metavar="MODEL", help="Local directory, .gguf file, hub id, or smollm2-135m.")
+@click.option("--session", "session_name", metavar="NAME", help="Keep the conversation on disk, or go on with it.")
+@click.option("--document", "documents", multiple=True, metavar="FILE", help="Comes before the first question.")
+@click.option("--kv-memory", metavar="SIZE", help="Memory that the KV cache may hold.  [default: auto]")
+@click.option("--kv-dir", metavar="DIR", help="Folder on a disk for KV files.  [default: the user's cache folder]")
+@click.option("--max-new-tokens", type=int, default=256, show_default=True, metavar="N", help="Longest answer.")
+@click.option("--temperature", type=float, default=0.0, show_default=True, metavar="T", help="0: the likeliest token.")
+@click.option("--top-p", type=float, default=1.0, show_default=True, metavar="P", help="Share of probability sampled.")
+@click.option("--seed", type=int, metavar="S", help="Make sampling repeatable.")
+@click.option("--disk-quota", metavar="SIZE", help="Disk for all sessions together.  [default: no limit]")
+@click.option("--write-limit", metavar="SIZE", help="Most that may be written for sessions a day.  [default: no limit]")
+def chat(
+    model: str,
+    session_name: str | None,
+    documents: tuple[str, ...],
+    kv_memory: str | None,
+    kv_dir: str | None,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    seed: int | None,
+    disk_quota: str | None,
+    write_limit: str | None,
+) -> None:
+    """Talk with a model; the context stays on disk, and each turn computes only what is new.
+
+    \b
+    Example:
+      kvswap chat --model smollm2-135m --session diary
+    """
+    from kvswap.cli.display import Display
+    from kvswap.config import Config
+    from kvswap.documents import read_document
+    from kvswap.models.sampling import Sampling
+
+    sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
+    given = {"kv_memory": kv_memory, "kv_dir": kv_dir}
+    config = Config(**{name: value for name, value in given.items() if value is not None})
+    texts = [read_document(path) for path in documents]
+    limits = limits_of(disk_quota, write_limit)
+    session = open_for_run(config, session_name, "kvswap")
+    display = Display()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ends an answer; the chat goes on
+    with load_engine(model, config, display, session=session, limits=limits) as engine:
+        _talk(engine, display, texts, dataclasses.asdict(sampling))
+
+
+def _talk(engine: Engine, display: Any, documents: list[Any], sampling: dict[str, Any]) -> None:
+    if engine.session is not None and engine.session.tokens:
+        display.notice(f"session {engine.session.name} goes on: {engine.session.tokens:,} tokens are there")
+    for line in _lines():
+        words = line.split()
+        if not words:
+            continue
+        try:
+            if words[0].startswith("/"):
+                if words[0] == "/quit":
+                    return
+                _command(engine, display, words)
+                continue
+            _answer(engine, display, line, documents, sampling)
+            documents = []
+        except UserError as error:  # the next line may do better
+            display.finish()
+            click.echo(f"error: {error}", err=True)
+
+
+def _answer(engine: Engine, display: Any, question: str, documents: list[Any], sampling: dict[str, Any]) -> None:
+    try:
+        for text in engine.ask(question, documents, **sampling):
+            display.finish()
+            click.echo(text, nl=False)
+            sys.stdout.flush()
+    except KeyboardInterrupt:
+        display.finish()
+    click.echo()
+
+
+def _command(engine: Engine, display: Any, words: list[str]) -> None:
+    commands: dict[str, Callable[..., None]] = {
+        "/stats": lambda: display.summary(engine.stats),
+        "/undo": engine.undo,
+        "/fork": lambda name: _fork(engine, display, name),
+        "/save": lambda: _save(engine, display),
+        "/help": _help,
+    }
+    wanted = 2 if words[0] == "/fork" else 1
+    if words[0] not in commands or len(words) != wanted:
+        raise SessionError(f"command {' '.join(words)[:60]!r}", hint=f"use one of {', '.join(HELP)}")
+    commands[words[0]](*words[1:])
+    if words[0] == "/undo":
+        display.notice(f"taken back; {_session(engine).tokens:,} tokens are left")
+
+
+def _fork(engine: Engine, display: Any, name: str) -> None:
+    _session(engine).fork(name)
+    display.notice(f"session {name} begins as this one is now")
+
+
+def _save(engine: Engine, display: Any) -> None:
+    session = _session(engine)
+    display.notice(f"{session.tokens:,} tokens are on disk in {session.folder.folder.path}")
+
+
+def _session(engine: Engine) -> Any:
+    if engine.session is None:
+        raise SessionError("this chat has no session", hint="start it with --session NAME")
+    return engine.session
+
+
+def _help() -> None:
+    for command, meaning in HELP.items():
+        click.echo(f"{command:12} {meaning}", err=True)
+
+
+def _lines() -> Iterator[str]:
+    """What the user types: with line editing on a terminal, as it comes elsewhere. Kept in memory alone."""
+    if not sys.stdin.isatty():
+        yield from (line.rstrip("\n") for line in sys.stdin)
+        return
+    from prompt_toolkit import PromptSession
+
+    prompt: PromptSession[str] = PromptSession()
+    while True:
+        try:
+            yield prompt.prompt("> ")
+        except KeyboardInterrupt:  # the line is dropped
+            continue
+        except EOFError:
+            return

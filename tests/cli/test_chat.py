@@ -1,0 +1,60 @@
+"""``kvswap chat``: turns, commands and mistakes, with lines that come from a pipe."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import pytest
+
+from kvswap.cli.main import run_command
+
+pytestmark = pytest.mark.usefixtures("cache_home")
+
+
+@pytest.fixture
+def chat(tiny, tmp_path, capfd, monkeypatch):
+    """Types lines into a chat; its exit code, stdout and stderr."""
+
+    def call(*lines: str, words: tuple[str, ...] = ("--session", "diary")) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines) + "\n"))
+        base = ["chat", "--model", tiny, "--kv-dir", tmp_path / "kv", "--max-new-tokens", 4]
+        capfd.readouterr()
+        code = run_command([*map(str, base), *words])
+        return code, *capfd.readouterr()
+
+    return call
+
+
+def test_turns_are_kept_and_taken_back(chat, tmp_path) -> None:
+    code, out, err = chat(
+        "Who is there?", "", "/save", "And who not?", "/stats", "/fork other", "/undo", "/quit", "never"
+    )
+    assert code == 0 and out.count("\n") == 2
+    assert "tokens are on disk in" in err and "first token" in err and "taken back" in err
+    assert sorted(path.name for path in (tmp_path / "kv" / "sessions").iterdir()) == [".usage", "diary", "other"]
+    code, again, err = chat("And who not?")
+    assert "session diary goes on" in err
+    assert again == out.split("\n", 1)[1]
+    assert chat("And then?", words=("--session", "other"))[0] == 0
+
+
+def test_mistakes_do_not_end_the_chat(chat) -> None:
+    code, out, err = chat("/nonsense", "/fork", "/undo", "/fork ../x", "/help", "Who?")
+    assert code == 0 and out.count("\n") == 1
+    assert err.count("error: ") == 4 and "use one of /stats, /undo, /fork NAME" in err
+
+
+def test_without_a_session(chat, tmp_path) -> None:
+    code, out, err = chat("Who?", "/undo", "/save", words=())
+    assert code == 0 and out.count("\n") == 1
+    assert err.count("start it with --session NAME") == 1 and "load with session=NAME" in err
+    assert not (tmp_path / "kv" / "sessions").exists()
+
+
+def test_document_comes_before_the_first_question(chat, tmp_path) -> None:
+    story = Path(tmp_path / "story.txt")
+    story.write_text("Once upon a time. " * 30)
+    code, _, err = chat("Who?", "/stats", words=("--document", str(story)))
+    assert code == 0 and "tokens in" in err
+    assert chat("Who?", words=("--document", "absent.txt"))[0] == 2
