@@ -113,5 +113,5 @@ def _recover(folder: Path, states: list[list[int]]) -> int | str:
         names = set(os.listdir(entry.path)) - {"manifest", "lock"}
         if names != set(entry.manifest.files()):
             return f"{entry.name}: leaked {names ^ set(entry.manifest.files())}"
-    leaked = [name for name in os.listdir(root) if name.startswith(".")]
+    leaked = [name for name in os.listdir(root) if name.startswith(".") and name != ".usage"]
     return f"leaked {leaked}" if leaked else reached or 0
