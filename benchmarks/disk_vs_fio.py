@@ -30,7 +30,7 @@ from kvswap.disk.uring import UringBackend
 from kvswap.units import KIB, MIB, format_rate, parse_bytes
 
 DEPTH = 64
-TICKETS = 8
+TICKETS = 16
 """Tickets in flight, DEPTH / TICKETS reads each: as many buffers as fio has. With more memory as the target the same
 disk is slower (virtual disks copy through the processor's cache), which says nothing about the engine."""
 

@@ -195,6 +195,8 @@ class KVSwapCache(LayerMajorCache):
             if not self._decode.started(part.order):
                 self._decode.prefetch(part.order, query[:, :, 0])
             keys, values, mask = self._decode.attend(part.order)
+            if mask is not None and mask.dtype == torch.bool and self.implementation == "eager":  # which adds its mask
+                mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, torch.finfo(query.dtype).min)
         elif self._prefill.appending:
             if special(kwargs):
                 raise UnsupportedError("appending with softcap or attention sinks", hint="start with the whole prompt")

@@ -43,6 +43,22 @@ def test_padded_batch_equals_each_sequence_alone(family, lengths, select_all):
     torch.testing.assert_close(result, torch.cat(alone, dim=1), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_padded_batch_with_eager_attention(family, select_all):
+    model = tiny_model(family, attn_implementation="eager")
+    lengths = (331, 298)
+    ids, forced = tokens(2, 331), tokens(2, STEPS, seed=1)
+    mask = torch.tensor([[0] * (331 - n) + [1] * n for n in lengths])
+    alone = [
+        forced_logits(model, ids[b : b + 1, 331 - n :], forced[b : b + 1], full_cache(model))
+        for b, n in enumerate(lengths)
+    ]
+    with attach(model, select_all) as cache:
+        assert cache.implementation == "eager"
+        result = forced_logits(model, ids * mask, forced, cache, mask)
+    torch.testing.assert_close(result, torch.cat(alone, dim=1), rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("group_tokens", [1, 3, 8])
 @pytest.mark.parametrize("recent_tokens", [0, 5, 64])
 def test_any_geometry(group_tokens, recent_tokens, select_all):
