@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 from pathlib import Path
 
 import gguf
@@ -47,7 +48,7 @@ def write_gguf(path: Path, seed: int = 0) -> Path:
     writer.add_token_merges(["t h"])
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(1)
-    random = np.random.default_rng(seed)
+    noise = np.random.default_rng(seed)
     kv = HIDDEN // HEADS * KV_HEADS
     shapes = {"token_embd": (len(words), HIDDEN), "output_norm": (HIDDEN,)}
     for layer in range(LAYERS):
@@ -57,7 +58,7 @@ def write_gguf(path: Path, seed: int = 0) -> Path:
         shapes |= {f"blk.{layer}.{name}": (INNER, HIDDEN) for name in ("ffn_gate", "ffn_up")}
         shapes[f"blk.{layer}.ffn_down"] = (HIDDEN, INNER)
     for name, shape in shapes.items():
-        writer.add_tensor(f"{name}.weight", random.standard_normal(shape, dtype=np.float32))
+        writer.add_tensor(f"{name}.weight", noise.standard_normal(shape, dtype=np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -106,6 +107,23 @@ def test_truncated_gguf(tmp_path):
     with pytest.raises(ModelError, match="the GGUF file cannot be read"):
         load_model(str(file))
     assert os.listdir(conversion.models_dir()) == []
+
+
+def test_damaged_gguf_headers(tmp_path):
+    """Lengths and names of the header become absurd: it loads, or there is one clear error."""
+    file, rng, refused = tmp_path / "tiny.gguf", random.Random(0), 0
+    whole = write_gguf(file).read_bytes()
+    for _ in range(40):
+        start = rng.randrange(4, 6000)
+        damaged = bytearray(whole)
+        damaged[start : start + 8] = rng.choice((b"\xff" * 8, bytes(8), rng.randbytes(8)))
+        file.write_bytes(damaged)
+        try:
+            conversion.converted(file, lambda text: None)
+        except ModelError as error:
+            refused += 1
+            assert "the GGUF file cannot be read" in str(error)
+    assert refused > 20
 
 
 def test_dtype_of_the_checkpoint_unless_the_cpu_cannot(tmp_path, monkeypatch):

