@@ -317,8 +317,9 @@ def _layout(fields: _Fields) -> Layout:
         recent_tokens=fields.number("recent_tokens", 0, 1 << 20),
     )
     fields.end()
-    elements = layout.kv_heads * layout.head_dim
-    if layout.sketch_rank > elements or layout.sketch_rank * layout.sketch_bits % 8 or layout.alignment_bytes % 512:
+    known = layout.sketch_bits in (2, 4, 8) and layout.sketch_kind in ("identity", "transform")
+    whole = layout.sketch_rank <= layout.kv_heads * layout.head_dim and not layout.sketch_rank * layout.sketch_bits % 8
+    if not known or not whole or layout.alignment_bytes % 512:
         raise _Bad("layout has an impossible sketch or alignment")
     return layout
 
