@@ -7,7 +7,6 @@ replaces what the step did not select. Under a limit that pays for fewer slots, 
 from __future__ import annotations
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from kvswap.stage.slots import SlotPool
@@ -29,18 +28,7 @@ class PreviousSlots(SlotPool):
         """Keep groups that have just landed in slots ``staged`` in place of what this step did not select."""
         part = self._part(layer)
         victims = part.start + np.flatnonzero(self.worth[part] == 0)[: len(groups)]
-        count = len(victims)
-        if count == 0:
-            return
-        flat = self.table.reshape(-1)
-        old = self.owner[victims]
-        flat[old[old >= 0]] = -1
-        key = (layer * self.batch + sequences[:count]) * self.table.shape[1] + groups[:count]
-        self.owner[victims], self.worth[victims] = key, 1
-        target = victims + self.reuse_start
-        flat[key] = target
-        rows = self._rows[self.dtypes[layer]]
-        rows[torch.from_numpy(target)] = rows[torch.from_numpy(staged[:count])]
+        self._replace(victims, layer, sequences, groups, staged)
 
     def _part(self, layer: int) -> slice:
         """This layer's share of the reuse slots."""

@@ -178,6 +178,11 @@ class SlotPool:
         if room == 0:
             return
         victims = self._victims(room)
+        self._replace(victims, layer, sequences, groups, staged)
+        self.seen[victims] = self._visits[layer]
+
+    def _replace(self, victims: Int, layer: int, sequences: Int, groups: Int, staged: Int) -> None:
+        """Give reuse slots ``victims`` to the first of the groups, with worth 1."""
         count = len(victims)
         if count == 0:
             return
@@ -185,7 +190,7 @@ class SlotPool:
         old = self.owner[victims]
         flat[old[old >= 0]] = -1
         key = (layer * self.batch + sequences[:count]) * self.table.shape[1] + groups[:count]
-        self.owner[victims], self.worth[victims], self.seen[victims] = key, 1, self._visits[layer]
+        self.owner[victims], self.worth[victims] = key, 1
         target = victims + self.reuse_start
         flat[key] = target
         rows = self._rows[self.dtypes[layer]]
