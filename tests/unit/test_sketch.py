@@ -17,7 +17,6 @@ from kvswap.sketch.basis import (
     KeyCovariance,
     identity_basis,
     load_bases,
-    rank_for,
     rotation,
     save_bases,
 )
@@ -169,38 +168,26 @@ def test_basis_keeps_the_directions_of_most_variance() -> None:
     for part in rows.split(170):
         statistics.add(part.view(-1, KV_HEADS, HEAD_DIM))
     assert torch.allclose(statistics.matrix, rows.double().T @ rows.double(), rtol=1e-4, atol=1e-2)
-    matrix = statistics.basis(8).matrix
+    matrix = statistics.leading(8)
     assert matrix.shape == (ELEMENTS, 8)
     assert matrix.is_contiguous()
     assert torch.allclose(matrix.T @ matrix, torch.eye(8), atol=1e-5)
     lost = rows - rows @ matrix @ matrix.T
     assert float(lost.norm() / rows.norm()) < 0.002
     variances = (rows @ matrix).pow(2).mean(0)
-    assert float(variances.max() / variances.min()) < 100  # rotated among themselves: one scale serves all
+    assert bool((variances[:-1] >= 0.99 * variances[1:]).all())  # most first
 
 
 def test_basis_is_the_same_every_time() -> None:
     statistics = KeyCovariance(KV_HEADS, HEAD_DIM)
     statistics.add(keys(100).transpose(0, 1))
-    assert torch.equal(statistics.basis(16).matrix, statistics.basis(16).matrix)
+    assert torch.equal(statistics.leading(16), statistics.leading(16))
     assert torch.equal(identity_basis(ELEMENTS).matrix, identity_basis(ELEMENTS).matrix)
 
 
 @pytest.mark.parametrize("size", [8, 192])
 def test_rotation_is_orthogonal(size: int) -> None:
     assert torch.allclose(rotation(size) @ rotation(size).T, torch.eye(size), atol=1e-5)
-
-
-@given(st.integers(1, 256), st.sampled_from([2, 4, 8]), st.integers(0, 1024))
-def test_rank_is_the_largest_that_fits(eighths: int, bits: int, token_bytes: int) -> None:
-    elements = 8 * eighths
-    rank = rank_for(elements, bits, token_bytes)
-    assert rank % 8 == 0
-    assert 8 <= rank <= elements
-    if rank > 8:
-        assert rank * bits // 8 + SCALE_BYTES <= token_bytes
-    if rank < elements:
-        assert (rank + 8) * bits // 8 + SCALE_BYTES > token_bytes
 
 
 @pytest.fixture
@@ -223,7 +210,7 @@ def test_calibration_comes_back(calibrated: tuple[Path, dict[int, KeyCovariance]
         before = statistics[layer]
         assert torch.allclose(loaded.matrix / loaded.count, before.matrix / before.count, rtol=1e-5)
         assert torch.allclose(loaded.total / loaded.count, before.total / before.count, rtol=1e-5)
-        one, other = loaded.basis(16).matrix, statistics[layer].basis(16).matrix
+        one, other = loaded.leading(16), statistics[layer].leading(16)
         assert torch.allclose(one @ one.T, other @ other.T, atol=1e-3)
     assert [file.name for file in path.parent.iterdir()] == [path.name]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kvswap.sketch.basis import TRANSFORM, Basis, KeyCovariance
+from kvswap.sketch.basis import TRANSFORM, Basis, KeyCovariance, rotation
 from kvswap.sketch.codes import LayerSketch
 from kvswap.sketch.transform import TransformSketch, transform_basis
 
@@ -77,7 +77,7 @@ def test_every_digit_helps_and_wide_directions_get_more():
 
 
 def test_better_than_leading_directions_of_as_many_bytes():
-    plain = sketch(statistics().basis(16), 4, LayerSketch)
+    plain = sketch(Basis(statistics().leading(16) @ rotation(16), "leading"), 4, LayerSketch)
     ours = sketch(transform_basis(statistics(), 24, 4), 4)  # what its scale and minimum take, in rows
     assert plain.token_bytes(16, 4) == ours.token_bytes(24, 4) == 12
     assert error(ours) < 0.5 * error(plain)

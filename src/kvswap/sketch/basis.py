@@ -1,9 +1,10 @@
-"""The directions of a layer's keys that the sketch keeps, from the covariance of keys after RoPE.
+"""Statistics of a layer's keys after RoPE, and the bases of sketches that are made from them.
 
-After KVSwap (arXiv 2511.11907, section 3): all KV heads of a token are one row of D elements, projected to the R
-directions of most variance. The R directions are then rotated among themselves by a fixed orthogonal matrix, so that
-all have about the same variance and one scale a token serves them all (as QuaRot, arXiv 2404.00456, does for
-activations); the rotation is folded into the matrix and costs nothing.
+After KVSwap (arXiv 2511.11907, section 3): all KV heads of a token are one row of D elements. The published scheme
+keeps the directions of most variance (``leading``); kvswap's own are made from the same moments, with those of the
+queries (``transform.py``). Without a calibration, whole keys are rotated by a fixed orthogonal matrix, so that all
+elements have about the same variance and one scale a token serves them (as QuaRot, arXiv 2404.00456, does for
+activations).
 """
 
 from __future__ import annotations
@@ -67,10 +68,6 @@ class KeyCovariance:
         directions: torch.Tensor = (leading * signs).contiguous()  # the same sign everywhere
         return directions
 
-    def basis(self, rank: int) -> Basis:
-        """The ``rank`` leading directions, rotated among themselves."""
-        return Basis((self.leading(rank) @ rotation(rank)).contiguous(), "svd")
-
 
 def rotation(size: int) -> torch.Tensor:
     """A fixed random orthogonal matrix ``[size, size]``."""
@@ -83,12 +80,6 @@ def rotation(size: int) -> torch.Tensor:
 def identity_basis(elements: int) -> Basis:
     """Whole keys, rotated: needs no calibration. R = D."""
     return Basis(rotation(elements), "identity")
-
-
-def rank_for(elements: int, bits: int, token_bytes: int) -> int:
-    """Largest rank, a multiple of 8, whose codes, scale and minimum fit ``token_bytes`` per token; at least 8."""
-    rank = (token_bytes - SCALE_BYTES) * 8 // bits // 8 * 8
-    return max(8, min(rank, elements))
 
 
 def save_bases(path: Path, statistics: dict[int, KeyCovariance], identity: dict[str, str]) -> None:
