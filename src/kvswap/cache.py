@@ -15,13 +15,12 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from transformers.cache_utils import CacheLayerMixin
 
 from kvswap.config import Config
 from kvswap.decode import Decode
 from kvswap.disk.backend import ReadBackend
 from kvswap.errors import MemoryBudgetError, UnsupportedError
-from kvswap.layer_major import FullCache, LayerForward, LayerMajorCache, Progress, special, stock_layers
+from kvswap.layer_major import FullCache, LayerForward, LayerMajorCache, Progress, held_layers, special
 from kvswap.memory import available_bytes
 from kvswap.method import Method, SketchMaker
 from kvswap.models.adapter import LayerParts, ModelParts
@@ -32,40 +31,6 @@ from kvswap.snapshot import Keeper, sliding_layers
 from kvswap.state import BatchState, Shape, open_state
 from kvswap.trace import CacheStats
 from kvswap.units import format_bytes
-
-
-class OffloadedLayer(CacheLayerMixin):
-    """One full-attention layer as transformers sees it; its K, V are in the cache's batch state."""
-
-    is_sliding = False
-    is_croppable = False
-
-    def __init__(self, cache: KVSwapCache, order: int) -> None:
-        super().__init__()
-        self._cache, self._order = cache, order
-
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Nothing to set up."""
-
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Take new K, V ``[B, H_kv, n, d]``. In prefill returns the prompt's K, V so far, in decode just the new."""
-        return self._cache.take(self._order, key_states, value_states)
-
-    def get_seq_length(self) -> int:
-        """Padded tokens seen."""
-        return self._cache.padded_tokens
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Length and offset of K in a mask."""
-        return self._cache.mask_tokens(query_length), 0
-
-    def get_max_length(self) -> int:
-        """No limit of its own."""
-        return -1
-
-    def reset(self) -> None:
-        """A context on disk is dropped by closing it."""
-        raise UnsupportedError("reset of a stored context", hint="leave the attach block and enter a new one")
 
 
 class KVSwapCache(LayerMajorCache):
@@ -85,10 +50,7 @@ class KVSwapCache(LayerMajorCache):
         on_progress: Progress | None,
         keeper: Keeper | None = None,
     ) -> None:
-        layers = [
-            OffloadedLayer(self, part.order) if part.order is not None else stock
-            for part, stock in zip(parts.layers, stock_layers(parts), strict=True)
-        ]
+        layers = held_layers(parts, self)
         super().__init__(parts, implementation, layers, chunk_tokens=config.chunk_tokens, on_progress=on_progress)
         self.config, self.method, self.padded_tokens = config, method, keeper.tokens if keeper else 0
         self._backend, self._makers, self._check_space = backend, makers, check_space

@@ -58,6 +58,26 @@ def read_json(path: str | Path, *, kind: str, version: int) -> dict[str, Any]:
     return values
 
 
+def read_results(file: Path, empty: dict[str, Any], *, kind: str) -> dict[str, Any]:
+    """The object in a results file that is to be continued; ``empty`` where there is no file.
+
+    Raises ConfigError for a file of something else: where ``format`` or ``identity`` are not those of ``empty``.
+    """
+    hint = "give another --json file, or delete this one"
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return empty
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"results file {file}: {error}", hint=hint) from error
+    if not isinstance(content, dict) or content.get("format") != empty["format"] or set(empty) - set(content):
+        raise ConfigError(f"results file {file}: not {kind} of this version", hint=hint)
+    other = [key for key, value in empty["identity"].items() if content["identity"].get(key) != value]
+    if other:
+        raise ConfigError(f"results file {file}: its {', '.join(other)} differ", hint=hint)
+    return content
+
+
 def build(cls: type[T], values: Any, where: str) -> T:
     """A dataclass from what JSON made of it; names and types are checked. Raises ConfigError."""
     if not isinstance(values, dict):

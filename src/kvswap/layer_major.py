@@ -9,10 +9,10 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
-from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, Cache
+from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, Cache, CacheLayerMixin
 
 from kvswap.attend.dense import chunk_attention
 from kvswap.errors import UnsupportedError
@@ -166,6 +166,60 @@ class LayerMajorCache(Cache):
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Dropping sequences of a batch; not supported."""
         raise UnsupportedError("selecting sequences of a batch", hint="run the sequences apart")
+
+
+class Holder(Protocol):
+    """A cache that keeps the K, V of its full-attention layers itself."""
+
+    padded_tokens: int
+
+    def take(self, order: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Take new K, V ``[B, H_kv, n, d]`` of one layer; what it returns is what attention is called with."""
+
+    def mask_tokens(self, query_length: int) -> int:
+        """Length of K in the mask of the next ``query_length`` tokens of a layer."""
+
+
+class HeldLayer(CacheLayerMixin):
+    """One full-attention layer as transformers sees it; its K, V are with the cache."""
+
+    is_sliding = False
+    is_croppable = False
+
+    def __init__(self, holder: Holder, order: int) -> None:
+        super().__init__()
+        self._holder, self._order = holder, order
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Nothing to set up."""
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Take new K, V ``[B, H_kv, n, d]``."""
+        return self._holder.take(self._order, key_states, value_states)
+
+    def get_seq_length(self) -> int:
+        """Padded tokens seen."""
+        return self._holder.padded_tokens
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Length and offset of K in a mask."""
+        return self._holder.mask_tokens(query_length), 0
+
+    def get_max_length(self) -> int:
+        """No limit of its own."""
+        return -1
+
+    def reset(self) -> None:
+        """What a cache holds is dropped by closing it."""
+        raise UnsupportedError("reset of a stored context", hint="leave the attach block and enter a new one")
+
+
+def held_layers(parts: ModelParts, holder: Holder) -> list[Any]:
+    """``HeldLayer`` for every full-attention layer, transformers' own in-memory state for the others."""
+    return [
+        HeldLayer(holder, part.order) if part.order is not None else stock
+        for part, stock in zip(parts.layers, stock_layers(parts), strict=True)
+    ]
 
 
 def stock_layers(parts: ModelParts) -> list[Any]:

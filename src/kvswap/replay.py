@@ -12,9 +12,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers.cache_utils import CacheLayerMixin
 
-from kvswap.layer_major import LayerForward, LayerMajorCache, Progress, stock_layers
+from kvswap.layer_major import HeldLayer, LayerForward, LayerMajorCache, Progress, held_layers
 from kvswap.models.adapter import LayerParts, ModelParts
 from kvswap.predict.mass import group_mass, top_groups
 from kvswap.sketch.codes import LayerSketch
@@ -38,36 +37,6 @@ class Recording:
     true: list[list[torch.Tensor]] = field(default_factory=list)
 
 
-class HeldLayer(CacheLayerMixin):
-    """A full-attention layer whose K, V are in the cache's buffers."""
-
-    is_sliding = False
-    is_croppable = False
-
-    def __init__(self, cache: ReplayCache, order: int) -> None:
-        super().__init__()
-        self._cache, self._order = cache, order
-
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Nothing to set up."""
-
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Take new K, V ``[1, H_kv, n, d]``; returns all so far, as views."""
-        return self._cache.take(self._order, key_states, value_states)
-
-    def get_seq_length(self) -> int:
-        """Tokens seen."""
-        return self._cache.tokens
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Length and offset of K in a mask."""
-        return self._cache.filled_tokens + query_length, 0
-
-    def get_max_length(self) -> int:
-        """No limit of its own."""
-        return -1
-
-
 class ReplayCache(LayerMajorCache):
     """One sequence. ``selection`` None decodes exactly; ``recording``, where set, takes the queries."""
 
@@ -80,14 +49,11 @@ class ReplayCache(LayerMajorCache):
         chunk_tokens: int,
         on_progress: Progress | None = None,
     ) -> None:
-        layers = [
-            HeldLayer(self, part.order) if part.order is not None else stock
-            for part, stock in zip(parts.layers, stock_layers(parts), strict=True)
-        ]
+        layers = held_layers(parts, self)
         super().__init__(parts, implementation, layers, chunk_tokens=chunk_tokens, on_progress=on_progress)
         size = (len(parts.offloaded), 2, 1, parts.kv_heads, capacity_tokens, parts.head_dim)
         self.kv = torch.empty(size, dtype=parts.dtype, device=parts.device)
-        self.tokens = 0
+        self.padded_tokens = 0
         self.filled_tokens = 0
         self.selection: Selection | None = None
         self.recording: Recording | None = None
@@ -95,11 +61,11 @@ class ReplayCache(LayerMajorCache):
 
     def mark(self) -> Callable[[], None]:
         """Remember this place; the result goes back to it."""
-        tokens = self.tokens
+        tokens = self.padded_tokens
         kept = {i: copy.deepcopy(layer) for i, layer in enumerate(self.layers) if not isinstance(layer, HeldLayer)}
 
         def back() -> None:
-            self.tokens = self.filled_tokens = tokens
+            self.padded_tokens = self.filled_tokens = tokens
             for index, layer in kept.items():
                 self.layers[index] = copy.deepcopy(layer)
 
@@ -113,15 +79,19 @@ class ReplayCache(LayerMajorCache):
         self.filled_tokens = stop
         return self.kv[order, 0, :, :, :stop], self.kv[order, 1, :, :, :stop]
 
+    def mask_tokens(self, query_length: int) -> int:
+        """K of the running layer so far, and the chunk's."""
+        return self.filled_tokens + query_length
+
     def leave(self, part: LayerParts) -> None:
         """The next layer begins where this one began."""
-        self.filled_tokens = self.tokens
+        self.filled_tokens = self.padded_tokens
 
     def end(self, tokens: int) -> None:
         """Count the tokens of this forward."""
         super().end(tokens)
-        self.tokens += tokens
-        self.filled_tokens = self.tokens
+        self.padded_tokens += tokens
+        self.filled_tokens = self.padded_tokens
         self._queries.clear()
 
     def decode_layer(
@@ -139,7 +109,7 @@ class ReplayCache(LayerMajorCache):
                     cos, sin = self.parts.position_embeddings(hidden, kwargs["position_ids"], target.layer_type)
                 self._queries[target.order] = target.predict_query(hidden, cos, sin)
         output = super().decode_layer(part, forward, hidden, kwargs)
-        self.filled_tokens = self.tokens
+        self.filled_tokens = self.padded_tokens
         return output
 
     def attention(

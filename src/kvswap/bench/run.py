@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,8 +22,8 @@ from kvswap.device.disk_test import ReadTest, measure_reads
 from kvswap.device.machine import describe_machine
 from kvswap.disk import create_backend
 from kvswap.disk.files import default_kv_dir, filesystem_of, prepare_dir
-from kvswap.errors import ConfigError, InputError
-from kvswap.jsonfile import write_json
+from kvswap.errors import InputError
+from kvswap.jsonfile import read_results, write_json
 from kvswap.models.loading import LoadedModel
 
 FORMAT = 1
@@ -85,16 +84,19 @@ def bench(
         When a context is longer than the model's, or the text is too short.
     """
     identity = _identity(loaded, config, plan)
-    content = read_file(file, identity)
+    empty = {"format": FORMAT, "identity": identity, "environment": [], "results": [], "records": []}
+    content = read_results(file, empty, kind="a benchmark")
     records: list[Record] = content["records"]
     work = [(place, missing) for place in plan.places() if (missing := _missing(plan, records, place))]
     ids = encode(loaded.tokenizer, passages)
-    for place, _ in work:
-        stretch(ids, place, _prompt_tokens(loaded, plan, place), plan.steps, plan.prompts)
+    lengths = [_prompt_tokens(loaded, plan, place) for place, _ in work]
+    batches = [
+        stretch(ids, place, prompt_tokens, plan.steps, plan.prompts)
+        for (place, _), prompt_tokens in zip(work, lengths, strict=True)
+    ]
     if work:
-        test = _read_test(config, on_notice)
-        content["environment"].append(_environment(config, test))
-    for number, (place, missing) in enumerate(work):
+        content["environment"].append(_environment(config, _read_test(config, on_notice)))
+    for number, ((place, missing), prompt_tokens, batch) in enumerate(zip(work, lengths, batches, strict=True)):
         total = len(missing) * plan.steps
         done = 0
 
@@ -103,15 +105,12 @@ def bench(
             done += 1
             on_progress("bench", number * 100 + 100 * done // total, len(work) * 100)
 
-        prompt_tokens = _prompt_tokens(loaded, plan, place)
-        batch = torch.tensor(stretch(ids, place, prompt_tokens, plan.steps, plan.prompts))
-        with attach_each(
-            loaded.model, [(name, config) for name in missing], tokenizer=loaded.tokenizer, on_notice=on_notice
-        ) as caches:
+        wanted = [(name, config) for name in missing]
+        with attach_each(loaded.model, wanted, tokenizer=loaded.tokenizer, on_notice=on_notice) as caches:
             runs = run_turns(
                 loaded.model,
                 dict(zip(missing, caches, strict=True)),
-                batch,
+                torch.tensor(batch),
                 prompt_tokens=prompt_tokens,
                 turns=plan.repeat,
                 share_prompt=plan.share_prompt,
@@ -147,23 +146,6 @@ def stretch(ids: Sequence[int], place: Place, prompt_tokens: int, steps: int, pr
     first = place["prompt"] * place["batch"]
     offset = min(needed, (len(ids) - needed) // max(1, prompts * place["batch"] - 1))
     return [list(ids[start * offset : start * offset + needed]) for start in range(first, first + place["batch"])]
-
-
-def read_file(file: Path, identity: dict[str, Any]) -> dict[str, Any]:
-    """A results file, or an empty one. Raises ConfigError for a file of something else."""
-    hint = "give another --json file, or delete this one"
-    try:
-        content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {"format": FORMAT, "identity": identity, "environment": [], "results": [], "records": []}
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"results file {file}: {error}", hint=hint) from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise ConfigError(f"results file {file}: not a benchmark of this version", hint=hint)
-    other = [key for key, value in identity.items() if content["identity"].get(key) != value]
-    if other:
-        raise ConfigError(f"results file {file}: its {', '.join(other)} differ", hint=hint)
-    return content
 
 
 def ceiling_bytes_per_s(test: dict[str, Any], read_bytes: float) -> float:

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from kvswap.cli.configs import plain_config, split_list, split_numbers
+
 if TYPE_CHECKING:
     from kvswap.bench.run import Plan
     from kvswap.config import Config
@@ -91,7 +93,7 @@ def bench(
     picture = check_writable("--plot", plot_file) if plot_file is not None else None
     if picture is not None:
         check_plots()
-    config = _config(config_file, kv_dir=kv_dir, kv_memory=kv_memory)
+    config = plain_config(config_file, kv_dir=kv_dir, kv_memory=kv_memory)
     plan = _plan(
         methods,
         contexts,
@@ -117,18 +119,13 @@ def _measure(
     from kvswap.cli.loading import load_weights
 
     display = Display()
-    said: set[str] = set()
-
-    def notice(text: str) -> None:
-        if text not in said:  # every method attaches anew and would say the same again
-            said.add(text)
-            display.notice(text)
-
     try:
         loaded = load_weights(model, display, dtype=dtype)
         from kvswap.bench.run import bench as run
 
-        content = run(loaded, config, plan, passages, file=target, on_progress=display.progress, on_notice=notice)
+        content = run(
+            loaded, config, plan, passages, file=target, on_progress=display.progress, on_notice=display.notice
+        )
     finally:
         display.finish()
     wanted = [(context, batch, name) for context in plan.contexts for batch in plan.batches for name in plan.names]
@@ -140,38 +137,15 @@ def _plan(methods: str, contexts: str, batches: str, **options: Any) -> Plan:
     from kvswap.baselines.registry import NAMES, check_name
     from kvswap.bench.run import Plan
 
-    names = list(NAMES) if methods.strip() == "all" else _split("--methods", methods)
+    names = list(NAMES) if methods.strip() == "all" else split_list("--methods", methods)
     for name in names:
         check_name(name)
     return Plan(
-        methods=names, contexts=_numbers("--context", contexts), batches=_numbers("--batch", batches), **options
+        methods=names,
+        contexts=split_numbers("--context", contexts),
+        batches=split_numbers("--batch", batches),
+        **options,
     )
-
-
-def _split(option: str, text: str) -> list[str]:
-    from kvswap.errors import ConfigError
-
-    found = list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
-    if not found:
-        raise ConfigError(f"{option}: got {text!r}", hint="give one or more, with commas between them")
-    return found
-
-
-def _numbers(option: str, text: str) -> list[int]:
-    from kvswap.errors import ConfigError
-
-    parts = _split(option, text)
-    for part in parts:
-        if not part.isdigit() or int(part) < 1:
-            raise ConfigError(f"{option}: got {part!r}", hint="give whole numbers from 1 up, such as 4096,8192")
-    return [int(part) for part in parts]
-
-
-def _config(config_file: str | None, **options: str | None) -> Config:
-    from kvswap.config import Config
-
-    config = Config.from_file(config_file) if config_file is not None else Config()
-    return config.replace(**{name: value for name, value in options.items() if value is not None})
 
 
 def _print_table(rows: list[Row]) -> None:

@@ -1,9 +1,11 @@
-"""The configuration of a command: from a file of keys, or of ``kvswap tune``, with options on top."""
+"""What commands share: the configuration from a file and from options, lists with commas."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+from kvswap.errors import ConfigError
 
 if TYPE_CHECKING:
     from kvswap.config import Config
@@ -33,6 +35,31 @@ class TunedChoice:
         if request is not None:
             tokens = len(encode(loaded.tokenizer, render(loaded.tokenizer, [], request), first=True)) + new_tokens
         return self.tuned.config(context_tokens=tokens).replace(**self.overrides)
+
+
+def plain_config(config_file: str | None, **options: str | None) -> Config:
+    """The configuration for commands that take no tuned file. Raises ConfigError."""
+    from kvswap.config import Config
+
+    given = {name: value for name, value in options.items() if value is not None}
+    return (Config() if config_file is None else Config.from_file(config_file)).replace(**given)
+
+
+def split_list(option: str, text: str) -> list[str]:
+    """What stands between the commas of an option, without repetitions. Raises ConfigError for nothing."""
+    found = list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+    if not found:
+        raise ConfigError(f"{option}: got {text!r}", hint="give one or more, with commas between them")
+    return found
+
+
+def split_numbers(option: str, text: str) -> list[int]:
+    """The same for whole numbers from 1 up."""
+    parts = split_list(option, text)
+    for part in parts:
+        if not part.isdigit() or int(part) < 1:
+            raise ConfigError(f"{option}: got {part!r}", hint="give whole numbers from 1 up, such as 4096,8192")
+    return [int(part) for part in parts]
 
 
 def read_config(config_file: str | None, **options: str | None) -> tuple[Config, TunedChoice | None]:

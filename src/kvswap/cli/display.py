@@ -35,9 +35,13 @@ class Display:
         self._stage = ""
         self._plain_next = 0.0
         self._started_s = 0.0
+        self._said: set[str] = set()
 
     def notice(self, text: str) -> None:
-        """One line about something that is not as usual."""
+        """One line about something that is not as usual; once, since every attachment would say the same again."""
+        if text in self._said:
+            return
+        self._said.add(text)
         self.finish()
         self._write(f"note: {text}")
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from kvswap.cli.configs import plain_config, split_list, split_numbers
 from kvswap.evals.tasks import TASKS
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ def evaluate(
 
     target = check_writable("--json", json_file)
     picture = None if plot_file is None else check_picture(check_writable("--plot", plot_file))
-    config = _config(config_file, kv_dir)
+    config = plain_config(config_file, kv_dir=kv_dir)
     plan = _plan(tasks, methods, contexts, kv_memory, samples)
     for limit in plan.kv_memory:
         config.replace(kv_memory=limit)
@@ -136,57 +136,24 @@ def _evaluate(
         file=file,
         shelf=None if prompts is None else PromptShelf(Path(prompts)),
         on_progress=display.progress,
-        on_notice=_once(display.notice),
+        on_notice=display.notice,
     )
 
 
 def _plan(tasks: str, methods: str, contexts: str, kv_memory: str, samples: int) -> Plan:
     from kvswap.baselines.registry import check_name
-    from kvswap.errors import ConfigError
     from kvswap.evals.run import Plan
     from kvswap.evals.tasks import find_task
 
-    for method in _split("--methods", methods):
+    for method in split_list("--methods", methods):
         check_name(method)
-    lengths = _split("--context", contexts)
-    for length in lengths:
-        if not length.isdigit() or int(length) < 1:
-            raise ConfigError(f"--context: got {length!r}", hint="give numbers of tokens, such as 4096,8192")
     return Plan(
-        tasks=[find_task(name) for name in _split("--task", tasks)],
-        methods=_split("--methods", methods),
-        contexts=[int(length) for length in lengths],
-        kv_memory=_split("--kv-memory", kv_memory),
+        tasks=[find_task(name) for name in split_list("--task", tasks)],
+        methods=split_list("--methods", methods),
+        contexts=split_numbers("--context", contexts),
+        kv_memory=split_list("--kv-memory", kv_memory),
         samples=samples,
     )
-
-
-def _split(option: str, text: str) -> list[str]:
-    from kvswap.errors import ConfigError
-
-    found = list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
-    if not found:
-        raise ConfigError(f"{option}: got {text!r}", hint="give one or more, with commas between them")
-    return found
-
-
-def _config(config_file: str | None, kv_dir: str | None) -> Config:
-    from kvswap.config import Config
-
-    config = Config.from_file(config_file) if config_file is not None else Config()
-    return config if kv_dir is None else config.replace(kv_dir=kv_dir)
-
-
-def _once(notice: Callable[[str], None]) -> Callable[[str], None]:
-    """Every sample attaches anew and would say the same again."""
-    said: set[str] = set()
-
-    def tell(text: str) -> None:
-        if text not in said:
-            said.add(text)
-            notice(text)
-
-    return tell
 
 
 def _print_table(rows: list[dict[str, Any]]) -> None:

@@ -117,7 +117,7 @@ class _Maker:
         qualities: list[Quality] = []
         rankings, kept = {}, {}
         for context in self.contexts:
-            self._feed(cache, self.ids[cache.tokens : context])
+            self._feed(cache, self.ids[cache.padded_tokens : context])
             tick()
             back = cache.mark()
             cache.recording = recording = Recording()
@@ -169,10 +169,10 @@ class _Maker:
                 head_dim=self.parts.head_dim,
                 basis=transform_basis(covariance, sketch.rank, sketch.bits),
                 bits=sketch.bits,
-                capacity_tokens=cache.tokens,
+                capacity_tokens=cache.padded_tokens,
                 device=self.parts.device,
             )
-            each.append(0, cache.kv[order, 0, 0, :, : cache.tokens])
+            each.append(0, cache.kv[order, 0, 0, :, : cache.padded_tokens])
             found.append(each)
         return found
 
@@ -225,7 +225,7 @@ def _rank(
 ) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
     """Groups best first, ``[steps, L, K]``, and the mass kept with the first of them, ``[L, K + 1]``."""
     config = Config(group_tokens=group_tokens, select_tokens=max(SELECTED))
-    context = cache.tokens
+    context = cache.padded_tokens
     first, stop = config.sink_groups, context // group_tokens - config.recent_groups
     width = min(stop - first, 2 * config.select_groups)
     steps, layers = len(recording.true), len(sketches)

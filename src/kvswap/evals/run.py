@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-import json
 import platform
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,12 +16,12 @@ from typing import Any
 import torch
 
 from kvswap.config import Config
-from kvswap.errors import ConfigError, InputError
+from kvswap.errors import InputError
 from kvswap.evals.measure import FULL, Measured, Variant, measure
 from kvswap.evals.prompts import PromptShelf
 from kvswap.evals.results import Record, summarise
 from kvswap.evals.samples import Sample, Source, Task
-from kvswap.jsonfile import write_json
+from kvswap.jsonfile import read_results, write_json
 from kvswap.models.loading import LoadedModel
 
 FORMAT = 1
@@ -81,7 +80,8 @@ def evaluate(
     """
     longest = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
     identity = _identity(loaded, config, source)
-    records = read_records(file, identity)
+    empty = {"format": FORMAT, "identity": identity, "samples": []}
+    records: list[Record] = read_results(file, empty, kind="a results file of kvswap eval")["samples"]
     work = list(_missing(plan, source, records))
     for each in work:
         _check_length(each.sample, longest)
@@ -161,24 +161,6 @@ def _identity(loaded: LoadedModel, config: Config, source: Source) -> dict[str, 
         "text_sha256": text,
         "kvswap_version": importlib.metadata.version("kvswap"),
     }
-
-
-def read_records(file: Path, identity: dict[str, Any]) -> list[Record]:
-    """Records of a results file, none where there is no file. Raises ConfigError for a file of something else."""
-    hint = "give another --json file, or delete this one"
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return []
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"results file {file}: {error}", hint=hint) from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise ConfigError(f"results file {file}: not a results file of this version", hint=hint)
-    other = [key for key, value in identity.items() if content["identity"].get(key) != value]
-    if other:
-        raise ConfigError(f"results file {file}: its {', '.join(other)} differ", hint=hint)
-    records: list[Record] = content["samples"]
-    return records
 
 
 def _write(file: Path, identity: dict[str, Any], records: list[Record]) -> None:
