@@ -1,11 +1,13 @@
 """kvswap beside the published scheme in the same memory: relaxed and tight, G = 4 and G = 8, in turns in one run.
 
-    python benchmarks/predictor.py --model smollm2-135m --context 7000 --texts 8 --steps 32 --json FILE [--prompts DIR]
+    python benchmarks/predictor.py --model smollm2-135m --context 7000 --texts 8 --steps 64 --json FILE [--prompts DIR]
 
 Texts are those of ``kvswap eval --task agreement --samples 8``: never calibrated on. For every text the prompt is
-computed once, then full attention and all variants take the same tokens of the text one by one. Relaxed is a sketch of
-D/8 x 2 bytes a token and layer, tight D/32 x 2, for both methods, with everything that grows with tokens counted; one
-memory limit for all. A file that is there is continued. KL is KL(full || variant) of the next-token distribution, nats.
+computed once, then full attention and all variants take the same tokens of the text one by one, as rows of one batch.
+Relaxed is a sketch of D/8 x 2 bytes a token and layer, tight D/32 x 2, for both methods, with everything that grows
+with tokens counted; one memory limit for all. A file that is there is continued; texts are taken from both ends
+inwards, so that a run that is broken off has spread them too. KL is KL(full || variant) of the next-token distribution,
+in nats.
 """
 
 from __future__ import annotations
@@ -18,9 +20,10 @@ from typing import Any
 
 from kvswap import Config
 from kvswap.attachment import attach_each
-from kvswap.evals.forced import ForcedRun, force, share_prompt
+from kvswap.evals.panel import force_together
 from kvswap.evals.prompts import PromptShelf
 from kvswap.evals.samples import Sample, Source
+from kvswap.evals.settings import PARTS, Setting
 from kvswap.evals.tasks import find_task
 from kvswap.evals.text import evaluation_text
 from kvswap.jsonfile import write_json
@@ -33,26 +36,26 @@ TEXTS, MOST_STEPS = 8, 64  # texts are cut for these, whatever part of them is u
 
 def variants(elements: int, kv_memory: str) -> dict[str, tuple[str, Config]]:
     """Methods and configurations by name, for keys of ``elements`` elements."""
-    relaxed = Config(kv_memory=kv_memory)
-    tight = relaxed.replace(sketch_token_bytes=elements // 32 * 2, sketch_bits=2)
-    found = {}
+    config, found = Config(kv_memory=kv_memory), {}
     for group_tokens in (4, 8):
-        for setting, config in (("relaxed", relaxed), ("tight", tight)):
+        for setting in PARTS:
             for method in METHODS:
-                found[f"{method} {setting} G{group_tokens}"] = (method, config.replace(group_tokens=group_tokens))
+                values = Setting(setting, group_tokens).apply(config, elements)
+                found[f"{method} {setting} G{group_tokens}"] = (method, values)
     return found
 
 
 def run_text(
-    loaded: Any, sample: Sample, steps: int, wanted: dict[str, tuple[str, Config]], shelf: Any
+    loaded: Any, sample: Sample, steps: int, wanted: dict[str, tuple[str, Config]], shelf: PromptShelf
 ) -> dict[str, Any]:
     """One text through full attention and all variants."""
     first = next(iter(wanted.values()))[1]
     with attach_each(loaded.model, [("full", first), *wanted.values()], tokenizer=loaded.tokenizer) as caches:
-        row = (share_prompt if shelf is None else shelf.share)(loaded.model, caches, sample.prompt)
+        row = shelf.fill(loaded.model, caches[0], sample.prompt)
+        for cache in caches[1:]:
+            cache.adopt(caches[0])
         named = dict(zip(("full", *wanted), caches, strict=True))
-        runs = {name: ForcedRun() for name in named}
-        force(loaded.model, named, sample.forced[:steps], dict.fromkeys(named, row), runs)
+        runs = force_together(loaded.model, named, sample.forced[:steps], row)
         stats = {name: cache.stats for name, cache in named.items()}
     return {
         "index": sample.index,
@@ -65,7 +68,6 @@ def run_text(
                 "kl": run.kl,
                 "same": run.same,
                 "nll": run.nll,
-                "step_s": run.median_step_s,
                 "sketch": stats[name].sketch,
                 "sketch_bytes": stats[name].memory_parts.get("sketch"),
                 "peak": stats[name].kv_memory_peak_bytes,
@@ -102,10 +104,12 @@ def main() -> None:
     parts = inspect(loaded.model)
     wanted = variants(parts.kv_heads * parts.head_dim, args.kv_memory)
     source = Source(tokenizer=loaded.tokenizer, passages=evaluation_text(), seed=0, steps=MOST_STEPS)
-    shelf = None if args.prompts is None else PromptShelf(args.prompts)
+    shelf = PromptShelf(args.prompts)
     rows = json.loads(args.json.read_text()) if args.json.exists() else []
     done = {row["prompt_hash"] for row in rows}
-    for sample in list(find_task("agreement").make(source, args.context, TEXTS))[: args.texts]:
+    samples = list(find_task("agreement").make(source, args.context, TEXTS))
+    inwards = [samples[each // 2 if each % 2 == 0 else -1 - each // 2] for each in range(TEXTS)]
+    for sample in inwards[: args.texts]:
         if sample.prompt_hash not in done:
             rows.append(run_text(loaded, sample, args.steps, wanted, shelf))
             write_json(args.json, rows)

@@ -7,7 +7,7 @@ import torch
 
 from kvswap.attachment import attach_each
 from kvswap.config import Config
-from kvswap.evals.forced import ForcedRun, force, greedy, share_prompt
+from kvswap.evals.forced import ForcedRun, force, share_prompt
 from tests.tiny.families import forced_logits, given, tiny_model, tokens
 
 
@@ -25,16 +25,6 @@ def test_adopted_prompt_is_as_good_as_computed(family, method, tmp_path):
     torch.testing.assert_close(torch.stack([each.logits[:, -1] for each in found]), expected, rtol=0, atol=1e-6)
 
 
-def test_greedy_answers_as_generate_does(tmp_path):
-    model, ids = tiny_model("llama"), tokens(1, 90)[0].tolist()
-    config = Config(kv_dir=str(tmp_path))
-    expected = model.generate(torch.tensor([ids]), max_new_tokens=9, do_sample=False)[0, 90:].tolist()
-    with attach_each(model, [("full", config), ("kvswap", config), ("kvswap", config)]) as caches:
-        row = share_prompt(model, caches, ids)
-        assert greedy(model, caches[1], row, 9, ()) == expected
-        assert greedy(model, caches[2], row, 9, (expected[4],)) == expected[: expected.index(expected[4])]
-
-
 def test_forced_answer_counts_its_first_token(tmp_path):
     model, ids = tiny_model("llama"), tokens(1, 80)[0].tolist()
     config = Config(kv_dir=str(tmp_path))
@@ -46,4 +36,5 @@ def test_forced_answer_counts_its_first_token(tmp_path):
         rows = model(torch.tensor([ids])).logits[0].log_softmax(-1)
     truth = [-float(rows[at, ids[at + 1]]) for at in range(69, 79)]
     for run in runs.values():
+        assert run.expected == [int(rows[at].argmax()) == ids[at + 1] for at in range(69, 79)]
         assert [run.first_nll, *run.nll] == pytest.approx(truth, abs=1e-3)

@@ -35,10 +35,23 @@ if TYPE_CHECKING:
 @click.option(
     "--kv-memory", default="auto", show_default=True, metavar="SIZE,...", help="Memory limits, such as 16MiB,24MiB."
 )
+@click.option(
+    "--setting",
+    "settings",
+    metavar="S,...",
+    help="Sketch of every method: relaxed (D/8 x 2 bytes a token and layer) or tight (D/32 x 2); tight:8 has groups of "
+    "8.  [default: as configured]",
+)
 @click.option("--kv-dir", metavar="DIR", help="Folder on a disk for KV files.  [default: the user's cache folder]")
 @click.option("--samples", default=8, show_default=True, type=click.IntRange(1), metavar="N", help="Of each task.")
 @click.option(
     "--steps", default=64, show_default=True, type=click.IntRange(2), metavar="N", help="Forced steps on plain text."
+)
+@click.option(
+    "--minutes",
+    type=click.FloatRange(0.0),
+    metavar="N",
+    help="Stop after that; the same command goes on from there.",
 )
 @click.option("--seed", default=0, show_default=True, metavar="S", help="Decides texts, questions and answers.")
 @click.option(
@@ -66,9 +79,11 @@ def evaluate(
     methods: str,
     contexts: str,
     kv_memory: str,
+    settings: str | None,
     kv_dir: str | None,
     samples: int,
     steps: int,
+    minutes: float | None,
     seed: int,
     documents: tuple[str, ...],
     datasets: tuple[str, ...],
@@ -80,8 +95,7 @@ def evaluate(
 ) -> None:
     """Compare methods with full attention on the same samples.
 
-    The table goes to stdout, progress to stderr, every sample into the results file. A run that was broken off goes
-    on where it was.
+    The table goes to stdout, every sample into the results file. A run that was broken off goes on where it was.
 
     \b
     Example:
@@ -97,13 +111,9 @@ def evaluate(
     target = check_writable("--json", json_file)
     picture = None if plot_file is None else check_picture(check_writable("--plot", plot_file))
     config = plain_config(config_file, kv_dir=kv_dir)
-    plan = _plan(tasks, methods, contexts, kv_memory, samples)
-    for limit in plan.kv_memory:
-        config.replace(kv_memory=limit)
+    plan = _plan(tasks, methods, contexts, kv_memory, samples, settings, config)
     passages = evaluation_text([read_document(path) for path in documents], seed)
-    files = [Path(name) for name in datasets]
-    for file in files:
-        read_dataset(file)
+    files = [Path(name) for name in datasets if read_dataset(Path(name))]
     prepare_dir(config.kv_dir or default_kv_dir())
 
     from kvswap.cli.display import Display
@@ -114,7 +124,7 @@ def evaluate(
     try:
         loaded = load_weights(model, display, dtype=dtype)
         source = Source(tokenizer=loaded.tokenizer, passages=passages, seed=seed, steps=steps, datasets=files)
-        rows = _evaluate(loaded, config, plan, source, display, file=target, prompts=prompts)
+        rows = _evaluate(loaded, config, plan, source, display, file=target, prompts=prompts, minutes=minutes)
     finally:
         display.finish()
     _print_table([row for row in rows if row["task"] in [task.name for task in plan.tasks]])
@@ -123,7 +133,15 @@ def evaluate(
 
 
 def _evaluate(
-    loaded: Any, config: Config, plan: Plan, source: Source, display: Any, *, file: Path, prompts: str | None
+    loaded: Any,
+    config: Config,
+    plan: Plan,
+    source: Source,
+    display: Any,
+    *,
+    file: Path,
+    prompts: str | None,
+    minutes: float | None,
 ) -> list[Any]:
     from kvswap.evals.prompts import PromptShelf
     from kvswap.evals.run import evaluate as run
@@ -134,32 +152,52 @@ def _evaluate(
         plan,
         source,
         file=file,
-        shelf=None if prompts is None else PromptShelf(Path(prompts)),
+        shelf=PromptShelf(None if prompts is None else Path(prompts)),
+        limit_s=None if minutes is None else 60 * minutes,
         on_progress=display.progress,
         on_notice=display.notice,
     )
 
 
-def _plan(tasks: str, methods: str, contexts: str, kv_memory: str, samples: int) -> Plan:
+def _plan(
+    tasks: str, methods: str, contexts: str, kv_memory: str, samples: int, settings: str | None, config: Config
+) -> Plan:
     from kvswap.baselines.registry import check_name
     from kvswap.evals.run import Plan
+    from kvswap.evals.settings import Setting
     from kvswap.evals.tasks import find_task
 
     for method in split_list("--methods", methods):
         check_name(method)
+    for limit in split_list("--kv-memory", kv_memory):
+        config.replace(kv_memory=limit)  # which checks it
     return Plan(
         tasks=[find_task(name) for name in split_list("--task", tasks)],
         methods=split_list("--methods", methods),
         contexts=split_numbers("--context", contexts),
         kv_memory=split_list("--kv-memory", kv_memory),
         samples=samples,
+        settings=[None] if settings is None else [Setting.parse(each) for each in split_list("--setting", settings)],
     )
 
 
 def _print_table(rows: list[dict[str, Any]]) -> None:
     from kvswap.units import format_bytes
 
-    head = ("task", "method", "context", "memory limit", "n", "score", "± error", "of full", "KL", "± error", "nll")
+    head = (
+        "task",
+        "method",
+        "context",
+        "setting",
+        "memory limit",
+        "n",
+        "score",
+        "± error",
+        "of full",
+        "KL",
+        "± error",
+        "nll",
+    )
     lines = [head]
     for row in rows:
         limit = row["kv_memory_limit_bytes"]
@@ -168,6 +206,7 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
                 row["task"],
                 row["method"],
                 f"{row['context']:,}",
+                row["setting"] or "",
                 format_bytes(limit) if limit else "none",
                 str(row["n"]),
                 _number(row["score"]),

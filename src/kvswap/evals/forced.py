@@ -25,7 +25,8 @@ class ForcedRun:
 
     ``kl[s]`` is KL(reference || this) of the next-token distribution in nats, ``same[s]`` whether both think the same
     token likeliest, ``nll[s]`` the negative log-likelihood of the text's next token (one entry fewer). ``first_nll`` is
-    that of the first forced token, which the prompt predicts.
+    that of the first forced token, which the prompt predicts. ``expected``: for each forced token, the first one
+    included, whether it was this cache's likeliest.
     """
 
     prefill_s: float = 0.0
@@ -34,6 +35,7 @@ class ForcedRun:
     kl: list[float] = field(default_factory=list)
     same: list[bool] = field(default_factory=list)
     nll: list[float] = field(default_factory=list)
+    expected: list[bool] = field(default_factory=list)
 
     @property
     def median_step_s(self) -> float:
@@ -97,28 +99,15 @@ def force(
     """Feed ``ids`` one by one to caches that hold the prompt; ``rows`` are what they predict after it."""
     names = list(caches)
     for name, run in runs.items():
-        run.first_nll = -float(rows[name][ids[0]])
+        run.first_nll, run.expected = -float(rows[name][ids[0]]), [int(rows[name].argmax()) == ids[0]]
     for number, token in enumerate(ids):
         turn, after = (number + 1) % len(names), {}
         for name in names[turn:] + names[:turn]:
             after[name], took_s = _timed_call(model, [token], caches[name])
             runs[name].step_s.append(took_s)
-        _judge(runs, after, ids[number + 1] if number + 1 < len(ids) else None)
+        judge(runs, after, ids[number + 1] if number + 1 < len(ids) else None)
         if on_step is not None:
             on_step(number + 2, len(ids) + 1)
-
-
-def greedy(model: Any, cache: Any, row: torch.Tensor, count: int, ends: Sequence[int]) -> list[int]:
-    """Up to ``count`` likeliest tokens from a cache that holds the prompt, ``row`` being what it predicts after it."""
-    found: list[int] = []
-    while True:
-        token = int(row.argmax())
-        if token in ends:
-            return found
-        found.append(token)
-        if len(found) == count:
-            return found
-        row, _ = _timed_call(model, [token], cache)
 
 
 @torch.no_grad()
@@ -131,7 +120,8 @@ def _timed_call(model: Any, ids: list[int], cache: Any) -> tuple[torch.Tensor, f
     return row.log_softmax(-1), time.perf_counter() - start_s
 
 
-def _judge(runs: dict[str, ForcedRun], rows: dict[str, torch.Tensor], following: int | None) -> None:
+def judge(runs: Mapping[str, ForcedRun], rows: Mapping[str, torch.Tensor], following: int | None) -> None:
+    """Note what each predicts after a step, log-probabilities ``[V]``; ``following`` is the text's next token."""
     reference = rows[next(iter(runs))]
     for name, run in runs.items():
         kl = functional.kl_div(rows[name], reference, log_target=True, reduction="sum")
@@ -139,3 +129,4 @@ def _judge(runs: dict[str, ForcedRun], rows: dict[str, torch.Tensor], following:
         run.same.append(bool(rows[name].argmax() == reference.argmax()))
         if following is not None:
             run.nll.append(-float(rows[name][following]))
+            run.expected.append(int(rows[name].argmax()) == following)

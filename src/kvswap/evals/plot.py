@@ -51,7 +51,8 @@ def grids(samples: Sequence[Record]) -> dict[str, dict[tuple[float, int], float]
 
 
 def _label(each: Record) -> str:
-    return str(each["method"]) if each["kv_memory"] is None else f"{each['method']} @ {each['kv_memory']}"
+    parts = [each["method"], each["setting"] or "", f"@ {each['kv_memory']}" if each["kv_memory"] else ""]
+    return " ".join(part for part in parts if part)
 
 
 def _heat_maps(figure: Any, grids: dict[str, dict[tuple[float, int], float]]) -> None:

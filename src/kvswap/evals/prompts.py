@@ -1,12 +1,15 @@
-"""Computed prompts kept on disk, so that methods that are added later need not compute them again.
+"""Computed prompts: what the last one had in common with the next is not computed again, and all may be kept on disk.
 
-One safetensors file a prompt and model: K and V of every layer as method ``full`` holds them, and what the prompt
-predicts. Files of another version or model have other names.
+Prefill is exact and goes in whole chunks, so a prompt that goes on from the chunks of another is what it would be if it
+were computed from its start. On disk it is one safetensors file a prompt and model: K and V of every layer as method
+``full`` holds them, and what the prompt predicts. Files of another version or model have other names.
 """
 
 from __future__ import annotations
 
+import copy
 import hashlib
+import itertools
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,29 +27,47 @@ VERSION = "1"
 
 
 class PromptShelf:
-    """A folder of computed prompts."""
+    """Prompts of one model; in ``folder`` all of them, else the last one alone, in memory."""
 
-    def __init__(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
+    def __init__(self, folder: Path | None = None) -> None:
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
+        self._ids: Sequence[int] = ()
+        self._layers: list[Any] = []
 
-    def share(self, model: Any, caches: Sequence[Any], ids: Sequence[int]) -> torch.Tensor:
-        """``share_prompt``, from the folder if the prompt is there, else into it."""
-        full = caches[0]
-        assert isinstance(full, FullCache)
-        path = self._path(full, ids)
-        row = _read(path, full)
+    def fill(self, model: Any, full: FullCache, ids: Sequence[int]) -> torch.Tensor:
+        """Give an empty cache the prompt ``ids``.
+
+        Returns
+        -------
+        Log-probabilities ``[V]`` float32 of the token after the prompt.
+        """
+        path = None if self._folder is None else self._path(self._folder, full, ids)
+        row = None if path is None else _read(path, full)
         if row is None:
-            row = share_prompt(model, caches[:1], ids)
-            _write(path, full, row)
-        for cache in caches[1:]:
-            cache.adopt(full)
+            known = self._begin(full, ids)
+            row = share_prompt(model, [full], ids[known:])
+            if path is not None:
+                _write(path, full, row)
+        self._ids, self._layers = ids, [copy.copy(layer) for layer in full.layers]
         return row
 
-    def _path(self, full: FullCache, ids: Sequence[int]) -> Path:
+    def _begin(self, full: FullCache, ids: Sequence[int]) -> int:
+        """Give ``full`` the chunks that the last prompt shares with ``ids``; how many tokens that is."""
+        pairs = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(self._ids, ids[:-1], strict=False))
+        known = sum(1 for _ in pairs) // full.chunk_tokens * full.chunk_tokens
+        if not known or any(layer.is_sliding for layer in self._layers):  # a window has dropped its beginning
+            return 0
+        for index, layer in enumerate(self._layers):
+            part = full.layers[index] = copy.copy(layer)
+            part.keys, part.values = layer.keys[:, :, :known], layer.values[:, :, :known]
+        return known
+
+    def _path(self, folder: Path, full: FullCache, ids: Sequence[int]) -> Path:
         parts = full.parts
         digest = hashlib.sha256(f"{VERSION} {fingerprint(parts)} {parts.dtype} {list(ids)}".encode())
-        return self._folder / f"{digest.hexdigest()[:32]}.safetensors"
+        return folder / f"{digest.hexdigest()[:32]}.safetensors"
 
 
 def _write(path: Path, full: FullCache, row: torch.Tensor) -> None:

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import itertools
 import platform
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,11 +22,12 @@ from kvswap.errors import InputError
 from kvswap.evals.measure import FULL, Measured, Variant, measure
 from kvswap.evals.prompts import PromptShelf
 from kvswap.evals.results import Record, summarise
-from kvswap.evals.samples import Sample, Source, Task
+from kvswap.evals.samples import Outcome, Sample, Source, Task
+from kvswap.evals.settings import Setting
 from kvswap.jsonfile import read_results, write_json
 from kvswap.models.loading import LoadedModel
 
-FORMAT = 1
+FORMAT = 2
 Progress = Callable[[str, int, int], None]
 UNITS = 100  # of progress, a sample
 MACHINE_SETTINGS = ("kv_memory", "kv_dir", "backend", "read_depth")  # change no result, or are told apart in records
@@ -32,19 +35,21 @@ MACHINE_SETTINGS = ("kv_memory", "kv_dir", "backend", "read_depth")  # change no
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """What to evaluate. ``samples`` of each task and context; ``kv_memory``: limits, each for every method."""
+    """What to evaluate. ``samples`` of each task and context; every method under each limit, with each setting."""
 
     tasks: Sequence[Task]
     methods: Sequence[str]
     contexts: Sequence[int]
     kv_memory: Sequence[str]
     samples: int
+    settings: Sequence[Setting | None] = (None,)
 
     @property
     def variants(self) -> list[Variant]:
         """``full`` first, which all are compared with."""
         others = [method for method in self.methods if method != FULL.method]
-        return [FULL, *(Variant(method, limit) for limit in self.kv_memory for method in others)]
+        each = itertools.product(self.kv_memory, self.settings, others)
+        return [FULL, *(Variant(method, limit, setting) for limit, setting, method in each)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +62,11 @@ class _Work:
         """``full`` first, whether its record is missing or not."""
         return list(dict.fromkeys([FULL, *(variant for _, missing in self.tasks for variant in missing)]))
 
+    def settled(self, text: str) -> bool:
+        """Whether no task gives an answer that begins with ``text`` another score."""
+        outcome = Outcome(nll=0.0, same=0.0, text=text)
+        return all(task.settled and task.score(self.sample, outcome) == 1 for task, _ in self.tasks)
+
 
 def evaluate(
     loaded: LoadedModel,
@@ -65,11 +75,12 @@ def evaluate(
     source: Source,
     *,
     file: Path,
-    shelf: PromptShelf | None = None,
+    shelf: PromptShelf,
+    limit_s: float | None = None,
     on_progress: Progress,
     on_notice: Callable[[str], None],
 ) -> list[Record]:
-    """Evaluate what ``file`` lacks; returns the rows of everything in it.
+    """Evaluate what ``file`` lacks, up to the sample during which ``limit_s`` passes; returns the rows of all in it.
 
     Raises
     ------
@@ -82,6 +93,7 @@ def evaluate(
     identity = _identity(loaded, config, source)
     empty = {"format": FORMAT, "identity": identity, "samples": []}
     records: list[Record] = read_results(file, empty, kind="a results file of kvswap eval")["samples"]
+    started_s = time.monotonic()
     work = list(_missing(plan, source, records))
     for each in work:
         _check_length(each.sample, longest)
@@ -91,27 +103,40 @@ def evaluate(
             on_progress("evaluate", number * UNITS + int(share * UNITS), len(work) * UNITS)
 
         found = measure(
-            loaded, config, each.variants, each.sample, shelf=shelf, on_fraction=on_fraction, on_notice=on_notice
+            loaded,
+            config,
+            each.variants,
+            each.sample,
+            shelf=shelf,
+            settled=each.settled,
+            on_fraction=on_fraction,
+            on_notice=on_notice,
         )
         records += [
             _record(task, each.sample, variant, found[variant]) for task, missing in each.tasks for variant in missing
         ]
         _write(file, identity, records)
+        if limit_s is not None and time.monotonic() - started_s >= limit_s and number + 1 < len(work):
+            on_notice(f"stopped after {limit_s / 60:g} min; {len(work) - number - 1} samples are left")
+            break
     return summarise(records)
 
 
 def _missing(plan: Plan, source: Source, records: list[Record]) -> Iterator[_Work]:
-    """Samples with variants that are not in the records. Tasks that share a sample are done together."""
-    done = {(each["task"], each["method"], each["kv_memory"], each["prompt_hash"]) for each in records}
+    """Samples with variants that are not in the records; tasks that share a sample are done together.
+
+    All tasks' first texts come before any second one. Prompts that begin alike follow each other.
+    """
+    done = {tuple(each[key] for key in ("task", "method", "kv_memory", "setting", "prompt_hash")) for each in records}
     for context in plan.contexts:
         made: dict[str, _Work] = {}
         for task in plan.tasks:
             for sample in task.make(source, context, plan.samples):
                 key = sample.prompt_hash
-                missing = [v for v in plan.variants if (task.name, v.method, v.kv_memory, key) not in done]
+                missing = [variant for variant in plan.variants if (task.name, *variant.key, key) not in done]
                 if missing:
                     made.setdefault(key, _Work(sample, [])).tasks.append((task, missing))
-        yield from made.values()
+        yield from sorted(made.values(), key=lambda work: (work.sample.text, work.sample.prompt))
 
 
 def _check_length(sample: Sample, longest: int | None) -> None:
@@ -130,7 +155,9 @@ def _record(task: Task, sample: Sample, variant: Variant, measured: Measured) ->
         "method": variant.method,
         "context": sample.context,
         "kv_memory": variant.kv_memory,
+        "setting": variant.key[-1],
         "index": sample.index,
+        "text_number": sample.text,
         "prompt_hash": sample.prompt_hash,
         "prompt_tokens": len(sample.prompt),
         **sample.labels,
@@ -141,7 +168,7 @@ def _record(task: Task, sample: Sample, variant: Variant, measured: Measured) ->
         "mass": measured.mass,
         "same": outcome.same,
         "nll": outcome.nll,
-        "step_s": measured.step_s,
+        "sketch": measured.sketch,
         "reuse_rate": measured.reuse_rate,
         "kv_memory_limit_bytes": measured.kv_memory_limit_bytes,
         "kv_memory_peak_bytes": measured.kv_memory_peak_bytes,

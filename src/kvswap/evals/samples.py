@@ -15,6 +15,8 @@ from typing import Any
 from kvswap.errors import InputError
 from kvswap.prompt import Request, encode, render
 
+Prompt = tuple[int, ...]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
@@ -30,16 +32,19 @@ class Sample:
         What a generated answer must contain; empty where nothing is generated.
     max_new_tokens
         Longest generated answer.
+    text
+        Number of the text it asks about. Samples may share one, so that most of their prompts is computed once.
     labels
         Where in a task's grid this is, such as ``{"depth": 0.5}``.
     """
 
     context: int
     index: int
-    prompt: tuple[int, ...]
+    prompt: Prompt
     forced: tuple[int, ...]
     answers: tuple[str, ...] = ()
     max_new_tokens: int = 0
+    text: int = 0
     labels: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -76,48 +81,61 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
-    """A kind of sample. ``make(source, context, count)`` gives samples; ``score`` is better when higher, 0 to 1."""
+    """A kind of sample. ``make(source, context, count)`` gives samples; ``score`` is better when higher, 0 to 1.
+
+    ``settled``: whether words after an answer of score 1 change nothing, so that it need not go on.
+    """
 
     name: str
     summary: str
     make: Callable[[Source, int, int], Iterable[Sample]]
     score: Callable[[Sample, Outcome], float]
+    settled: bool = False
 
 
-def ask(source: Source, context_text: str, question: str, prefix: str) -> tuple[int, ...]:
+def ask(source: Source, context_text: str, question: str, prefix: str) -> Prompt:
     """Token ids of a question about a text, up to the first words of its answer, ``prefix``."""
     text = render(source.tokenizer, [], Request(context_text, question)) + prefix
     return tuple(encode(source.tokenizer, text, first=True))
 
 
-def fit(source: Source, context: int, build: Callable[[int], tuple[int, ...]], pieces: int) -> tuple[int, ...]:
-    """The longest prompt of at most ``context`` tokens that ``build(n)`` makes from ``n <= pieces`` pieces of text.
+def fit(context: int, build: Callable[[int], list[Prompt]], most: int, least: int = 0) -> list[Prompt]:
+    """The prompts that ``build(n)`` makes from the most pieces of text, ``least <= n <= most``, that fit ``context``.
 
-    Raises InputError where not even an empty text fits.
+    They are questions about one text, so they begin alike; the longest of them decides. Raises InputError where not
+    even the least text fits.
     """
-    low, high = 0, pieces
-    best = build(0)
-    if len(best) > context:
-        raise InputError(
-            f"context {context:,}: the question alone has {len(best):,} tokens", hint="ask for a longer context"
-        )
-    guess = min(pieces, context // 16 + 1)
+    low, high = least, most
+    best = build(least)
+    if _longest(best) > context:
+        alone = f"the question with {least} pieces of text" if least else "the question alone"
+        raise InputError(f"context {context:,}: {alone} has {_longest(best):,} tokens", hint="use a longer context")
+    guess = min(most, least + context // 16 + 1)
     while low < high:
-        prompt = build(guess)
-        if len(prompt) <= context:
-            low, best = guess, prompt
+        prompts = build(guess)
+        if _longest(prompts) <= context:
+            low, best = guess, prompts
         else:
             high = guess - 1
         # the next guess by the tokens a piece takes: two or three rounds instead of a bisection
-        by_rate = int(guess * context / max(1, len(prompt)))
+        by_rate = int(guess * context / max(1, _longest(prompts)))
         guess = min(high, max(low + 1, by_rate)) if low < high else low
     return best
+
+
+def _longest(prompts: list[Prompt]) -> int:
+    return max(map(len, prompts))
 
 
 def forced_answer(source: Source, text: str) -> tuple[int, ...]:
     """Token ids of an answer that follows a prompt."""
     ids: list[int] = source.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     return tuple(ids)
+
+
+def listed(values: Sequence[str]) -> str:
+    """``1, 2, and 3``."""
+    return values[0] if len(values) == 1 else f"{', '.join(values[:-1])}, and {values[-1]}"
 
 
 def contains_all(sample: Sample, outcome: Outcome) -> float:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from kvswap.errors import InputError
-from kvswap.evals.samples import Outcome, Sample, Source, Task, ask, fit, forced_answer
+from kvswap.evals.samples import Outcome, Prompt, Sample, Source, Task, ask, fit, forced_answer
 
 NEW_TOKENS = 64
 FIELDS = {"input": str, "context": str, "answers": list}
@@ -64,14 +64,15 @@ def samples(source: Source, context: int, count: int) -> Iterator[Sample]:
         for row in read_dataset(path)[:count]:
             words, question = row["context"].split(" "), row["input"] or "What is the text about?"
 
-            def build(n: int, words: list[str] = words, question: str = question) -> tuple[int, ...]:
+            def build(n: int, words: list[str] = words, question: str = question) -> list[Prompt]:
                 kept = words if n >= len(words) else [*words[: n // 2], *words[len(words) - (n - n // 2) :]]
-                return ask(source, " ".join(kept), question, "")
+                return [ask(source, " ".join(kept), question, "")]
 
             yield Sample(
                 context=context,
                 index=index,
-                prompt=fit(source, context, build, len(words)),
+                text=index,
+                prompt=fit(context, build, len(words))[0],
                 forced=forced_answer(source, row["answers"][0]),
                 answers=tuple(row["answers"]),
                 max_new_tokens=NEW_TOKENS,

@@ -7,17 +7,18 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from kvswap.evals.samples import Sample, Source, Task, contains_all
-from kvswap.evals.tasks.ruler import Needles, needle_sample
+from kvswap.evals.tasks.ruler import Needles, text_samples
 
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
 def grid(source: Source, context: int, count: int) -> Iterator[Sample]:
-    """``count`` samples; sample i has its needle at the (i mod 5)-th depth and is labelled with it."""
+    """``count`` samples; sample i has its needle at the (i mod 5)-th depth of text i / 5 and is labelled with it."""
     for index in range(count):
-        dice = random.Random(f"needle/{source.seed}/{index}")
-        depth = DEPTHS[index % len(DEPTHS)]
-        yield replace(needle_sample(Needles(), source, context, index, dice, [depth]), labels={"depth": depth})
+        text, place = divmod(index, len(DEPTHS))
+        dice = random.Random(f"needle/{source.seed}/{text}")
+        (sample,) = text_samples(Needles(), source, context, dice, [DEPTHS[place]])
+        yield replace(sample, index=index, text=text, labels={"depth": DEPTHS[place]})
 
 
-NEEDLE = Task(name="needle", summary="a needle at five depths", make=grid, score=contains_all)
+NEEDLE = Task(name="needle", summary="a needle at five depths", make=grid, score=contains_all, settled=True)

@@ -2,7 +2,8 @@
 
 S1: one needle in repeated noise. S2: one in real text. MK1: four keys, one asked for. MV: one key with four values.
 MQ: four keys, all asked for. VT: a chain of variable assignments in noise. The score is the share of the answers that
-the generated text contains; small models fail some of them with full attention too, so look at retention.
+the generated text contains; small models fail some of them with full attention too, so look at retention. A text with
+four keys is asked four times by MK1 and once by MQ, so that its prompt is computed once.
 """
 
 from __future__ import annotations
@@ -11,12 +12,12 @@ import bisect
 import itertools
 import random
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from functools import partial
 from string import ascii_uppercase
 
-from kvswap.evals.samples import Sample, Source, Task, ask, contains_all, fit, forced_answer
+from kvswap.evals.samples import Prompt, Sample, Source, Task, ask, contains_all, fit, forced_answer, listed
 
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."  # RULER's haystack
 NEEDLE = "One of the special magic numbers for {key} is: {value}."
@@ -49,12 +50,17 @@ SECOND = (
 
 @dataclass(frozen=True, slots=True)
 class Needles:
-    """What is hidden and asked for: ``keys`` with ``values`` each, of which ``asked`` keys are asked for."""
+    """What is hidden in a text: ``keys`` with ``values`` each."""
 
     keys: int = 1
     values: int = 1
-    asked: int = 1
     noise: bool = False
+
+    @property
+    def questions(self) -> list[list[int]]:
+        """The keys that can be asked for: each alone, then all at once where there are several."""
+        each = [[key] for key in range(self.keys)]
+        return each if self.keys == 1 else [*each, list(range(self.keys))]
 
 
 def names(dice: random.Random, count: int) -> list[str]:
@@ -83,46 +89,57 @@ def hidden(pieces: list[str], needles: list[str], depths: list[float]) -> str:
     return " ".join(whole)
 
 
-def needle_samples(kind: Needles, name: str, source: Source, context: int, count: int) -> Iterator[Sample]:
-    """Samples with needles at random depths, a different text each."""
-    for index in range(count):
-        dice = random.Random(f"{name}/{source.seed}/{index}")
-        depths = [step / (DEPTHS - 1) for step in dice.sample(range(DEPTHS), kind.keys * kind.values)]
-        yield needle_sample(kind, source, context, index, dice, depths)
+def needle_samples(
+    kind: Needles, asked: slice, name: str, source: Source, context: int, count: int
+) -> Iterator[Sample]:
+    """Samples that ask the questions ``asked`` about texts with needles at random depths."""
+    questions = range(len(kind.questions))[asked]
+    for text in range(-(-count // len(questions))):
+        dice = random.Random(f"{name}/{source.seed}/{text}")
+        steps = sorted(dice.sample(range(DEPTHS), kind.keys * kind.values))
+        found = text_samples(kind, source, context, dice, [step / (DEPTHS - 1) for step in steps])
+        for place, question in enumerate(questions):
+            index = text * len(questions) + place
+            if index < count:
+                yield replace(found[question], index=index, text=text)
 
 
-def needle_sample(
-    kind: Needles, source: Source, context: int, index: int, dice: random.Random, depths: list[float]
-) -> Sample:
-    """One sample whose needles lie at ``depths``, 0 to 1."""
+def text_samples(kind: Needles, source: Source, context: int, dice: random.Random, depths: list[float]) -> list[Sample]:
+    """One text with needles at ``depths``, 0 to 1 and ascending: a sample for each question that it allows."""
     keys = names(dice, kind.keys)
     values = [[str(dice.randint(10**6, 10**7 - 1)) for _ in range(kind.values)] for _ in keys]
     lines = [NEEDLE.format(key=key, value=value) for key, own in zip(keys, values, strict=True) for value in own]
     pieces = [NOISE] * (context // 4) if kind.noise else sentences(source, dice)
-    chosen = sorted(dice.sample(range(kind.keys), kind.asked))
-    answers = [value for number in chosen for value in values[number]]
-    asked = [keys[number] for number in chosen]
-    query = asked[0] if len(asked) == 1 else f"{', '.join(asked[:-1])}, and {asked[-1]}"
-    several = len(answers) > 1
+    frame = MANY if len(lines) > 1 else ONE
+    answers = [[value for key in asked for value in values[key]] for asked in kind.questions]
+    asking = [
+        _question([keys[key] for key in asked], several=len(own) > 1)
+        for asked, own in zip(kind.questions, answers, strict=True)
+    ]
+
+    def build(n: int) -> list[Prompt]:
+        text = frame.format(text=hidden(pieces[:n], lines, depths))
+        return [ask(source, text, question, prefix) for question, prefix in asking]
+
+    return [
+        Sample(
+            context=context,
+            index=0,
+            prompt=prompt,
+            forced=forced_answer(source, f" {listed(own)}"),
+            answers=tuple(own),
+            max_new_tokens=NEW_TOKENS,
+        )
+        for prompt, own in zip(fit(context, build, len(pieces)), answers, strict=True)
+    ]
+
+
+def _question(keys: list[str], *, several: bool) -> tuple[str, str]:
+    """What is asked, and how the answer begins."""
     what = "are all the special magic numbers" if several else "is the special magic number"
-    plural = "numbers" if several else "number"
-    question = f"What {what} for {query} mentioned in the provided text?"
-    prefix = f" The special magic {plural} for {query} mentioned in the provided text {'are' if several else 'is'}"
-    frame = MANY if several else ONE
-
-    def build(n: int) -> tuple[int, ...]:
-        return ask(source, frame.format(text=hidden(pieces[:n], lines, depths)), question, prefix)
-
-    prompt = fit(source, context, build, len(pieces))
-    listed = answers[0] if not several else f"{', '.join(answers[:-1])}, and {answers[-1]}"
-    return Sample(
-        context=context,
-        index=index,
-        prompt=prompt,
-        forced=forced_answer(source, f" {listed}"),
-        answers=tuple(answers),
-        max_new_tokens=NEW_TOKENS,
-    )
+    number, verb = ("numbers", "are") if several else ("number", "is")
+    place = f"for {listed(keys)} mentioned in the provided text"
+    return f"What {what} {place}?", f" The special magic {number} {place} {verb}"
 
 
 def variable_samples(source: Source, context: int, count: int) -> Iterator[Sample]:
@@ -132,13 +149,14 @@ def variable_samples(source: Source, context: int, count: int) -> Iterator[Sampl
         example, solution = _Chain.roll(dice), _Chain.roll(dice)
         head = f"{example.text(6)}\n{example.question}{example.prefix} {' '.join(example.variables)}\n\n"
 
-        def build(n: int, head: str = head, chain: _Chain = solution) -> tuple[int, ...]:
-            return ask(source, head + chain.text(n), chain.question, chain.prefix)
+        def build(n: int, head: str = head, chain: _Chain = solution) -> list[Prompt]:
+            return [ask(source, head + chain.text(n), chain.question, chain.prefix)]
 
         yield Sample(
             context=context,
             index=index,
-            prompt=fit(source, context, build, context // 4),
+            text=index,
+            prompt=fit(context, build, context // 4)[0],
             forced=forced_answer(source, f" {' '.join(solution.variables)}"),
             answers=tuple(solution.variables),
             max_new_tokens=NEW_TOKENS,
@@ -176,13 +194,15 @@ class _Chain:
         )
 
 
-def _task(name: str, summary: str, kind: Needles) -> Task:
-    return Task(name=name, summary=summary, make=partial(needle_samples, kind, name), score=contains_all)
+def _task(name: str, summary: str, make: Callable[[Source, int, int], Iterator[Sample]]) -> Task:
+    return Task(name=name, summary=summary, make=make, score=contains_all, settled=True)
 
 
-S1 = _task("ruler-s1", "one needle in noise", Needles(noise=True))
-S2 = _task("ruler-s2", "one needle in text", Needles())
-MK1 = _task("ruler-mk1", "four keys, one asked for", Needles(keys=4))
-MQ = _task("ruler-mq", "four keys, all asked for", Needles(keys=4, asked=4))
-MV = _task("ruler-mv", "one key with four values", Needles(values=4))
-VT = Task(name="ruler-vt", summary="a chain of variables in noise", make=variable_samples, score=contains_all)
+ONE_EACH, LAST = slice(0, -1), slice(-1, None)
+KEYS = Needles(keys=4)
+S1 = _task("ruler-s1", "one needle in noise", partial(needle_samples, Needles(noise=True), LAST, "s1"))
+S2 = _task("ruler-s2", "one needle in text", partial(needle_samples, Needles(), LAST, "s2"))
+MK1 = _task("ruler-mk1", "four keys, one asked for", partial(needle_samples, KEYS, ONE_EACH, "keys"))
+MQ = _task("ruler-mq", "four keys, all asked for", partial(needle_samples, KEYS, LAST, "keys"))
+MV = _task("ruler-mv", "one key with four values", partial(needle_samples, Needles(values=4), LAST, "mv"))
+VT = _task("ruler-vt", "a chain of variables in noise", variable_samples)

@@ -31,6 +31,7 @@ def stretches(source: Source, context: int, count: int) -> Iterator[Sample]:
         yield Sample(
             context=context,
             index=index,
+            text=index,
             prompt=tuple(ids[start:stop]),
             forced=tuple(ids[stop : stop + source.steps]),
         )
