@@ -63,6 +63,29 @@ def test_goes_on_where_it_was(base, tmp_path, capfd):
     assert "its seed, text_sha256 differ" in refused(capfd, changed(one, seed=3))
 
 
+def test_settings_stand_beside_each_other(base, tmp_path, capfd):
+    words = changed(base, task="agreement", samples=1, context="900", methods="kvswap,kvswap-paper")
+    assert run_command([*words, "--setting", "relaxed,tight:8"]) == 0
+    rows = {(row["method"], row["setting"]): row for row in results(tmp_path)["results"]}
+    assert len(rows) == 5 and rows["full", None]["sketch"] == "none"
+    for method in ("kvswap", "kvswap-paper"):
+        relaxed, tight = (rows[method, setting]["sketch"] for setting in ("relaxed", "tight:8"))
+        ranks = [int(label.split("rank ")[1].split(",")[0]) for label in (relaxed, tight)]
+        assert ranks[0] > ranks[1]
+    assert "tight:8" in capfd.readouterr().out
+    assert "use relaxed or tight" in refused(capfd, [*words, "--setting", "loose"])
+    assert "use relaxed or tight" in refused(capfd, [*words, "--setting", "tight:x"])
+
+
+def test_stops_after_a_time_and_goes_on(base, tmp_path, capfd):
+    words = changed(base, task="agreement", methods="kvswap", context="700", samples=3)
+    assert run_command([*words, "--minutes", "0"]) == 0
+    assert "2 samples are left" in capfd.readouterr().err
+    assert {sample["index"] for sample in results(tmp_path)["samples"]} == {0}
+    assert run_command(words) == 0
+    assert {sample["index"] for sample in results(tmp_path)["samples"]} == {0, 1, 2}
+
+
 def test_mistakes(base, tmp_path, capfd):
     assert "use one of agreement, perplexity, needle" in refused(capfd, changed(base, task="agreement,chess"))
     assert "use one of" in refused(capfd, changed(base, methods="full,magic"))
@@ -90,7 +113,7 @@ def test_questions_a_picture_and_prompts_that_are_kept(base, tmp_path, capfd):
     assert {each.get("depth") for each in found[0] if each["task"] == "needle"} == {0.0, 0.25}
     for each in found[0]:
         twin = next(s for s in found[1] if (s["prompt_hash"], s["method"]) == (each["prompt_hash"], each["method"]))
-        assert twin["text"] == each["text"] and isinstance(each["text"], str)
+        assert twin["answer"] == each["answer"] and isinstance(each["answer"], str)
         assert twin["nll"] == pytest.approx(each["nll"], abs=1e-4)
     capfd.readouterr()
 

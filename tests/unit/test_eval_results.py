@@ -26,6 +26,7 @@ def test_rows_are_paired_with_full():
     assert own["difference"] == pytest.approx(-0.5 / 3)
     assert own["difference_stderr"] == pytest.approx(0.5 / 3)  # of -0.5, 0, 0
     assert own["stderr"] == pytest.approx(0.5 / 3)
+    assert own["nll_difference"] == own["nll_difference_stderr"] == 0
     assert own["note"] == "only 3 samples: the standard error is itself uncertain"
 
 

@@ -22,6 +22,7 @@ from kvswap.evals.panel import force_together, greedy_together
 from kvswap.evals.prompts import PromptShelf
 from kvswap.evals.samples import Outcome, Sample
 from kvswap.evals.settings import Setting
+from kvswap.layer_major import Progress
 from kvswap.models.adapter import inspect
 from kvswap.models.loading import LoadedModel
 from kvswap.models.streaming import end_tokens
@@ -80,26 +81,30 @@ def measure(
     shelf: PromptShelf,
     settled: Callable[[str], bool],
     on_fraction: Fraction,
+    on_progress: Progress,
     on_notice: Callable[[str], None],
 ) -> dict[Variant, Measured]:
     """Run a sample; the first variant is ``FULL``, which the others are compared with.
 
-    ``settled(text)`` says whether an answer that begins with ``text`` need not go on.
+    ``settled(text)`` says whether an answer that begins with ``text`` need not go on. ``on_progress`` hears of what
+    comes before the first sample, the calibration.
     """
     assert variants[0] == FULL
     parts = inspect(loaded.model)
     elements = parts.kv_heads * parts.head_dim
     wanted: list[Any] = [(each.method, each.configure(config, elements)) for each in variants]
 
-    def on_progress(stage: str, done: int, total: int) -> None:
+    def on_stage(stage: str, done: int, total: int) -> None:
         if stage == "prefill":
             on_fraction(PROMPT_SHARE * done / total)
+        else:
+            on_progress(stage, done, total)
 
     with attach_each(
         loaded.model,
         [("full", config), *wanted, *(wanted if sample.answers else ())],
         tokenizer=loaded.tokenizer,
-        on_progress=on_progress,
+        on_progress=on_stage,
         on_notice=on_notice,
     ) as (full, *caches):
         row = shelf.fill(loaded.model, full, sample.prompt)

@@ -52,8 +52,9 @@ def _row(rows: Sequence[Record], full: Sequence[Record]) -> Record:
         "retention": score / full_score if score is not None and full_score else None,
     }
     if len(full) == count:
-        differences = [a["score"] - b["score"] for a, b in zip(rows, full, strict=True)]
-        row |= {"difference": statistics.fmean(differences), "difference_stderr": _error(rows, differences)}
+        for key, name in (("score", "difference"), ("nll", "nll_difference")):
+            differences = [a[key] - b[key] for a, b in zip(rows, full, strict=True)]
+            row |= {name: statistics.fmean(differences), f"{name}_stderr": _error(rows, differences)}
     row |= {
         "kl": _mean(rows, "kl"),
         "kl_stderr": _error(rows, [each["kl"] for each in rows]),

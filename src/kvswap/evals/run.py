@@ -25,10 +25,10 @@ from kvswap.evals.results import Record, summarise
 from kvswap.evals.samples import Outcome, Sample, Source, Task
 from kvswap.evals.settings import Setting
 from kvswap.jsonfile import read_results, write_json
+from kvswap.layer_major import Progress
 from kvswap.models.loading import LoadedModel
 
 FORMAT = 2
-Progress = Callable[[str, int, int], None]
 UNITS = 100  # of progress, a sample
 MACHINE_SETTINGS = ("kv_memory", "kv_dir", "backend", "read_depth")  # change no result, or are told apart in records
 
@@ -110,6 +110,7 @@ def evaluate(
             shelf=shelf,
             settled=each.settled,
             on_fraction=on_fraction,
+            on_progress=on_progress,
             on_notice=on_notice,
         )
         records += [
@@ -162,8 +163,8 @@ def _record(task: Task, sample: Sample, variant: Variant, measured: Measured) ->
         "prompt_tokens": len(sample.prompt),
         **sample.labels,
         "score": task.score(sample, outcome),
-        "answers": list(sample.answers),
-        "text": outcome.text,
+        "expected": list(sample.answers),
+        "answer": outcome.text,
         "kl": measured.kl,
         "mass": measured.mass,
         "same": outcome.same,
