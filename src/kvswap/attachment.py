@@ -230,7 +230,10 @@ def _open_cache(
             if method.calibrated and stored is None
             else None,
         )
-        makers = [code_maker(facts, *each) for each in stored] if stored is not None else method.makers(facts, config)
+        if stored is None:
+            makers = method.makers(facts, config)
+        else:
+            makers = [code_maker(facts, basis, bits, config.group_tokens) for basis, bits in stored]
         cache = KVSwapCache(
             parts,
             attachment.implementation,

@@ -15,7 +15,7 @@ import torch
 
 from kvswap.layer_major import HeldLayer, LayerForward, LayerMajorCache, Progress, held_layers
 from kvswap.models.adapter import LayerParts, ModelParts
-from kvswap.predict.mass import group_mass, top_groups
+from kvswap.predict.mass import top_groups
 from kvswap.sketch.codes import LayerSketch
 from kvswap.window import Window
 
@@ -140,8 +140,8 @@ class ReplayCache(LayerMajorCache):
         assert self.selection is not None
         window, tokens = self.selection.window, keys.shape[2]
         start = window.ring_start((tokens - 1) // window.group_tokens)
-        logits = self.selection.sketches[order].logits(query, self.parts.scaling)
-        scores = group_mass(logits, window.group_tokens)
+        sketch = self.selection.sketches[order]
+        scores = sketch.group_mass(query, self.parts.scaling, window.group_tokens)
         count = min(self.selection.groups[order], start - window.sink_groups)
         picked = top_groups(scores, window.sink_groups, [start], count)[0]
         groups = torch.cat((torch.arange(window.sink_groups, device=picked.device), picked))

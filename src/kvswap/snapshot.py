@@ -89,7 +89,7 @@ class Keeper:
         if layout is None:
             return None
         matrices = [torch.from_numpy(matrix.copy()).to(device) for matrix in self.folder.basis()]
-        return [(Basis(matrix, layout.sketch_kind), layout.sketch_bits) for matrix in matrices]
+        return [(Basis.split(matrix, layout.sketch_kind), layout.sketch_bits) for matrix in matrices]
 
     def restore_sliding(self, layers: Sequence[tuple[int, Any]], dtype: torch.dtype, device: torch.device) -> None:
         """Give decoder layers that are not offloaded their state: pairs of the layer's index and its cache layer."""
@@ -287,7 +287,7 @@ def _layout(state: BatchState) -> Layout:
 
 def _basis_arrays(state: BatchState) -> Arrays:
     bases = (_codes(state, layer).basis for layer in range(state.shape.layers))
-    return {str(layer): basis.matrix.float().cpu().numpy() for layer, basis in enumerate(bases)}
+    return {str(layer): basis.joined().cpu().numpy() for layer, basis in enumerate(bases)}
 
 
 def _codes(state: BatchState, layer: int) -> LayerSketch:

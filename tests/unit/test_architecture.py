@@ -34,13 +34,14 @@ LAYERS = (
     ("state",),
     ("method",),
     ("models",),
-    ("sketch", "predict", "plan", "stage", "attend"),
+    ("sketch", "plan", "stage", "attend"),
+    ("predict",),
     ("store",),
     ("disk",),
     ("tuned",),
     ("config", "trace", "ledger", "memory", "corpus", "documents", "stats"),
     ("window", "units", "jsonfile"),
-    ("terms", "errors"),
+    ("terms", "errors", "native"),
 )
 RANK = {name: rank for rank, row in enumerate(LAYERS) for name in row}
 EVERYWHERE = ("device.cost",)

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvswap import native
 from kvswap.predict.mass import group_mass, top_groups
 
 MINUS_INF = float("-inf")
@@ -46,14 +47,18 @@ def choices(draw: st.DrawFn) -> tuple[torch.Tensor, int, list[int], int]:
     return mass, first, ends, draw(st.integers(1, 35))
 
 
-@given(choices())
+@pytest.mark.parametrize("compiled", [True, False])
+@given(choice=choices())
 def test_most_mass_within_the_range_ascending_padded_at_the_end(
-    choice: tuple[torch.Tensor, int, list[int], int],
+    compiled: bool, choice: tuple[torch.Tensor, int, list[int], int]
 ) -> None:
     mass, first, ends, count = choice
     groups = mass.shape[1]
     by_mass = [sorted(range(first, end), key=lambda group: -row[group]) for row, end in zip(mass, ends, strict=True)]
-    found = top_groups(mass.clone(), first, ends, count)
+    with pytest.MonkeyPatch.context() as patch:
+        if not compiled:
+            patch.setattr(native, "available", lambda: False)
+        found = top_groups(mass.clone(), first, ends, count)
     assert found.dtype == torch.int64
     assert found.shape == (len(ends), count)
     for row, best in zip(found.tolist(), by_mass, strict=True):

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from kvswap import native
 from kvswap.sketch.basis import TRANSFORM, Basis, KeyCovariance, rotation
 from kvswap.sketch.codes import LayerSketch
-from kvswap.sketch.transform import TransformSketch, transform_basis
+from kvswap.sketch.transform import TransformSketch, basis_bytes, transform_basis
 
 KV_HEADS, HEAD_DIM, TOKENS = 2, 16, 600
 ELEMENTS = KV_HEADS * HEAD_DIM
@@ -65,14 +66,16 @@ def error(layer: LayerSketch, looks_at: slice = slice(None)) -> float:
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_all_digits_give_nearly_exact_logits(bits):
     basis = transform_basis(statistics(), ELEMENTS * 8 // bits, bits)
-    assert basis.kind == TRANSFORM and basis.matrix.shape == (2 * ELEMENTS + 3, ELEMENTS * 8 // bits)
+    assert basis.kind == TRANSFORM and basis.matrix.shape == (2 * ELEMENTS, ELEMENTS * 8 // bits)
     assert error(sketch(basis, bits)) < 0.01
 
 
 def test_every_digit_helps_and_wide_directions_get_more():
     errors = [error(sketch(transform_basis(statistics(), rows, 2), 2)) for rows in (8, 16, 32, 64)]
     assert errors == sorted(errors, reverse=True) and errors[-1] < 0.02 < errors[0]
-    bits, digits = transform_basis(statistics(), 24, 2).matrix[-2:]
+    rows = transform_basis(statistics(), 24, 2).rows
+    assert rows is not None
+    bits, digits = rows[-2:]
     assert bits.max() > bits.min() == 2 and set(digits.tolist()) == set(range(int(bits.max()) // 2))
 
 
@@ -108,3 +111,35 @@ def test_dumped_codes_come_back():
     other.restore(0, codes, scales)
     assert torch.equal(other.logits(query, 0.5), layer.logits(query, 0.5))
     assert layer.nbytes == 8 * layer.logits(query, 1.0).shape[-1]
+
+
+@pytest.mark.skipif(not native.available(), reason="no compiled loops: there was no C compiler")
+@pytest.mark.parametrize("bits", [2, 4])
+def test_compiled_mass_is_that_of_the_logits(bits, monkeypatch):
+    basis = transform_basis(statistics(), 32, bits)
+    layer = TransformSketch(
+        batch=2, kv_heads=KV_HEADS, head_dim=HEAD_DIM, basis=basis, bits=bits, capacity_tokens=TOKENS, device=CPU
+    )
+    layer.append(0, keys(TOKENS, seed=5))
+    layer.append(1, keys(400, seed=6))
+    query = torch.stack([queries(1, seed=seed)[:, 0] for seed in (8, 9)])
+    found = layer.group_mass(query, 0.25, 4)
+    assert found.shape == (2, TOKENS // 4) and not found[1, 100:].any()
+    monkeypatch.setattr(native, "available", lambda: False)
+    monkeypatch.setattr(layer, "_integer", False)
+    plain = layer.group_mass(query, 0.25, 4)[:, : TOKENS // 4]
+    assert torch.allclose(found, plain, rtol=0.05, atol=1e-3)  # the compiled one rounds queries to 8 bits
+    alone = TransformSketch(
+        batch=1, kv_heads=KV_HEADS, head_dim=HEAD_DIM, basis=basis, bits=bits, capacity_tokens=TOKENS, device=CPU
+    )
+    alone.append(0, keys(400, seed=6))
+    monkeypatch.undo()
+    assert torch.equal(alone.group_mass(query[1:], 0.25, 4)[0], found[1, :100])
+
+
+def test_a_basis_comes_back_from_one_matrix():
+    basis = transform_basis(statistics(), 32, 2)
+    other = Basis.split(basis.joined(), basis.kind)
+    assert basis.rows is not None and other.rows is not None
+    assert torch.equal(other.matrix, basis.matrix) and torch.equal(other.rows, basis.rows)
+    assert other.nbytes == basis.nbytes == basis_bytes(ELEMENTS, 32)

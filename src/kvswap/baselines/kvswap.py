@@ -12,7 +12,6 @@ import torch
 from kvswap.config import Config
 from kvswap.errors import UnsupportedError
 from kvswap.method import KeyFacts, Method, SketchMaker
-from kvswap.predict.mass import group_mass
 from kvswap.sketch.basis import TRANSFORM, Basis, identity_basis
 from kvswap.sketch.codes import LayerSketch
 from kvswap.sketch.transform import TransformSketch, transform_basis
@@ -34,7 +33,7 @@ def makers(facts: KeyFacts, config: Config) -> list[SketchMaker]:
     """Transform codes by the calibration, or 2-bit codes of whole keys without one. Raises UnsupportedError."""
     elements, bits = facts.elements, config.sketch_bits
     if facts.statistics is None:
-        whole = code_maker(facts, identity_basis(elements), 2)
+        whole = code_maker(facts, identity_basis(elements), 2, config.group_tokens)
         return [whole] * facts.layers
     rank = config.sketch_rank or min(elements, config.sketch_bytes(elements) * 8 // bits)
     if rank > elements or rank * bits % 8:
@@ -42,24 +41,25 @@ def makers(facts: KeyFacts, config: Config) -> list[SketchMaker]:
             f"sketch_rank {rank} of {bits} bits: more than the {elements} elements of a key, or no whole bytes",
             hint=f"use a multiple of {8 // bits} up to {elements}",
         )
-    return [code_maker(facts, transform_basis(each, rank, bits), bits) for each in facts.statistics]
+    bases = (transform_basis(each, rank, bits) for each in facts.statistics)
+    return [code_maker(facts, basis, bits, config.group_tokens) for basis in bases]
 
 
-def code_maker(facts: KeyFacts, basis: Basis, bits: int) -> SketchMaker:
+def code_maker(facts: KeyFacts, basis: Basis, bits: int, group_tokens: int) -> SketchMaker:
     """Codes of ``bits`` by ``basis``."""
     rank, sketch = basis.matrix.shape[1], TransformSketch if basis.kind == TRANSFORM else LayerSketch
     return SketchMaker(
         label=f"{basis.kind} rank {rank}, {bits} bit",
         token_bytes=sketch.token_bytes(rank, bits),
-        scratch_token_bytes=sketch.scratch_bytes(rank, bits, facts.query_heads, facts.device),
-        basis_bytes=basis.matrix.nbytes,
+        scratch_token_bytes=sketch.scratch_bytes(rank, bits, facts.query_heads, facts.device, group_tokens),
+        basis_bytes=basis.nbytes,
         make=partial(_make, sketch, facts, basis, bits),
     )
 
 
 def score(sketch: LayerSketch, query: torch.Tensor, scaling: float, group_tokens: int) -> torch.Tensor:
     """Estimated attention mass of every group: ``[B, N]``."""
-    return group_mass(sketch.logits(query, scaling), group_tokens)
+    return sketch.group_mass(query, scaling, group_tokens)
 
 
 def _make(

@@ -163,6 +163,7 @@ def _open(tokens: int, config: Config, folder: Path, shape: Shape, generator: to
     for _ in range(shape.layers):
         covariance = KeyCovariance(shape.kv_heads, shape.head_dim)
         covariance.add(_tile(TILE_TOKENS // 8, shape, generator)[0].transpose(0, 1))
+        covariance.add_queries(torch.randn(shape.query_heads, TILE_TOKENS // 8, shape.head_dim, generator=generator))
         covariances.append(covariance)
     facts = KeyFacts(
         layers=shape.layers,

@@ -75,11 +75,13 @@ class Pricing:
     def needs(self, config: Config, batch: int) -> MemoryNeeds:
         """What the parts of memory take; the same arithmetic as when a cache is opened."""
         facts, rank, bits = self.facts, config.sketch_rank or 0, config.sketch_bits
-        layout = self._layout(config.group_tokens)
+        layout = self._layout(group_tokens := config.group_tokens)
         return MemoryNeeds(
             layers=facts.layers,
             batch=batch,
-            scoring_token_bytes=TransformSketch.scratch_bytes(rank, bits, facts.query_heads, self._device),
+            scoring_token_bytes=TransformSketch.scratch_bytes(
+                rank, bits, facts.query_heads, self._device, group_tokens
+            ),
             window=Window(config.group_tokens, config.sink_groups, config.recent_groups, config.select_groups),
             slot_bytes=layout.slot_bytes,
             token_bytes=layout.geometry.token_bytes,

@@ -7,7 +7,10 @@ do not outvote those that look for something.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
+
+from kvswap import native
 
 MINUS_INF = float("-inf")
 
@@ -53,6 +56,11 @@ def top_groups(scores: torch.Tensor, first: int, ends: list[int], count: int) ->
     ``[B, count]`` int64. Where a range holds fewer groups than ``count``, the surplus entries are N, at the end.
     """
     groups = scores.shape[1]
+    if scores.device.type == "cpu" and native.available():
+        best = np.full((len(ends), count), groups, np.int64)
+        for row, end in enumerate(ends):
+            native.top_groups(scores[row], first, end, best[row])
+        return torch.from_numpy(best)
     low, high = first, max(ends)
     window = scores[:, low:high]
     for row, end in enumerate(ends):

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 TRANSFORM = "transform"
+TRANSFORM_ROWS = 5
 SCALE_BYTES = 4  # float16 scale and minimum of each token
 
 
@@ -26,11 +27,30 @@ SCALE_BYTES = 4  # float16 scale and minimum of each token
 class Basis:
     """``matrix`` is ``[D, R]`` float32 with orthonormal columns; ``kind`` is ``svd`` or ``identity``.
 
-    Of kind ``transform`` it is ``[2 * D + 3, R]``, see ``kvswap.sketch.transform``.
+    Of kind ``transform`` it is ``[2 * D, R]`` float16, with five ``rows`` ``[5, R]`` float32, see
+    ``kvswap.sketch.transform``.
     """
 
     matrix: torch.Tensor
     kind: str
+    rows: torch.Tensor | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of both."""
+        return self.matrix.nbytes + (self.rows.nbytes if self.rows is not None else 0)
+
+    def joined(self) -> torch.Tensor:
+        """All of it as one float32 matrix, the rows last."""
+        parts = [self.matrix.float()] + ([self.rows] if self.rows is not None else [])
+        return torch.cat(parts)
+
+    @classmethod
+    def split(cls, matrix: torch.Tensor, kind: str) -> Basis:
+        """What ``joined`` gave, exactly."""
+        if kind != TRANSFORM:
+            return cls(matrix, kind)
+        return cls(matrix[:-TRANSFORM_ROWS].half(), kind, matrix[-TRANSFORM_ROWS:].contiguous())
 
 
 class KeyCovariance:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from kvswap.predict.mass import group_mass
 from kvswap.sketch.basis import SCALE_BYTES, Basis
 from kvswap.sketch.score import float_products, integer_products, middle, prefers_integers
 from kvswap.terms import round_up
@@ -54,7 +55,7 @@ class LayerSketch:
         return rank * bits // 8 + SCALE_BYTES
 
     @staticmethod
-    def scratch_bytes(rank: int, bits: int, heads: int, device: torch.device) -> int:
+    def scratch_bytes(rank: int, bits: int, heads: int, device: torch.device, group_tokens: int) -> int:
         """What scoring one token takes in passing: unpacked codes, products, logits and their softmax."""
         return rank * (1 if prefers_integers(bits, device) else 5) + 3 * heads * 4
 
@@ -63,7 +64,7 @@ class LayerSketch:
         start = int(self.tokens[sequence])
         stop = start + keys.shape[1]
         self._grow(stop)
-        rows = keys.transpose(0, 1).reshape(keys.shape[1], -1).float() @ self._matrix
+        rows = self.project(keys.transpose(0, 1).reshape(keys.shape[1], -1).float())
         codes, self._scale[sequence, :, start:stop] = self.encode(rows)
         packed = codes.T.unflatten(0, (8 // self.bits, -1))
         shifts = torch.arange(0, 8, self.bits, dtype=torch.uint8, device=codes.device)[:, None, None]
@@ -74,6 +75,16 @@ class LayerSketch:
     def matrices(basis: Basis) -> tuple[torch.Tensor, torch.Tensor]:
         """What keys and what queries are multiplied by, ``[D, R]`` each."""
         return basis.matrix, basis.matrix
+
+    def project(self, keys: torch.Tensor) -> torch.Tensor:
+        """Keys ``[n, D]`` float32 to ``[n, R]``."""
+        return keys @ self._matrix
+
+    def low_rank(self, query: torch.Tensor, scaling: float) -> torch.Tensor:
+        """Scaled queries ``[B, H_q, d]`` projected: ``[B, H_q, R]`` float32."""
+        batch, heads, head_dim = query.shape
+        by_head = (query.float() * scaling).view(batch, self.kv_heads, -1, head_dim)
+        return (by_head @ self._by_head.float()).view(batch, heads, self.rank)
 
     def encode(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Codes ``[n, R]`` uint8 of projected keys ``[n, R]``, with scales and minima ``[2, n]`` float16."""
@@ -104,14 +115,15 @@ class LayerSketch:
 
         W is the longest sequence rounded up to whole steps; entries past a sequence's end are -inf.
         """
-        batch, heads, _ = query.shape
         width = round_up(int(self.tokens.max()), STEP_TOKENS)  # of few values: matrix libraries prepare for each anew
-        by_head = (query.float() * scaling).view(batch, self.kv_heads, -1, self._by_head.shape[1])
-        low_rank = (by_head @ self._by_head).view(batch, heads, self.rank)
-        logits = self.products(low_rank, width)
+        logits = self.products(self.low_rank(query, scaling), width)
         for sequence, count in enumerate(self.tokens):
             logits[sequence, :, int(count) :] = float("-inf")
         return logits
+
+    def group_mass(self, query: torch.Tensor, scaling: float, group_tokens: int) -> torch.Tensor:
+        """Estimated attention mass of each group, ``[B, N]`` float32, of ``query`` ``[B, H_q, d]``."""
+        return group_mass(self.logits(query, scaling), group_tokens)
 
     def products(self, low_rank: torch.Tensor, width: int) -> torch.Tensor:
         """Projected queries ``[B, H_q, R]`` times the keys that the first ``width`` codes stand for."""

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from kvswap import native
 from kvswap.sketch.basis import TRANSFORM, Basis, KeyCovariance
 from kvswap.sketch.codes import LayerSketch
 from kvswap.sketch.score import float_products, integer_products
@@ -30,8 +31,9 @@ SMALLEST_QUERY = 1e-3  # of the largest: directions that no query looked at in c
 def transform_basis(statistics: KeyCovariance, rows: int, bits: int) -> Basis:
     """Basis of ``rows`` digits of ``bits`` (2 or 4) a token.
 
-    Its matrix is ``[2 * D + 3, rows]``: what encodes (less the mean), what queries are multiplied by, the mean's share,
-    the bits of the whole code, and which digit of it the row is.
+    Its matrix is ``[2 * D, rows]`` float16: what encodes, and what queries are multiplied by, each column up to a
+    scale. Its rows are those two scales, the share of the keys' mean, the bits of the whole code, and which digit of it
+    this is.
     """
     root, inverse = _roots(statistics.queries)
     mean = statistics.total / max(1, statistics.count)
@@ -43,13 +45,21 @@ def transform_basis(statistics: KeyCovariance, rows: int, bits: int) -> Basis:
     steps = torch.tensor([STEPS[int(each)] for each in whole], dtype=torch.float64) * variances[directions].sqrt()
     encode = (root @ vectors)[:, directions] / steps
     decode = (inverse @ vectors)[:, directions] * steps * 2.0 ** (bits * digits)
-    parts = (encode, decode, (mean @ encode)[None], whole.double()[None], digits.double()[None])
-    return Basis(torch.cat(parts).float().contiguous(), TRANSFORM)
+    halves = [_half(each) for each in (encode, decode)]
+    (rounded, scale), (_, query_scale) = halves
+    shares = torch.stack((scale, query_scale, mean @ (rounded.double() * scale), whole.double(), digits.double()))
+    return Basis(torch.cat([matrix for matrix, _ in halves]), TRANSFORM, shares.float())
+
+
+def _half(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A float64 matrix as float16 with a scale for each column, which makes its largest element one."""
+    scale = matrix.abs().amax(0).clamp(min=1e-30)
+    return (matrix / scale).half(), scale
 
 
 def basis_bytes(elements: int, rows: int) -> int:
     """What a basis for keys of D elements takes."""
-    return (2 * elements + 3) * rows * 4
+    return 2 * elements * rows * 2 + 5 * rows * 4
 
 
 def _spend(variances: torch.Tensor, rows: int, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -76,20 +86,51 @@ class TransformSketch(LayerSketch):
 
     scale_rows = 0
 
+    def __init__(self, *, basis: Basis, device: torch.device, **size: int) -> None:
+        super().__init__(basis=basis, device=device, **size)
+        assert basis.rows is not None
+        self._rows = basis.rows.to(device)
+
     @staticmethod
     def token_bytes(rank: int, bits: int) -> int:
         """What one token of one layer takes: codes alone."""
         return rank * bits // 8
 
     @staticmethod
+    def scratch_bytes(rank: int, bits: int, heads: int, device: torch.device, group_tokens: int) -> int:
+        """What scoring one token takes in passing."""
+        if native.scores_here(bits, group_tokens, device):
+            return native.scratch_token_bytes(heads, group_tokens)
+        return LayerSketch.scratch_bytes(rank, bits, heads, device, group_tokens)
+
+    @staticmethod
     def matrices(basis: Basis) -> tuple[torch.Tensor, torch.Tensor]:
-        """What keys and what queries are multiplied by, ``[D, R]`` each."""
-        elements = (basis.matrix.shape[0] - 3) // 2
-        return basis.matrix[:elements], basis.matrix[elements : 2 * elements]
+        """What keys and what queries are multiplied by, ``[D, R]`` each, up to a scale of each column."""
+        encode, decode = basis.matrix.chunk(2)
+        return encode, decode
+
+    def project(self, keys: torch.Tensor) -> torch.Tensor:
+        """Keys ``[n, D]`` float32 in units of the finest step, ``[n, R]``."""
+        return (keys @ self._matrix.float()).mul_(self._rows[0])
+
+    def group_mass(self, query: torch.Tensor, scaling: float, group_tokens: int) -> torch.Tensor:
+        """Estimated attention mass of each group; see the base class."""
+        if not native.scores_here(self.bits, group_tokens, query.device):
+            return super().group_mass(query, scaling, group_tokens)
+        low_rank = self.low_rank(query, scaling)
+        longest = int(self.tokens.max())
+        if len(low_rank) == 1:
+            return native.group_mass(self._codes[0], low_rank[0], self._rows[1], self.bits, longest, group_tokens)[None]
+        mass = torch.zeros(len(low_rank), longest // group_tokens)
+        for sequence, tokens in enumerate(self.tokens.tolist()):
+            codes = self._codes[sequence]
+            found = native.group_mass(codes, low_rank[sequence], self._rows[1], self.bits, tokens, group_tokens)
+            mass[sequence, : len(found)] = found
+        return mass
 
     def encode(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Digits ``[n, R]`` uint8 of projected keys ``[n, R]``; no scales, ``[0, n]``."""
-        mean, bits, digit = self.basis.matrix[-3:].to(rows.device)
+        mean, bits, digit = self._rows[2:]
         levels = torch.exp2(bits)
         whole = (rows - mean).floor_().add_(levels / 2)
         whole = torch.minimum(whole.clamp_(min=0), levels - 1).to(torch.uint8)
@@ -99,6 +140,7 @@ class TransformSketch(LayerSketch):
     def products(self, low_rank: torch.Tensor, width: int) -> torch.Tensor:
         """Projected queries ``[B, H_q, R]`` times the keys that the first ``width`` codes stand for."""
         multiply = integer_products if self._integer else float_products
+        low_rank = low_rank * self._rows[1]
         pairs = zip(low_rank, self._codes[:, :, :width], strict=True)
         return torch.stack([multiply(query, codes, self.bits) for query, codes in pairs])
 

@@ -78,9 +78,9 @@ class Layout:
 
     @property
     def basis_rows(self) -> int:
-        """Rows of one layer's basis: one an element, twice that and three for a transform."""
+        """Rows of one layer's basis: one an element, twice that and five for a transform."""
         elements = self.kv_heads * self.head_dim
-        return 2 * elements + 3 if self.sketch_kind == "transform" else elements
+        return 2 * elements + 5 if self.sketch_kind == "transform" else elements
 
     @property
     def waiting_groups(self) -> int:
