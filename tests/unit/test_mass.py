@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvswap import native
+from kvswap.native import loops
 from kvswap.predict.mass import group_mass, top_groups
 
 MINUS_INF = float("-inf")
@@ -57,7 +57,7 @@ def test_most_mass_within_the_range_ascending_padded_at_the_end(
     by_mass = [sorted(range(first, end), key=lambda group: -row[group]) for row, end in zip(mass, ends, strict=True)]
     with pytest.MonkeyPatch.context() as patch:
         if not compiled:
-            patch.setattr(native, "available", lambda: False)
+            patch.setattr(loops, "available", lambda: False)
         found = top_groups(mass.clone(), first, ends, count)
     assert found.dtype == torch.int64
     assert found.shape == (len(ends), count)

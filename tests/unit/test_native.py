@@ -12,18 +12,18 @@ import numpy as np
 import pytest
 import torch
 
-from kvswap import native
+from kvswap.native import library, loops
 from kvswap.sketch.score import unpack
 
-compiled = pytest.mark.skipif(not native.available(), reason="no compiled loops: there was no C compiler")
+compiled = pytest.mark.skipif(not loops.available(), reason="no compiled loops: there was no C compiler")
 
 
 @pytest.fixture
 def reloaded() -> Iterator[None]:
     """What is loaded is looked for anew, before and after."""
-    native._library.cache_clear()
+    library.library.cache_clear()
     yield
-    native._library.cache_clear()
+    library.library.cache_clear()
 
 
 def noise(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -55,7 +55,7 @@ def test_mass_of_packed_codes(bits: int, heads: int, rank: int, tokens: int, gro
     query = noise(heads, rank) * 0.2
     query[0] *= 40  # one head looks at a single token
     scales = noise(rank, seed=2).abs() + 0.1
-    found = native.group_mass(codes, query, scales, bits, tokens, group_tokens)
+    found = loops.group_mass(codes, query, scales, bits, tokens, group_tokens)
     expected = expected_mass(query * scales, codes, bits, tokens, group_tokens)
     assert found.dtype == torch.float32 and found.shape == expected.shape
     assert torch.allclose(found.double(), expected, rtol=1e-4, atol=1e-6)
@@ -66,14 +66,14 @@ def test_mass_of_packed_codes(bits: int, heads: int, rank: int, tokens: int, gro
 def test_what_lies_past_the_last_token_does_not_count() -> None:
     codes = torch.full((48, 256), 0x77, dtype=torch.uint8)
     codes[:, 72:] = 0xFF
-    found = native.group_mass(codes, noise(3, 96).abs(), torch.ones(96), 4, 72, 4)
+    found = loops.group_mass(codes, noise(3, 96).abs(), torch.ones(96), 4, 72, 4)
     assert torch.allclose(found, torch.full((18,), 3 / 18))
 
 
 @compiled
 def test_a_query_of_zeros_sees_all_tokens_alike() -> None:
     codes = torch.randint(0, 256, (8, 256), dtype=torch.uint8)
-    found = native.group_mass(codes, torch.zeros(2, 16), torch.ones(16), 4, 64, 4)
+    found = loops.group_mass(codes, torch.zeros(2, 16), torch.ones(16), 4, 64, 4)
     assert torch.allclose(found, torch.full((16,), 2 / 16))
 
 
@@ -82,7 +82,7 @@ def test_a_query_of_zeros_sees_all_tokens_alike() -> None:
 def test_best_groups_with_many_equals(count: int) -> None:
     scores = torch.randint(0, 12, (150,), generator=torch.Generator().manual_seed(3)).float()
     picked = np.full(count, -1, np.int64)
-    found = native.top_groups(scores, 20, 140, picked)
+    found = loops.top_groups(scores, 20, 140, picked)
     assert found == min(count, 120)
     best = sorted(range(20, 140), key=lambda group: (-scores[group], group))[:count]
     assert picked[:found].tolist() == sorted(best)
@@ -91,18 +91,18 @@ def test_best_groups_with_many_equals(count: int) -> None:
 
 @compiled
 def test_no_range_has_no_groups() -> None:
-    assert native.top_groups(torch.ones(4), 3, 2, np.zeros(2, np.int64)) == 0
+    assert loops.top_groups(torch.ones(4), 3, 2, np.zeros(2, np.int64)) == 0
 
 
 @pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
 def test_where_there_is_a_compiler_the_loops_are_compiled() -> None:
-    assert native.available()
+    assert loops.available()
 
 
 def test_without_the_library_nothing_is_scored_here(reloaded: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert not native.available()
-    assert not native.scores_here(4, 4, torch.device("cpu"))
+    assert not loops.available()
+    assert not loops.scores_here(4, 4, torch.device("cpu"))
 
 
 def test_another_file_in_its_place_is_not_used(
@@ -112,19 +112,19 @@ def test_another_file_in_its_place_is_not_used(
     wrong.write_bytes(b"no library")
     spec = importlib.machinery.ModuleSpec("kvswap.native._kernels", None, origin=str(wrong))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
-    assert not native.available()
+    assert not loops.available()
 
 
 @compiled
 def test_loops_of_another_version_are_not_used(reloaded: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "VERSION", native.VERSION + 1)
-    assert not native.available()
+    monkeypatch.setattr(library, "VERSION", library.VERSION + 1)
+    assert not loops.available()
 
 
 @compiled
 def test_codes_that_do_not_fit_are_left_to_torch() -> None:
     cpu = torch.device("cpu")
-    assert native.scores_here(4, 4, cpu)
-    assert not native.scores_here(8, 4, cpu)
-    assert not native.scores_here(4, 3, cpu)
-    assert not native.scores_here(4, 4, torch.device("meta"))
+    assert loops.scores_here(4, 4, cpu)
+    assert not loops.scores_here(8, 4, cpu)
+    assert not loops.scores_here(4, 3, cpu)
+    assert not loops.scores_here(4, 4, torch.device("meta"))

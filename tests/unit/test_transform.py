@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kvswap import native
+from kvswap.native import loops
 from kvswap.sketch.basis import TRANSFORM, Basis, KeyCovariance, rotation
 from kvswap.sketch.codes import LayerSketch
 from kvswap.sketch.transform import TransformSketch, basis_bytes, transform_basis
@@ -113,7 +113,7 @@ def test_dumped_codes_come_back():
     assert layer.nbytes == 8 * layer.logits(query, 1.0).shape[-1]
 
 
-@pytest.mark.skipif(not native.available(), reason="no compiled loops: there was no C compiler")
+@pytest.mark.skipif(not loops.available(), reason="no compiled loops: there was no C compiler")
 @pytest.mark.parametrize("bits", [2, 4])
 def test_compiled_mass_is_that_of_the_logits(bits, monkeypatch):
     basis = transform_basis(statistics(), 32, bits)
@@ -125,7 +125,7 @@ def test_compiled_mass_is_that_of_the_logits(bits, monkeypatch):
     query = torch.stack([queries(1, seed=seed)[:, 0] for seed in (8, 9)])
     found = layer.group_mass(query, 0.25, 4)
     assert found.shape == (2, TOKENS // 4) and not found[1, 100:].any()
-    monkeypatch.setattr(native, "available", lambda: False)
+    monkeypatch.setattr(loops, "available", lambda: False)
     monkeypatch.setattr(layer, "_integer", False)
     plain = layer.group_mass(query, 0.25, 4)[:, : TOKENS // 4]
     assert torch.allclose(found, plain, rtol=0.05, atol=1e-3)  # the compiled one rounds queries to 8 bits

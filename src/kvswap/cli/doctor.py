@@ -91,6 +91,7 @@ def _machine_rows(machine: Machine) -> list[Row]:
         ("system", f"{machine.system}, {machine.kernel}"),
         ("Python", machine.python),
         ("packages", packages),
+        ("compiled loops", "yes" if machine.compiled_loops else "no, slower: no C compiler at installation"),
     ]
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 import psutil
 
 from kvswap.memory import memory_limit
+from kvswap.native.library import library
 
 PACKAGES = ("kvswap", "torch", "transformers", "numpy")
 _BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
@@ -42,6 +43,7 @@ class Machine:
 
     ``cores`` are those this process may run on. ``memory_available_bytes`` respects the limit of its cgroup,
     ``memory_limit_bytes`` is None where that does not bind. ``packages``: name to version, empty when not installed.
+    ``compiled_loops``: whether ``kvswap.native`` was compiled when this was installed.
     """
 
     cores: int
@@ -56,6 +58,7 @@ class Machine:
     architecture: str
     python: str
     packages: dict[str, str]
+    compiled_loops: bool
 
 
 def describe_machine() -> Machine:
@@ -78,6 +81,7 @@ def describe_machine() -> Machine:
         architecture=platform.machine(),
         python=platform.python_version(),
         packages={name: version_of(name) for name in PACKAGES},
+        compiled_loops=library() is not None,
     )
 
 

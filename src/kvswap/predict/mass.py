@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from kvswap import native
+from kvswap.native import loops
 
 MINUS_INF = float("-inf")
 
@@ -56,10 +56,10 @@ def top_groups(scores: torch.Tensor, first: int, ends: list[int], count: int) ->
     ``[B, count]`` int64. Where a range holds fewer groups than ``count``, the surplus entries are N, at the end.
     """
     groups = scores.shape[1]
-    if scores.device.type == "cpu" and native.available():
+    if scores.device.type == "cpu" and loops.available():
         best = np.full((len(ends), count), groups, np.int64)
         for row, end in enumerate(ends):
-            native.top_groups(scores[row], first, end, best[row])
+            loops.top_groups(scores[row], first, end, best[row])
         return torch.from_numpy(best)
     low, high = first, max(ends)
     window = scores[:, low:high]

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kvswap import native
+from kvswap.native import loops
 from kvswap.sketch.basis import TRANSFORM, Basis, KeyCovariance
 from kvswap.sketch.codes import LayerSketch
 from kvswap.sketch.score import float_products, integer_products
@@ -99,8 +99,8 @@ class TransformSketch(LayerSketch):
     @staticmethod
     def scratch_bytes(rank: int, bits: int, heads: int, device: torch.device, group_tokens: int) -> int:
         """What scoring one token takes in passing."""
-        if native.scores_here(bits, group_tokens, device):
-            return native.scratch_token_bytes(heads, group_tokens)
+        if loops.scores_here(bits, group_tokens, device):
+            return loops.scratch_token_bytes(heads, group_tokens)
         return LayerSketch.scratch_bytes(rank, bits, heads, device, group_tokens)
 
     @staticmethod
@@ -115,16 +115,16 @@ class TransformSketch(LayerSketch):
 
     def group_mass(self, query: torch.Tensor, scaling: float, group_tokens: int) -> torch.Tensor:
         """Estimated attention mass of each group; see the base class."""
-        if not native.scores_here(self.bits, group_tokens, query.device):
+        if not loops.scores_here(self.bits, group_tokens, query.device):
             return super().group_mass(query, scaling, group_tokens)
         low_rank = self.low_rank(query, scaling)
         longest = int(self.tokens.max())
         if len(low_rank) == 1:
-            return native.group_mass(self._codes[0], low_rank[0], self._rows[1], self.bits, longest, group_tokens)[None]
+            return loops.group_mass(self._codes[0], low_rank[0], self._rows[1], self.bits, longest, group_tokens)[None]
         mass = torch.zeros(len(low_rank), longest // group_tokens)
         for sequence, tokens in enumerate(self.tokens.tolist()):
             codes = self._codes[sequence]
-            found = native.group_mass(codes, low_rank[sequence], self._rows[1], self.bits, tokens, group_tokens)
+            found = loops.group_mass(codes, low_rank[sequence], self._rows[1], self.bits, tokens, group_tokens)
             mass[sequence, : len(found)] = found
         return mass
 

@@ -1,0 +1,86 @@
+"""What callers see of the compiled loops.
+
+Each has a twin in plain torch, which is used on other devices and where nothing was compiled; callers ask first
+(``scores_here``, ``available``). Calls release the GIL.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from kvswap.native.library import library
+
+TILE_TOKENS = 64
+MAX_CODE_BITS = 4
+
+
+def available() -> bool:
+    """Whether the compiled loops are there, and are those that this source expects."""
+    return library() is not None
+
+
+def scores_here(bits: int, group_tokens: int, device: torch.device) -> bool:
+    """Whether ``group_mass`` can score such codes."""
+    return device.type == "cpu" and bits <= MAX_CODE_BITS and TILE_TOKENS % group_tokens == 0 and available()
+
+
+def scratch_token_bytes(heads: int, group_tokens: int) -> int:
+    """What ``group_mass`` takes for a token in passing, rounded up; what does not grow with tokens is below 64 KiB."""
+    return -(-4 * heads * (TILE_TOKENS // group_tokens + 1) // TILE_TOKENS)
+
+
+def group_mass(
+    codes: torch.Tensor, query: torch.Tensor, scales: torch.Tensor, bits: int, tokens: int, group_tokens: int
+) -> torch.Tensor:
+    """Estimated attention mass of each group, as ``kvswap.predict.mass.group_mass`` has it, from packed codes.
+
+    Parameters
+    ----------
+    codes
+        ``[R * bits / 8, C]`` uint8, C a multiple of 64; whole groups, ``tokens`` (a multiple of G) of them count.
+    query, scales
+        ``[H_q, R]`` and ``[R]`` float32: their product is rounded to 8 bits.
+
+    Returns
+    -------
+    ``[tokens / G]`` float32.
+    """
+    heads, rank = query.shape
+    tiles = -(-tokens // TILE_TOKENS)
+    floats = heads * (tiles * (TILE_TOKENS // group_tokens + 1) + 1) + -(-(heads + TILE_TOKENS) * rank // 2)
+    scratch, mass = torch.empty(floats), torch.empty(tokens // group_tokens)
+    compiled = library()
+    assert compiled is not None
+    assert codes.stride(1) == 1 and codes.stride(0) >= tiles * TILE_TOKENS
+    query, scales = query.contiguous(), scales.contiguous()
+    compiled.kvswap_group_mass(
+        codes.data_ptr(),
+        codes.stride(0),
+        len(codes),
+        bits,
+        query.data_ptr(),
+        scales.data_ptr(),
+        heads,
+        tokens,
+        group_tokens,
+        scratch.data_ptr(),
+        mass.data_ptr(),
+    )
+    return mass
+
+
+def top_groups(scores: torch.Tensor, first: int, end: int, picked: NDArray[np.int64]) -> int:
+    """Write the best groups of ``[first, end)`` into ``picked``, ascending, as many as it holds; returns how many.
+
+    ``scores`` ``[N]`` float32 on the CPU, contiguous.
+    """
+    compiled = library()
+    assert compiled is not None
+    assert scores.dtype == torch.float32 and scores.is_contiguous() and end <= len(scores)
+    scratch = torch.empty(max(0, end - first))
+    found: int = compiled.kvswap_top_groups(
+        scores.data_ptr(), first, max(first, end), len(picked), scratch.data_ptr(), picked.ctypes.data
+    )
+    return found
