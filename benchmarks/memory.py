@@ -1,14 +1,17 @@
-"""The ledger beside the kernel's count: growth of anonymous memory in prefill and in decode.
+"""What is stated beside the kernel's count: growth of anonymous memory in prefill and in decode.
 
-    python benchmarks/memory.py --model smollm2-135m --tokens 7000 --steps 200 [--json out.json]
+    python benchmarks/memory.py --model smollm2-135m --tokens 4000,7000 --steps 200 [--json out.json]
 
-Weights are copied into memory first (as with --no-mmap) and a short prompt is run, so that what grows afterwards is the
-cache, prefill's passing needs and nothing else. RssAnon is sampled every 5 ms by a second thread. Linux only.
+Weights are copied into memory first (as with --no-mmap) and a short prompt is run in a cache of its own, so that what
+grows afterwards is the cache (its basis included), prefill's passing needs and nothing else. The allocator is told to
+give large blocks back at once and does so with the rest before the start: what a process has freed and kept would hide
+as much of what it takes next. RssAnon is sampled every millisecond by a second thread. Linux with glibc only.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import threading
 import time
@@ -23,6 +26,9 @@ from kvswap.models.adapter import cache_keyword
 from kvswap.models.loading import load_model
 from kvswap.units import MIB
 
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
+OWN_BLOCK_BYTES = 64 << 10
+
 
 def rss_anon_bytes() -> int:
     """Anonymous memory of this process that is resident now."""
@@ -30,6 +36,14 @@ def rss_anon_bytes() -> int:
         if line.startswith("RssAnon:"):
             return int(line.split()[1]) * 1024
     raise SystemExit("the kernel tells no RssAnon")
+
+
+def give_back() -> None:
+    """Have freed memory returned to the kernel: large blocks from now on, all others now."""
+    libc = ctypes.CDLL(None)
+    libc.mallopt(M_MMAP_THRESHOLD, OWN_BLOCK_BYTES)
+    libc.mallopt(M_TRIM_THRESHOLD, OWN_BLOCK_BYTES)
+    libc.malloc_trim(0)
 
 
 class Peak:
@@ -48,54 +62,93 @@ class Peak:
     def _watch(self) -> None:
         while not self._stop.is_set():
             self.bytes = max(self.bytes, rss_anon_bytes())
-            time.sleep(0.005)
+            time.sleep(0.001)
 
 
 @torch.no_grad()
-def measure(model: Any, ids: list[int], steps: int, tokenizer: Any, config: kvswap.Config) -> dict[str, int]:
-    """Bytes by the kernel and by the ledger."""
+def measure(
+    model: Any, ids: list[int], steps: int, tokenizer: Any, config: kvswap.Config, append: int = 0
+) -> dict[str, int]:
+    """Bytes by the kernel and by the ledger: all but the last ``steps`` of ``ids`` are the prompt.
+
+    With ``append`` so many of its tokens come as a second prompt, after some steps; then the peak is that of both.
+    """
     keyword = cache_keyword(model)
+
+    def feed(cache: Any, tokens: list[int]) -> None:
+        model(input_ids=torch.tensor([tokens]), use_cache=True, logits_to_keep=1, **{keyword: cache})
+
+    give_back()
+    short = 2 * config.chunk_tokens + 300
     with kvswap.attach(model, config, tokenizer=tokenizer) as cache:  # calibrates; warms up all libraries
-        model(input_ids=torch.tensor([ids[:600]]), use_cache=True, logits_to_keep=1, **{keyword: cache})
-        model(input_ids=torch.tensor([ids[600:601]]), use_cache=True, **{keyword: cache})
+        feed(cache, ids[:short])
+        feed(cache, ids[short : short + 1])
+    give_back()
+    before = rss_anon_bytes()
     with kvswap.attach(model, config, tokenizer=tokenizer) as cache:
-        before = rss_anon_bytes()
+        prompt = ids[:-steps]
         with Peak() as prefill:
-            model(input_ids=torch.tensor([ids[:-steps]]), use_cache=True, logits_to_keep=1, **{keyword: cache})
+            feed(cache, prompt[: len(prompt) - append])
+            if append:
+                feed(cache, prompt[len(prompt) - append :])
         after_prefill = rss_anon_bytes()
         with Peak() as decode:
             for token in ids[-steps:]:
-                model(input_ids=torch.tensor([[token]]), use_cache=True, **{keyword: cache})
+                feed(cache, [token])
         stats = cache.stats
+    give_back()
     return {
+        "prompt_tokens": len(prompt),
+        "appended_tokens": append,
+        "chunk_tokens": config.chunk_tokens,
+        "steps": steps,
         "prefill_growth_bytes": prefill.bytes - before,
         "prefill_peak_bytes": stats.prefill_peak_bytes,
         "after_prefill_growth_bytes": after_prefill - before,
         "decode_growth_bytes": decode.bytes - before,
         "kv_memory_peak_bytes": stats.kv_memory_peak_bytes,
         "kv_memory_limit_bytes": stats.kv_memory_limit_bytes or 0,
+        "sliding_kv_bytes": stats.sliding_kv_bytes,
         "kv_full_bytes": stats.kv_full_bytes,
         "after_close_growth_bytes": rss_anon_bytes() - before,
     }
+
+
+def show(result: dict[str, int]) -> None:
+    """One line for each number, and how far the statements are off."""
+    for name, count in result.items():
+        text = f"{count / MIB:9.1f} MiB" if name.endswith("_bytes") else f"{count:9}"
+        print(f"{name:28} {text}")
+    prefill = result["prefill_peak_bytes"] / result["prefill_growth_bytes"] - 1
+    decode = result["kv_memory_peak_bytes"] + result["sliding_kv_bytes"] - result["decode_growth_bytes"]
+    print(f"stated - grown: prefill {prefill:+.1%}, decode {decode / MIB:+.1f} MiB\n")
 
 
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--tokens", type=int, default=7000)
+    parser.add_argument("--tokens", default="7000", help="lengths of prompts, one run each")
+    parser.add_argument("--append", default="0", help="how many of them come as a second prompt, for each run")
+    parser.add_argument("--chunk-tokens", default="512", help="for each run")
     parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--kv-memory", default="auto")
+    parser.add_argument("--kv-memory", default="auto", help="for each run")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     loaded = load_model(args.model, dtype="float32", mmap=False)
     text = "\n\n".join(text for _, text in evaluation_topics())
-    ids = loaded.tokenizer(text, add_special_tokens=False)["input_ids"][: args.tokens + args.steps]
-    result = measure(loaded.model, ids, args.steps, loaded.tokenizer, kvswap.Config(kv_memory=args.kv_memory))
-    for name, count_bytes in result.items():
-        print(f"{name:28} {count_bytes / MIB:9.1f} MiB")
+    ids = loaded.tokenizer(text, add_special_tokens=False)["input_ids"]
+    lists = [each.split(",") for each in (args.tokens, args.append, args.chunk_tokens, args.kv_memory)]
+    runs = max(len(each) for each in lists)
+    results = []
+    for tokens, append, chunk, memory in zip(*(each * (runs if len(each) == 1 else 1) for each in lists), strict=True):
+        config = kvswap.Config(kv_memory=memory, chunk_tokens=int(chunk))
+        taken = ids[: int(tokens) + args.steps]
+        results.append(measure(loaded.model, taken, args.steps, loaded.tokenizer, config, int(append)))
+        show(results[-1])
     if args.json:
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
+        about = {"model": loaded.name.rsplit("/", 1)[-1], "dtype": "float32", "torch": torch.__version__}
+        args.json.write_text(json.dumps({**about, "runs": results}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

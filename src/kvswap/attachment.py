@@ -234,6 +234,8 @@ def _open_cache(
             makers = method.makers(facts, config)
         else:
             makers = [code_maker(facts, basis, bits, config.group_tokens) for basis, bits in stored]
+        if facts.statistics is not None:  # makers remember the facts, and moments are three times a basis
+            facts.statistics.clear()
         cache = KVSwapCache(
             parts,
             attachment.implementation,

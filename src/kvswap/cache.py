@@ -25,8 +25,8 @@ from kvswap.memory import available_bytes
 from kvswap.method import Method, SketchMaker
 from kvswap.models.adapter import LayerParts, ModelParts
 from kvswap.models.masks import DeferredMask
-from kvswap.plan.budget import PrefillNeeds
-from kvswap.prefill import Prefill, attend_stored
+from kvswap.plan.budget import PROMPT_PARTS, PrefillNeeds
+from kvswap.prefill import Prefill, attend_stored, chunk_spans
 from kvswap.snapshot import Keeper, sliding_layers
 from kvswap.state import BatchState, Shape, open_state
 from kvswap.trace import CacheStats
@@ -100,8 +100,9 @@ class KVSwapCache(LayerMajorCache):
             self._rope.clear()
         else:
             self._prefill = Prefill(self._state, tokens, np.zeros_like(self._pads) if self._stored else self._pads)
-            peak_bytes = passing_bytes + self._state.ledger.held_bytes
-            self.trace.prefill_peak_bytes = max(self.trace.prefill_peak_bytes, peak_bytes)
+            held = self._state.ledger.held
+            held_bytes = sum(held.values() if self._stored else (held[part] for part in PROMPT_PARTS))
+            self.trace.prefill_peak_bytes = max(self.trace.prefill_peak_bytes, passing_bytes + held_bytes)
 
     def run_layer(self, part: LayerParts, forward: LayerForward, hidden: torch.Tensor, kwargs: dict[str, Any]) -> Any:
         """Run one decoder layer; see the base class."""
@@ -203,15 +204,21 @@ class KVSwapCache(LayerMajorCache):
     def _check_memory(self, hidden: torch.Tensor) -> int:
         """What a prompt needs in passing, in bytes. Raises MemoryBudgetError where that much is not free."""
         shape, (batch, tokens, elements) = self._shape, hidden.shape
+        sliding = [self.parts.layer_kwargs[part.index] for part in self.parts.layers if part.order is None]
         needs = PrefillNeeds(
             batch=batch,
             tokens=tokens,
-            chunk_tokens=min(tokens, self.chunk_tokens * 3 // 2),
+            chunk_tokens=max(stop - start for start, stop in chunk_spans(tokens, self.chunk_tokens)),
             hidden_elements=elements,
             inner_elements=getattr(self.parts.config, "intermediate_size", 4 * elements),
+            query_heads=shape.query_heads,
             query_elements=shape.query_heads * shape.head_dim,
             key_elements=shape.kv_heads * shape.head_dim,
             itemsize_bytes=hidden.element_size(),
+            eager=self.implementation == "eager",
+            stored=self._stored > 0,
+            ropes=len({part.layer_type for part in self.parts.layers}),
+            sliding_tokens=sum(min(tokens, each.get("sliding_window") or 0) for each in sliding),
         )
         passing_bytes = needs.passing_bytes()
         if hidden.device.type == "cpu" and passing_bytes > available_bytes():

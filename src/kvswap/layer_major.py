@@ -121,6 +121,7 @@ class LayerMajorCache(Cache):
             return output
 
         output = run_layer(chunk, hidden, self.chunk_tokens)
+        _cut_loose(self.layers[part.index])
         self.leave(part)
         return output
 
@@ -253,6 +254,12 @@ class FullCache(LayerMajorCache):
     def close(self) -> None:
         """Drop K and V; the cache is of no use afterwards."""
         self.layers.clear()
+
+
+def _cut_loose(layer: Any) -> None:
+    """A sliding window is a view of window and chunk, and would keep all of it."""
+    if layer.is_sliding and layer.keys is not None:
+        layer.keys, layer.values = layer.keys.clone(), layer.values.clone()
 
 
 def special(kwargs: dict[str, Any]) -> bool:

@@ -17,11 +17,11 @@ from numpy.typing import NDArray
 from kvswap.attend.dense import chunk_attention
 from kvswap.attend.merge import TiledAttention
 from kvswap.errors import StorageError
+from kvswap.plan.budget import SKETCH_TILE_TOKENS
 from kvswap.state import BatchState
 from kvswap.store.layout import TILE_TOKENS, tile_groups
 from kvswap.terms import ceil_div
 
-SKETCH_TILE_TOKENS = 8192
 FLOAT16_SAFE = 30_000.0  # half of what float16 holds: decode may bring larger values than the prompt did
 
 
@@ -127,7 +127,8 @@ class Prefill:
         wanted = self.state.shape.store_dtype
         if wanted != torch.float16:
             return wanted
-        largest = float(self._kv[:, :, :, : self._filled].abs().amax())
+        low, high = torch.aminmax(self._kv[:, :, :, : self._filled])  # no copy, as abs() would be
+        largest = max(-float(low), float(high))
         if largest < FLOAT16_SAFE:
             return wanted
         if self.state.config.store_dtype == "float16":

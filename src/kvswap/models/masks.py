@@ -67,8 +67,8 @@ class DeferredMask:
         band = self._band
         if band is None or band.dtype != dtype or band.shape[0] < q_length or band.shape[1] < kv_length + band.shape[0]:
             longest = max(kv_length, self.arguments["kv_length"])
-            allowed = torch.ones(q_length, longest + q_length, dtype=torch.bool).tril(longest)
-            band = torch.zeros(allowed.shape, dtype=dtype).masked_fill_(~allowed, float("-inf"))
+            self._band = band = None  # a longer last chunk replaces it: never both in memory
+            band = torch.full((q_length, longest + q_length), float("-inf"), dtype=dtype).triu_(longest + 1)
             self._band = band
         diagonal = band.shape[1] - band.shape[0]  # row i of the band is open up to column ``diagonal + i``
         start = diagonal - prefix

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from kvswap.store.layout import TILE_TOKENS
 from kvswap.terms import ceil_div, round_up
 from kvswap.window import Window
 
@@ -14,6 +15,10 @@ GROWTH_TOKENS = 256
 WRITE_QUEUE_BYTES = 1 << 20
 OWNER_BYTES = 8 + 4 + 4  # who lives in a reuse slot, its worth, and when that was true
 STAGING_SLACK = 2.0  # room for gaps that are read through
+SKETCH_TILE_TOKENS = 2048
+"""Tokens of a prompt that go into the sketch at a time."""
+PROMPT_PARTS = ("basis", "sketch", "tables", "tails", "write_queue")
+"""Parts that a first prompt fills. Slots, staging and scratch are not touched before decode."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,22 +110,63 @@ def capacity_for(tokens: int) -> int:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PrefillNeeds:
-    """What a prompt needs in passing, beside what lives on: one layer's K, V, hidden states and one chunk."""
+    """What a prompt needs in passing, beside what lives on: one layer's K, V, hidden states and one chunk.
+
+    ``chunk_tokens``: the longest chunk. ``eager``: attention weights are made, in float32. ``stored``: the prompt is
+    appended to a context, which streams past in tiles. ``ropes``: kinds of positions (Gemma 3 has two).
+    ``sliding_tokens``: windows of all layers that keep one in memory, together.
+    """
 
     batch: int
     tokens: int
     chunk_tokens: int
     hidden_elements: int
     inner_elements: int
+    query_heads: int
     query_elements: int
     key_elements: int
     itemsize_bytes: int
+    eager: bool = False
+    stored: bool = False
+    ropes: int = 1
+    sliding_tokens: int = 0
 
     def passing_bytes(self) -> int:
-        """One layer's K, V; embeddings, a layer's input and its output; the widest moment of one chunk; its mask."""
-        keys_values = 2 * self.batch * self.tokens * self.key_elements * self.itemsize_bytes
+        """K, V of one layer and of windows; hidden states in, between and out; positions, mask; the widest moment."""
+        token_bytes = 2 * self.batch * self.key_elements * self.itemsize_bytes
+        keys_values = self.tokens * token_bytes
         hidden = 3 * self.batch * self.tokens * self.hidden_elements * self.itemsize_bytes
+        widest = max(self._chunk_bytes(), self._attention_bytes(), self._finish_bytes(keys_values))
+        positions = 2 * self.ropes * self.tokens * self._head_dim * self.itemsize_bytes
+        return keys_values + self.sliding_tokens * token_bytes + hidden + positions + self._mask_bytes() + widest
+
+    def _chunk_bytes(self) -> int:
+        """The widest moment of the linear layers: three of the MLP's inner states, four of the others."""
         wide = max(3 * self.inner_elements, 4 * self.query_elements) + 4 * self.hidden_elements
-        chunk = self.batch * self.chunk_tokens * wide * self.itemsize_bytes
-        mask = self.batch * self.chunk_tokens * self.tokens * (1 + self.itemsize_bytes)
-        return keys_values + hidden + chunk + mask
+        return self.batch * self.chunk_tokens * wide * self.itemsize_bytes
+
+    def _attention_bytes(self) -> int:
+        """Attention that makes weights, beside queries and output: logits and what they become are there at once."""
+        states = self.batch * self.chunk_tokens * 2 * (self.query_elements + self.hidden_elements)
+        rows = self.query_heads * self.chunk_tokens
+        if self.stored:  # tile by tile and one sequence at a time, in float32
+            return states * self.itemsize_bytes + rows * (2 * TILE_TOKENS + 3 * self._head_dim) * 4
+        if self.eager:  # K and V are repeated for all heads of queries
+            repeated = 2 * self.batch * self.tokens * self.query_elements
+            return (states + repeated) * self.itemsize_bytes + 2 * self.batch * rows * self.tokens * 4
+        return states * self.itemsize_bytes
+
+    def _finish_bytes(self, keys_values_bytes: int) -> int:
+        """A tile on its way into the sketch, as rows and up to four times projected; tokens that waited before it."""
+        tile = min(self.tokens, SKETCH_TILE_TOKENS) * 4 * self.key_elements * 4
+        return tile + (keys_values_bytes // self.batch if self.stored else 0)
+
+    def _mask_bytes(self) -> int:
+        """All chunks but the first share one band; a prompt of one chunk needs none."""
+        if self.tokens <= self.chunk_tokens:
+            return 0
+        return self.chunk_tokens * (self.tokens + self.chunk_tokens) * self.itemsize_bytes
+
+    @property
+    def _head_dim(self) -> int:
+        return self.query_elements // self.query_heads
