@@ -1,10 +1,9 @@
 """The cost model beside the engine: decode steps of several settings, in turns, part by part.
 
-    python benchmarks/cost_model.py --model smollm2-135m --profile p.json [--json out.json] [--sweep tuned.json]
+    python benchmarks/cost_model.py --model smollm2-135m --profile p.json [--json out.json]
 
 Settings differ in group size, selection, room for reuse and context. Each runs 50 teacher-forced steps over evaluation
-text; its time is the median of five blocks' medians. With ``--sweep`` the settings are those of a tuned configuration
-and, at the same memory, G = 1, 2, 4, 8, 16 with the default sketch, beside full attention for the KL.
+text; its time is the median of five blocks' medians.
 """
 
 from __future__ import annotations
@@ -24,7 +23,6 @@ from kvswap.device.tuner import Candidate, Pricing, Request
 from kvswap.device.verify import Measured, measure_steps
 from kvswap.models.adapter import inspect
 from kvswap.models.loading import LoadedModel, load_model
-from kvswap.tuned import load_tuned
 from kvswap.units import MIB
 
 # group_tokens, select_tokens, room for reuse in MiB
@@ -51,18 +49,6 @@ def settings(pricing: Pricing, contexts: list[int]) -> Iterator[tuple[int, list[
             least = pricing.needs(config, 1).minimum_bytes(tokens)
             configs.append(config.replace(kv_memory=least + room * MIB))
         yield tokens, configs
-
-
-def sweep(pricing: Pricing, path: str) -> tuple[int, list[kvswap.Config]]:
-    """The tuned configuration, then every group size with the default sketch at the same memory."""
-    solution = load_tuned(path).solutions[0]
-    rank = sketchings(pricing.facts.key_elements)[0].rank
-    configs = [solution.config]
-    for group in (1, 2, 4, 8, 16):
-        config = kvswap.Config(kv_memory=solution.config.kv_memory, group_tokens=group, sketch_rank=rank)
-        if pricing.needs(config, 1).minimum_bytes(solution.context_tokens) <= int(config.kv_memory):
-            configs.append(config)
-    return solution.context_tokens, configs
 
 
 def row(config: kvswap.Config, tokens: int, price: Candidate, found: Measured) -> dict[str, Any]:
@@ -99,14 +85,10 @@ def show(each: dict[str, Any]) -> None:
     )
 
 
-def runs(loaded: LoadedModel, pricing: Pricing, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+def runs(loaded: LoadedModel, pricing: Pricing, contexts: list[int], steps: int) -> Iterator[dict[str, Any]]:
     """All settings, measured."""
-    if args.sweep:
-        todo = [sweep(pricing, args.sweep)]
-    else:
-        todo = list(settings(pricing, [int(each) for each in args.contexts.split(",")]))
-    for tokens, configs in todo:
-        found = measure_steps(loaded, configs, tokens=tokens, steps=args.steps, with_full=bool(args.sweep))
+    for tokens, configs in settings(pricing, contexts):
+        found = measure_steps(loaded, configs, tokens=tokens, steps=steps)
         for config, measured in zip(configs, found, strict=True):
             yield row(config, tokens, priced(pricing, config, tokens), measured)
 
@@ -118,7 +100,6 @@ def main() -> None:
     parser.add_argument("--profile", required=True)
     parser.add_argument("--contexts", default="2048,6144")
     parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--sweep", metavar="TUNED")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     loaded = load_model(args.model)
@@ -126,7 +107,8 @@ def main() -> None:
     profile = load_profile(args.profile, None, facts)
     tables = load_tables(cached_tables(facts.fingerprint), facts.fingerprint, facts.layers)
     found = []
-    for each in runs(loaded, Pricing(profile, tables, facts, loaded.model.device), args):
+    pricing, contexts = Pricing(profile, tables, facts, loaded.model.device), args.contexts.split(",")
+    for each in runs(loaded, pricing, [int(context) for context in contexts], args.steps):
         found.append(each)
         show(each)
     if args.json:

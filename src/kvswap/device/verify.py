@@ -15,7 +15,7 @@ from kvswap.config import Config
 from kvswap.corpus import evaluation_topics
 from kvswap.device.disk_curve import Progress
 from kvswap.errors import InputError
-from kvswap.evals.forced import ForcedRun, run_forced
+from kvswap.evals.forced import ForcedRun, force, run_forced, share_prompt
 from kvswap.memory import available_bytes
 from kvswap.models.loading import LoadedModel
 from kvswap.trace import CacheStats
@@ -49,14 +49,16 @@ def measure_steps(
     *,
     tokens: int,
     steps: int = STEPS,
+    start: int = 0,
     with_full: bool = True,
     on_progress: Progress | None = None,
 ) -> list[Measured]:
     """Decode the last ``steps`` of ``tokens`` tokens of evaluation text under each configuration, in turns.
 
-    Raises InputError when the text is too short.
+    The text begins at its token ``start``. ``with_full``: full attention computes the prompt for all and takes its
+    turns too, for the KL. Raises InputError when the text is too short.
     """
-    ids = evaluation_ids(loaded, tokens)
+    ids = evaluation_ids(loaded, tokens, start)
     wanted = [("full", Config())] * with_full + [("kvswap", config) for config in configs]
     report = on_progress or (lambda stage, done, total: None)
     with attach_each(loaded.model, wanted, tokenizer=loaded.tokenizer, on_progress=None) as caches:
@@ -68,7 +70,13 @@ def measure_steps(
                 seen[name].append(cache.stats)
             report("verify", done, total)
 
-        runs = run_forced(loaded.model, names, ids, steps, on_step=step)
+        if with_full:
+            row = share_prompt(loaded.model, caches, ids[:-steps])
+            runs = {name: ForcedRun() for name in names}
+            step(1, steps + 1)
+            force(loaded.model, names, ids[-steps:], dict.fromkeys(names, row), runs, on_step=step)
+        else:
+            runs = run_forced(loaded.model, names, ids, steps, on_step=step)
         return [_measured(runs[str(i)], seen[str(i)], with_full=with_full) for i in range(len(configs))]
 
 
@@ -107,13 +115,15 @@ def rows(promise: Promise, found: Measured) -> list[tuple[str, float, float]]:
     return table + ([("KL", promise.kl, found.kl)] if found.kl is not None else [])
 
 
-def evaluation_ids(loaded: LoadedModel, tokens: int) -> list[int]:
-    """The first tokens of the evaluation text. Raises InputError when there are not so many."""
+def evaluation_ids(loaded: LoadedModel, tokens: int, start: int = 0) -> list[int]:
+    """``tokens`` tokens of the evaluation text from ``start`` on. Raises InputError when there are not so many."""
     text = "\n\n".join(text for _, text in evaluation_topics())
     ids: list[int] = loaded.tokenizer(text, add_special_tokens=False)["input_ids"]
-    if len(ids) < tokens:
-        raise InputError(f"the evaluation text has {len(ids):,} tokens, {tokens:,} are needed", hint="tune for less")
-    return ids[:tokens]
+    if len(ids) < start + tokens:
+        raise InputError(
+            f"the evaluation text has {len(ids):,} tokens, {start + tokens:,} are needed", hint="tune for less"
+        )
+    return ids[start : start + tokens]
 
 
 def _measured(run: ForcedRun, seen: list[CacheStats], *, with_full: bool) -> Measured:

@@ -1,0 +1,107 @@
+"""What the defaults without tuning rest on: quality tables of several models, side by side.
+
+    python benchmarks/defaults.py --model ~/models/a --model ~/models/b        from the tables that `kvswap tune` keeps
+
+Writes ``results/tables-NAME.json`` for each model, what was measured without the rankings, and prints the table of
+docs/tuning.md from these files. KL to full attention on calibration text, relative to the defaults, geometric means
+over contexts; what is compared differs from the defaults in one thing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from kvswap.device.model_costs import model_facts
+from kvswap.device.tables import GROUPS, SELECTED, cached_tables, load_tables
+from kvswap.models.adapter import inspect
+from kvswap.models.loading import load_model
+
+RESULTS = Path(__file__).parent / "results"
+Choice = Callable[[dict[str, Any]], bool]
+
+
+def ratio(facts: dict[str, Any], choice: Choice, than: Choice) -> float:
+    """KL of one choice over that of another, geometric mean over the contexts and what else both were measured at."""
+
+    def kl(wanted: Choice) -> dict[tuple[int, int], float]:
+        found = [each for each in facts["qualities"] if wanted(each)]
+        return {(each["tokens"], each["group_tokens"] if free else 0): each["kl"] for each in found}
+
+    sizes = {each["group_tokens"] for each in facts["qualities"] if choice(each)}
+    free = len(sizes) > 1
+    ours, others = kl(choice), kl(than)
+    logs = [math.log(ours[key] / others[key]) for key in ours.keys() & others.keys()]
+    return math.exp(sum(logs) / len(logs))
+
+
+def setting(facts: dict[str, Any], **changes: Any) -> Choice:
+    """The defaults (sketch of D/8 x 2 bytes in 4 bit, M = 400, no budgets by layer) with changes; None: any value."""
+    first = facts["qualities"][0]
+    wanted = {"rank": first["rank"], "bits": first["bits"], "select_tokens": 400, "by_layer": False, **changes}
+    return lambda each: all(value is None or each[name] == value for name, value in wanted.items())
+
+
+def comparisons(facts: dict[str, Any]) -> dict[str, float]:
+    """Ratios of KL by what is changed."""
+    rank = facts["qualities"][0]["rank"]
+    found = {
+        f"G = {group}": ratio(facts, setting(facts, group_tokens=group), setting(facts, group_tokens=4))
+        for group in GROUPS
+    }
+    found |= {
+        f"M = {select}": ratio(facts, setting(facts, select_tokens=select), setting(facts)) for select in SELECTED
+    }
+    for name, part, bits in (
+        ("twice the bytes", 2 * rank, 4),
+        ("the same bytes in 2 bit", 2 * rank, 2),
+        ("half the bytes", rank // 2, 4),
+        ("half the bytes in 2 bit", rank, 2),
+        ("a quarter", rank // 4, 4),
+        ("a quarter in 2 bit", rank // 2, 2),
+    ):
+        found[f"sketch: {name}"] = ratio(facts, setting(facts, rank=part, bits=bits), setting(facts))
+    found["budgets by layer"] = ratio(facts, setting(facts, by_layer=True), setting(facts))
+    return found
+
+
+def load_results() -> list[dict[str, Any]]:
+    """The committed tables, in the order of their names."""
+    return [json.loads(path.read_text()) for path in sorted(RESULTS.glob("tables-*.json"))]
+
+
+def markdown(models: Sequence[dict[str, Any]]) -> list[str]:
+    """One row for each change, one column for each model."""
+    names = [each["model"] for each in models]
+    columns = [comparisons(each) for each in models]
+    lines = [f"| changed | {' | '.join(names)} | mean |", f"|---|{'---|' * (len(names) + 1)}"]
+    for key in columns[0]:
+        values = [column[key] for column in columns]
+        mean = math.exp(sum(map(math.log, values)) / len(values))
+        lines.append(f"| {key} | {' | '.join(f'{value:.2f}' for value in values)} | {mean:.2f} |")
+    return lines
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", action="append", default=[], help="read its tables again")
+    for name in parser.parse_args().model:
+        loaded = load_model(name)
+        facts = model_facts(loaded, inspect(loaded.model))
+        tables = load_tables(cached_tables(facts.fingerprint), facts.fingerprint, facts.layers)
+        short = facts.name.rsplit("/", 1)[-1]
+        values = {**dataclasses.asdict(tables.facts), "model": short}
+        lines = ",\n".join(json.dumps(each) for each in values.pop("qualities"))
+        head = json.dumps(values)[:-1]
+        (RESULTS / f"tables-{short}.json").write_text(f'{head}, "qualities": [\n{lines}\n]}}\n')
+    print("\n".join(markdown(load_results())))
+
+
+if __name__ == "__main__":
+    main()
