@@ -1,13 +1,16 @@
 """One context in memory, decoded again and again with different selections: what tables are computed with.
 
 K and V of the prompt stay as they are; every replay decodes the same tokens from the same place, exactly or attending
-only to what a sketch selects, by the same code that selects on disk. So one prefill serves all settings.
+only to what a sketch selects, by the same code that selects on disk. So one prefill serves all settings, and settings
+are rows of one batch: a step of one token reads all weights, which is most of its time on a small machine, and so it
+reads them once for all.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,7 +41,10 @@ class Recording:
 
 
 class ReplayCache(LayerMajorCache):
-    """One sequence. ``selection`` None decodes exactly; ``recording``, where set, takes the queries."""
+    """A prompt of one sequence, and replays from its end as rows of a batch.
+
+    ``recording``, where set, takes the queries of the first row.
+    """
 
     def __init__(
         self,
@@ -51,33 +57,42 @@ class ReplayCache(LayerMajorCache):
     ) -> None:
         layers = held_layers(parts, self)
         super().__init__(parts, implementation, layers, chunk_tokens=chunk_tokens, on_progress=on_progress)
-        size = (len(parts.offloaded), 2, 1, parts.kv_heads, capacity_tokens, parts.head_dim)
-        self.kv = torch.empty(size, dtype=parts.dtype, device=parts.device)
+        self.kv = self._room(1, capacity_tokens)
         self.padded_tokens = 0
         self.filled_tokens = 0
-        self.selection: Selection | None = None
         self.recording: Recording | None = None
+        self._rows: list[Selection | None] = []
+        self._branched_tokens = 0
+        self._tail = self.kv[..., :0, :]
         self._queries: dict[int, torch.Tensor] = {}
 
-    def mark(self) -> Callable[[], None]:
-        """Remember this place; the result goes back to it."""
-        tokens = self.padded_tokens
-        kept = {i: copy.deepcopy(layer) for i, layer in enumerate(self.layers) if not isinstance(layer, HeldLayer)}
-
-        def back() -> None:
+    @contextmanager
+    def replay(self, rows: Sequence[Selection | None], steps: int) -> Iterator[None]:
+        """Take up to ``steps`` tokens as a batch, each row with a selection or, None, exactly; then go back."""
+        kept = {i: layer for i, layer in enumerate(self.layers) if not isinstance(layer, HeldLayer)}
+        tokens = self._branched_tokens = self.padded_tokens
+        for index, layer in kept.items():
+            self.layers[index] = branch = copy.copy(layer)  # its tensors are replaced, never written to
+            branch.keys, branch.values = (each.repeat(len(rows), 1, 1, 1) for each in (layer.keys, layer.values))
+        self._rows, self._tail = list(rows), self._room(len(rows), steps)
+        try:
+            yield
+        finally:
+            self._rows, self._tail = [], self.kv[..., :0, :]
             self.padded_tokens = self.filled_tokens = tokens
             for index, layer in kept.items():
-                self.layers[index] = copy.deepcopy(layer)
-
-        return back
+                self.layers[index] = layer
 
     def take(self, order: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """New K, V ``[1, H_kv, n, d]`` of one layer; returns all so far, as views."""
-        stop = self.filled_tokens + keys.shape[2]
-        self.kv[order, 0, :, :, self.filled_tokens : stop] = keys
-        self.kv[order, 1, :, :, self.filled_tokens : stop] = values
-        self.filled_tokens = stop
-        return self.kv[order, 0, :, :, :stop], self.kv[order, 1, :, :, :stop]
+        """New K, V ``[B, H_kv, n, d]`` of one layer; returns all so far, as views, of a replay those of its steps."""
+        start = self.filled_tokens
+        stop = self.filled_tokens = start + keys.shape[2]
+        room = self.kv[order]
+        if self._rows:
+            room, start, stop = self._tail[order], start - self._branched_tokens, stop - self._branched_tokens
+        room[0, :, :, start:stop] = keys
+        room[1, :, :, start:stop] = values
+        return room[0, :, :, :stop], room[1, :, :, :stop]
 
     def mask_tokens(self, query_length: int) -> int:
         """K of the running layer so far, and the chunk's."""
@@ -122,31 +137,40 @@ class ReplayCache(LayerMajorCache):
         mask: Any,
         kwargs: dict[str, Any],
     ) -> torch.Tensor:
-        """Exact attention, or attention over what is selected."""
-        if query.shape[2] == 1 and self._queries:
-            assert part.order is not None
-            predicted = self._queries[part.order]
-            if self.recording is not None:
-                self.recording.predicted[-1].append(predicted[0].float())
-                self.recording.true[-1].append(query[0, :, 0].float())
-            if self.selection is not None:
-                keys, values = self._selected(part.order, predicted, keys, values)
-            mask = None
-        return super().attention(part, stock, query, keys, values, mask, kwargs)
+        """Exact attention of a prompt; in a replay, of each row over everything or over what it selects."""
+        if not self._rows or part.order is None:
+            return super().attention(part, stock, query, keys, values, mask, kwargs)
+        predicted = self._queries[part.order]
+        if self.recording is not None:
+            self.recording.predicted[-1].append(predicted[0].float())
+            self.recording.true[-1].append(query[0, :, 0].float())
+        found = []
+        for row, selection in enumerate(self._rows):
+            one = slice(row, row + 1)
+            prompt = self.kv[part.order, :, :, :, : self._branched_tokens]
+            if selection is not None:
+                prompt = self._selected(selection, part.order, predicted[one], prompt, keys.shape[2])
+            seen_keys, seen_values = torch.cat((prompt[0], keys[one]), 2), torch.cat((prompt[1], values[one]), 2)
+            found.append(super().attention(part, stock, query[one], seen_keys, seen_values, None, kwargs))
+        return torch.cat(found)
 
     def _selected(
-        self, order: int, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        assert self.selection is not None
-        window, tokens = self.selection.window, keys.shape[2]
-        start = window.ring_start((tokens - 1) // window.group_tokens)
-        sketch = self.selection.sketches[order]
-        scores = sketch.group_mass(query, self.parts.scaling, window.group_tokens)
-        count = min(self.selection.groups[order], start - window.sink_groups)
+        self, selection: Selection, order: int, query: torch.Tensor, prompt: torch.Tensor, steps: int
+    ) -> torch.Tensor:
+        """What a row attends to of the prompt's K, V ``[2, 1, H_kv, T, d]``, ``steps`` tokens after it."""
+        window, tokens = selection.window, prompt.shape[3]
+        start = window.ring_start((tokens + steps - 1) // window.group_tokens)
+        scores = selection.sketches[order].group_mass(query, self.parts.scaling, window.group_tokens)
+        count = min(selection.groups[order], start - window.sink_groups)
         picked = top_groups(scores, window.sink_groups, [start], count)[0]
         groups = torch.cat((torch.arange(window.sink_groups, device=picked.device), picked))
         inside = (
             groups[:, None] * window.group_tokens + torch.arange(window.group_tokens, device=picked.device)
         ).flatten()
         places = torch.cat((inside, torch.arange(start * window.group_tokens, tokens, device=picked.device)))
-        return keys[:, :, places], values[:, :, places]
+        return prompt[:, :, :, places]
+
+    def _room(self, rows: int, tokens: int) -> torch.Tensor:
+        parts = self.parts
+        size = (len(parts.offloaded), 2, rows, parts.kv_heads, tokens, parts.head_dim)
+        return torch.empty(size, dtype=parts.dtype, device=parts.device)

@@ -32,6 +32,8 @@ def test_disk_alone(tmp_path, capfd):
     assert found.model is None and {point.depth for point in found.disk.bursts} == set(disk_curve.DEPTHS)
     rates = {(point.read_bytes, point.depth): point.bytes_per_s for point in found.disk.bursts}
     assert rates[MIB, 16] > rates[found.disk.alignment_bytes, 1]
+    short = [point for point in found.disk.bursts if point.read_bytes <= max(disk_curve.PACED_SIZES)]
+    assert [(each.read_bytes, each.depth) for each in found.disk.paced] == [(e.read_bytes, e.depth) for e in short]
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
     assert os.listdir(tmp_path / "kv") == []
 
@@ -56,6 +58,7 @@ def test_with_a_model(tiny, tmp_path, cache_home, capfd):
         (["--plot", "."], "--plot .: a directory"),
         (["--model", "./absent"], "./absent: no such file or directory"),
         (["--kv-dir", __file__], "is a file"),
+        (["--kv-dir", "/proc/nowhere"], "/proc/nowhere"),
     ],
 )
 def test_mistakes_are_told_in_one_line(words, message, capfd):

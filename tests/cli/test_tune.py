@@ -80,6 +80,9 @@ def test_memory_of_the_engine_is_what_was_promised(tiny, tmp_path, capfd):
         ({"more": ["--select-tokens", "20"]}, "select_tokens: 20 leaves no group"),
         ({"more": ["--out", "/nowhere/at/all.json"]}, "--out /nowhere/at/all.json: cannot be written"),
         ({"more": ["--profile", "absent.json"]}, "absent.json: No such file"),
+        ({"more": ["--kv-dir", "/proc/nowhere"]}, "/proc/nowhere"),
+        ({"more": ["--profile", __file__]}, "damaged JSON"),
+        ({"more": ["--tables", __file__]}, "damaged"),
     ],
 )
 def test_mistakes_are_told_in_one_line(options, message, tiny, tmp_path, capfd):
@@ -98,3 +101,16 @@ def test_files_of_another_model_are_refused(tiny, tmp_path, capfd):
     run = ["run", "--model", str(other), "--config", str(tmp_path / "tuned.json"), "--ask", "Who?"]
     assert run_command(run) == 2
     assert "tuned for another model" in capfd.readouterr().err
+
+
+def test_files_of_another_machine_need_force(tiny, tmp_path, cache_home, capfd):
+    profile_file, tables_file = tmp_path / "p.json", tmp_path / "t.safetensors"
+    assert run_command(words(tiny, tmp_path, "--tables", str(tables_file))) == 0
+    cached = max((cache_home / "kvswap" / "profiles").iterdir(), key=os.path.getmtime)
+    values = json.loads(cached.read_text())
+    profile_file.write_text(json.dumps({**values, "stamp": {**values["stamp"], "cpu": "Abacus"}}))
+    more = ["--tables", str(tables_file), "--profile", str(profile_file)]
+    capfd.readouterr()
+    assert run_command(words(tiny, tmp_path, *more)) == 2
+    assert "cpu Abacus instead of" in capfd.readouterr().err
+    assert run_command(words(tiny, tmp_path, *more, "--force")) == 0

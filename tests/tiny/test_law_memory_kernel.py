@@ -33,14 +33,14 @@ for family, tokens, append, implementation in cases:
     model = models[family]
     model.set_attn_implementation(implementation)
     config = Config(kv_dir=folder, kv_memory="8MiB")
-    found.append(measure(model, ids[:tokens], 40, byte_tokenizer(), config, append))
+    found.append(measure(model, ids[:tokens], 12, byte_tokenizer(), config, append))
 print(json.dumps(found))
 """
 CASES = {
-    "one prompt": ("llama", 6000, 0, "sdpa"),
-    "appended": ("llama", 5000, 1500, "sdpa"),
-    "attention weights": ("llama", 3000, 0, "eager"),
-    "sliding windows": ("gemma3", 5000, 0, "sdpa"),
+    "one prompt": ("llama", 4000, 0, "sdpa"),
+    "appended": ("llama", 4000, 1200, "sdpa"),
+    "attention weights": ("llama", 2000, 0, "eager"),
+    "sliding windows": ("gemma3", 3000, 0, "sdpa"),
 }
 
 

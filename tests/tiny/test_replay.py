@@ -16,22 +16,25 @@ from tests.tiny.families import FAMILIES, forced_logits, full_cache, tiny_model,
 PROMPT, STEPS = 512, 5
 
 
-def replayed(model, ids, forced, prepare) -> list[torch.Tensor]:
-    """Logits of exact steps and, after going back, of those that ``prepare`` sets up."""
+def replayed(model, ids, forced, prepare) -> tuple[torch.Tensor, ...]:
+    """Logits of exact steps, twice with the selection that ``prepare`` makes, and of both as rows of a batch."""
     attachment = Attachment(model)
     try:
-        cache = ReplayCache(attachment.parts, attachment.implementation, capacity_tokens=1024, chunk_tokens=512)
+        cache = ReplayCache(attachment.parts, attachment.implementation, capacity_tokens=PROMPT, chunk_tokens=512)
         first = forced_logits(model, ids, forced[:, :0], cache)
-        back = cache.mark()
+
+        def replay(*rows: Selection | None) -> tuple[torch.Tensor, ...]:
+            with cache.replay(rows, STEPS):
+                each = forced.repeat(len(rows), 1)
+                found = forced_logits(model, each[:, :1], each[:, 1:], cache)
+            assert cache.padded_tokens == PROMPT
+            return tuple(torch.cat((first, row[:, None])) for row in found.unbind(1))
+
         cache.recording = recording = Recording()
-        runs = [torch.cat((first, forced_logits(model, forced[:, :1], forced[:, 1:], cache)))]
-        assert len(recording.true) == forced.shape[1]
+        (exact,) = replay(None)
+        assert len(recording.true) == forced.shape[1] and len(recording.true[0]) == len(attachment.parts.offloaded)
         cache.recording = None
-        for _ in range(2):  # the second finds everything as the first did
-            back()
-            cache.selection = prepare(cache)
-            runs.append(torch.cat((first, forced_logits(model, forced[:, :1], forced[:, 1:], cache))))
-        return runs
+        return exact, *replay(prepare(cache)), *replay(prepare(cache)), *replay(prepare(cache), None)
     finally:
         attachment.restore()
 
@@ -67,10 +70,11 @@ def test_replays_equal_full_attention_and_the_cache_on_disk(family, tmp_path):
         select_tokens=160,
         layer_select_tokens=(128, 192, 160)[:layers],
     )
-    exact, once, again = replayed(model, ids, forced, lambda cache: selection(config, cache))
+    exact, once, again, beside, exact_beside = replayed(model, ids, forced, lambda cache: selection(config, cache))
     full = forced_logits(model, ids, forced, full_cache(model))
     assert (exact - full).abs().max() < 1e-4
-    assert torch.equal(once, again)
+    assert torch.equal(once, again)  # the second finds everything as the first did
+    assert (beside - once).abs().max() < 1e-4 and (exact_beside - exact).abs().max() < 1e-4
     with attach(model, config) as cache:
         on_disk = forced_logits(model, ids, forced, cache)
     assert (once - on_disk).abs().max() < 1e-4

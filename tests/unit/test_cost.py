@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -38,6 +40,7 @@ def disk(slower: float = 1.0) -> DiskCosts:
         collect_s=5e-6,
         latency_us={},
         bursts=points,
+        paced=[],
     )
 
 
@@ -115,6 +118,18 @@ def test_a_slow_disk_shows_in_the_wait_and_nowhere_else() -> None:
     fast, slow = (step_cost(model(), disk(times), traffic(80, 40), **SETTING) for times in (1.0, 20.0))
     assert slow.wait_s > fast.wait_s + 0.9 * (slow.read_s - fast.read_s) - 3 * 2e-3
     assert (slow.compute_s, slow.predict_s, slow.slots_s) == (fast.compute_s, fast.predict_s, fast.slots_s)
+
+
+def test_paced_bursts_decide_what_hides_and_the_others_what_a_step_takes_at_least() -> None:
+    """A limit of so many reads a second lets single bursts pass; it shows when a step has more than its share."""
+    quick, limited = disk(0.1).bursts, disk(20.0)
+    bucket = dataclasses.replace(limited, paced=quick)
+    few, many = (step_cost(model(), bucket, traffic(80, reads), **SETTING) for reads in (1.0, 60.0))
+    assert few.wait_s == step_cost(model(), disk(0.1), traffic(80, 1), **SETTING).wait_s
+    sustained = limited.burst_s(np.array([60.0] * 3), np.array([8192.0] * 3)).sum()
+    assert many.step_s == pytest.approx(sustained)
+    assert many.step_s < step_cost(model(), limited, traffic(80, 60), **SETTING).step_s
+    assert bucket.burst_s(np.array([4.0]), np.array([4096.0]), paced=True)[0] == pytest.approx(0.1 * burst_s(4, 4096))
 
 
 def test_reuse_rate_counts_what_needs_no_read() -> None:

@@ -105,9 +105,7 @@ def test_without_the_library_nothing_is_scored_here(reloaded: None, monkeypatch:
     assert not loops.scores_here(4, 4, torch.device("cpu"))
 
 
-def test_another_file_in_its_place_is_not_used(
-    reloaded: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_another_file_in_its_place_is_not_used(reloaded: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     wrong = tmp_path / "kernels.so"
     wrong.write_bytes(b"no library")
     spec = importlib.machinery.ModuleSpec("kvswap.native._kernels", None, origin=str(wrong))

@@ -77,7 +77,7 @@ def damage(text: str) -> dict[str, str]:
         text[: len(text) // 2]: "damaged JSON",
         "[]": "not a kvswap-profile file",
         with_(format="other"): "not a kvswap-profile file",
-        with_(version=99): "version 99, this kvswap reads 1",
+        with_(version=99): "version 99, this kvswap reads 2",
         with_(disks=[]): "no read was measured",
         with_(disks=[{}]): "lacks or has too much",
         with_(made=3): "made",

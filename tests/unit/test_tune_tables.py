@@ -45,7 +45,8 @@ def tables(**changes: object) -> Tables:
         fingerprint="abc",
         kvswap_version=version_of("kvswap"),
         text="none",
-        steps=8,
+        texts=2,
+        steps=4,
         contexts=list(CONTEXTS),
         qualities=qualities,
     )
@@ -56,6 +57,7 @@ def tables(**changes: object) -> Tables:
             groups, width = tokens // group, min(tokens // group, 1600 // group)
             skew = random.exponential(1.0, (8, LAYERS, groups)) * np.exp(-np.arange(groups) * group / 600)
             rankings[tokens, group] = (-skew).argsort(axis=2)[:, :, :width].astype(np.int32)
+            rankings[tokens, group] = rankings[tokens, group].reshape(2, 4, LAYERS, width)
             line = 1 - np.exp(-np.outer([0.02, 0.01, 0.004, 0.001], np.arange(width + 1) * group))
             kept[tokens, group] = line.astype(np.float32)
     return Tables(dataclasses.replace(facts, **changes), rankings, kept)
@@ -106,7 +108,7 @@ def test_damaged_tables_are_refused_in_a_sentence(tmp_path: Path) -> None:
     file = tmp_path / "t.safetensors"
     tables().save(file)
     content, tensors = file.read_bytes(), load_file(file)
-    about = {"format": "kvswap-tables", "version": 1, **dataclasses.asdict(tables().facts)}
+    about = {"format": "kvswap-tables", "version": 2, **dataclasses.asdict(tables().facts)}
 
     def write(about: object, tensors: dict[str, np.ndarray]) -> None:
         save_file(tensors, file, metadata={"kvswap": json.dumps(about)})
@@ -118,7 +120,7 @@ def test_damaged_tables_are_refused_in_a_sentence(tmp_path: Path) -> None:
         load_tables(tmp_path / "absent", "abc", LAYERS)
     for changed, words in (
         ({**about, "format": "x"}, "not a kvswap-tables file"),
-        ({**about, "version": 9}, "version 9, this kvswap reads 1"),
+        ({**about, "version": 9}, "version 9, this kvswap reads 2"),
         ({**about, "qualities": []}, "nothing was measured"),
         ({**about, "steps": "many"}, "steps"),
         (None, "not a kvswap-tables file"),

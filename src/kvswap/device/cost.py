@@ -37,7 +37,10 @@ class BurstRate:
 class DiskCosts:
     """One backend on one folder. ``latency_us``: p50 and p99 of single reads by their size in bytes.
 
-    ``collect_s`` is what waiting costs when everything has arrived already.
+    ``collect_s`` is what waiting costs when everything has arrived already. ``bursts`` follow one another without a
+    pause and show what the disk can keep up; ``paced`` ones come after a pause as long as a burst takes, at least as
+    long as a layer computes: a disk with a cache, or under a limit of so much a second, answers those sooner. Where
+    ``paced`` is empty they are taken to be the same.
     """
 
     backend: str
@@ -47,6 +50,7 @@ class DiskCosts:
     collect_s: float
     latency_us: dict[str, list[float]]
     bursts: list[BurstRate]
+    paced: list[BurstRate]
 
     def peak_rates(self) -> list[tuple[int, float]]:
         """Read size and the best rate over all depths, by size."""
@@ -59,14 +63,15 @@ class DiskCosts:
         best = max(rate for _, rate in rates)
         return next(size for size, rate in rates if rate >= PEAK_SHARE * best)
 
-    def burst_s(self, reads: Floats, read_bytes: Floats) -> Floats:
+    def burst_s(self, reads: Floats, read_bytes: Floats, *, paced: bool = False) -> Floats:
         """Time of bursts of ``reads`` reads with ``read_bytes`` each (arrays of one shape); 0 for no reads.
 
         Interpolated in the logarithms; past the measured ends time grows with the count and with the bytes.
         """
-        sizes = np.array(sorted({point.read_bytes for point in self.bursts}), float)
-        depths = np.array(sorted({point.depth for point in self.bursts}), float)
-        times = {(point.read_bytes, point.depth): point.burst_s for point in self.bursts}
+        points = self.paced if paced and self.paced else self.bursts
+        sizes = np.array(sorted({point.read_bytes for point in points}), float)
+        depths = np.array(sorted({point.depth for point in points}), float)
+        times = {(point.read_bytes, point.depth): point.burst_s for point in points}
         table = np.log([[times[int(size), int(depth)] for depth in depths] for size in sizes])
         size, depth = np.maximum(read_bytes, 1.0), np.maximum(reads, 1.0)
         inside_size, inside_depth = np.clip(size, sizes[0], sizes[-1]), np.clip(depth, depths[0], depths[-1])
@@ -205,17 +210,20 @@ def step_cost(
     submit = model.submit.of(reads=traffic.reads)
     predict = model.predict_s(tokens, rank, bits)
     mean_bytes = traffic.read_bytes / np.maximum(traffic.reads, 1e-9)
-    burst = disk.burst_s(traffic.reads, mean_bytes)
+    burst = disk.burst_s(traffic.reads, mean_bytes, paced=True)
     # A layer's reads start before the layer in front of it computes. Nothing is in front of the first layer: only the
     # prediction for the second one lies between its reads and its attention.
     covered = np.concatenate(([predict + submit[min(1, layers - 1)]], (compute + slots)[:-1]))
-    wait = np.maximum(disk.collect_s, burst - submit - covered)
+    wait = float(np.maximum(disk.collect_s, burst - submit - covered).sum())
+    busy = model.outside_s + float((compute + slots + submit).sum()) + predict * layers
+    # Whatever hides behind what, a step is no shorter than the disk needs for all of its reads.
+    wait = max(wait, float(disk.burst_s(traffic.reads, mean_bytes).sum()) - busy)
     return StepCost(
         compute_s=model.outside_s + float(compute.sum()),
         predict_s=predict * layers,
         slots_s=float(slots.sum()),
         submit_s=float(submit.sum()),
-        wait_s=float(wait.sum()),
+        wait_s=wait,
         read_s=float(burst.sum()),
         reads=float(traffic.reads.sum()),
         read_bytes=float(traffic.read_bytes.sum()),

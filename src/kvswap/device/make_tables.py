@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from kvswap.attachment import Attachment
 from kvswap.baselines.kvswap import score
-from kvswap.calibrate import calibrate, fingerprint
+from kvswap.calibrate import CALIBRATION_TOKENS, calibrate, fingerprint
 from kvswap.config import Config
 from kvswap.corpus import calibration_topics
 from kvswap.device.budgets import layer_groups
@@ -31,7 +31,8 @@ from kvswap.sketch.transform import TransformSketch, transform_basis
 from kvswap.window import Window
 
 CONTEXTS = (2048, 7168)
-STEPS = 32
+TEXTS, STEPS = 3, 24
+"""Stretches of text, and steps after each context of each of them."""
 COMMON_GROUPS = (2, 8)
 """Group sizes at which every sketch is measured; the default sketch is measured at all."""
 SINKS, RECENT = Config().sink_tokens, Config().recent_tokens
@@ -93,61 +94,67 @@ class _Maker:
         longest = int(getattr(self.parts.config, "max_position_embeddings", 0) or max(contexts) + steps)
         self.contexts = sorted({min(each, (longest - steps) // 16 * 16) for each in contexts})
         text = "\n\n".join(text for _, text in calibration_topics())
-        self.ids: list[int] = loaded.tokenizer(text, add_special_tokens=False)["input_ids"]
-        needed = self.contexts[-1] + steps
-        if len(self.ids) < needed:
-            raise InputError(f"the calibration text has {len(self.ids):,} tokens, {needed:,} are needed")
+        ids: list[int] = loaded.tokenizer(text, add_special_tokens=False)["input_ids"]
+        # The basis of the sketch was learned from the first tokens, so that they would flatter it.
+        each = self.contexts[-1] + steps
+        self.texts = [
+            ids[start : start + each] for start in range(CALIBRATION_TOKENS, CALIBRATION_TOKENS + TEXTS * each, each)
+        ]
+        if len(self.texts[-1]) < each:
+            needed = CALIBRATION_TOKENS + TEXTS * each
+            raise InputError(f"the calibration text has {len(ids):,} tokens, {needed:,} are needed")
         self.settings = settings(self.parts.kv_heads * self.parts.head_dim)
 
     def make(self) -> Tables:
-        """All contexts, from short to long: each goes on with the prompt of the one before."""
+        """All texts, in each all contexts from short to long: each goes on with the prompt of the one before."""
         statistics = self._calibrate()
-        cache = ReplayCache(
-            self.parts,
-            self.implementation,
-            capacity_tokens=self.contexts[-1] + self.steps,
-            chunk_tokens=_CHUNK_TOKENS,
-        )
-        total = len(self.contexts) * (len(self.settings) + 2)
-        counter = itertools.count(1)
-
-        def tick() -> None:
-            self._on_progress("tables", next(counter), total)
-
-        qualities: list[Quality] = []
-        rankings, kept = {}, {}
-        for context in self.contexts:
-            self._feed(cache, self.ids[cache.padded_tokens : context])
-            tick()
-            back = cache.mark()
-            cache.recording = recording = Recording()
-            exact = self._rows(cache, context)
-            cache.recording = None
-            back()
-            sketches = self._sketches(cache, statistics, self.settings[0].sketch)
-            for group in GROUPS:
-                rankings[context, group], kept[context, group] = _rank(cache, self.parts, recording, sketches, group)
-            tick()
-            made = self.settings[0].sketch
-            for setting in self.settings:
-                if setting.sketch != made:
-                    sketches, made = self._sketches(cache, statistics, setting.sketch), setting.sketch
-                cache.selection = _selection(setting, sketches, kept[context, setting.group_tokens])
-                kl = _kl(exact, self._rows(cache, context))
-                cache.selection = None
-                back()
-                qualities.append(_quality(context, setting, kl))
+        tick = self._ticks()
+        kl: dict[tuple[int, Setting], list[float]] = {}
+        rankings: dict[tuple[int, int], list[NDArray[np.int32]]] = {}
+        kept: dict[tuple[int, int], list[NDArray[np.float32]]] = {}
+        for ids in self.texts:
+            cache = ReplayCache(
+                self.parts, self.implementation, capacity_tokens=self.contexts[-1], chunk_tokens=_CHUNK_TOKENS
+            )
+            for context in self.contexts:
+                self._feed(cache, [ids[cache.padded_tokens : context]])
                 tick()
+                forced = ids[context : context + self.steps]
+                cache.recording = recording = Recording()
+                (exact,) = self._rows(cache, [None], forced)
+                cache.recording = None
+                sketches = {each: self._sketches(cache, statistics, each) for each in self._sketchings()}
+                mass = {}
+                for group in GROUPS:
+                    ranking, mass[group] = _rank(cache, self.parts, recording, sketches[self.settings[0].sketch], group)
+                    rankings.setdefault((context, group), []).append(ranking)
+                    kept.setdefault((context, group), []).append(mass[group])
+                tick()
+                rows = [_selection(each, sketches[each.sketch], mass[each.group_tokens]) for each in self.settings]
+                for setting, found in zip(self.settings, self._rows(cache, rows, forced, tick), strict=True):
+                    kl.setdefault((context, setting), []).extend(_kl(exact, found))
         facts = TablesFacts(
             model=self.loaded.name,
             fingerprint=fingerprint(self.parts),
             kvswap_version=version_of("kvswap"),
-            text="calibration half of the Python language reference",
+            text="calibration half of the Python language reference, behind what the basis is from",
+            texts=len(self.texts),
             steps=self.steps,
             contexts=list(self.contexts),
-            qualities=qualities,
+            qualities=[_quality(context, setting, np.array(found)) for (context, setting), found in kl.items()],
         )
-        return Tables(facts, rankings, kept)
+        return Tables(
+            facts,
+            {key: np.stack(found) for key, found in rankings.items()},
+            {key: np.mean(found, axis=0, dtype=np.float32) for key, found in kept.items()},
+        )
+
+    def _ticks(self) -> Callable[[], None]:
+        total, counter = len(self.texts) * len(self.contexts) * (2 + self.steps), itertools.count(1)
+        return lambda: self._on_progress("tables", next(counter), total)
+
+    def _sketchings(self) -> list[Sketching]:
+        return list(dict.fromkeys(setting.sketch for setting in self.settings))
 
     def _calibrate(self) -> list[KeyCovariance]:
         return calibrate(
@@ -176,15 +183,25 @@ class _Maker:
             found.append(each)
         return found
 
-    def _rows(self, cache: ReplayCache, context: int) -> torch.Tensor:
-        """Log-probabilities ``[steps, V]`` after each of the steps' tokens."""
-        rows = [self._feed(cache, [token]) for token in self.ids[context : context + self.steps]]
-        return torch.stack(rows)
+    def _rows(
+        self,
+        cache: ReplayCache,
+        selections: Sequence[Selection | None],
+        forced: list[int],
+        tick: Callable[[], None] = lambda: None,
+    ) -> list[torch.Tensor]:
+        """Log-probabilities ``[steps, V]`` after each forced token, by selection."""
+        found = []
+        with cache.replay(selections, len(forced)):
+            for token in forced:
+                found.append(self._feed(cache, [[token]] * len(selections)))
+                tick()
+        return list(torch.stack(found, dim=1))
 
-    def _feed(self, cache: ReplayCache, ids: list[int]) -> torch.Tensor:
-        output = self._call(torch.tensor([ids], device=self.parts.device), cache, logits_to_keep=1)
-        row: torch.Tensor = output.logits[0, -1].float().cpu().log_softmax(-1)
-        return row
+    def _feed(self, cache: ReplayCache, ids: list[list[int]]) -> torch.Tensor:
+        output = self._call(torch.tensor(ids, device=self.parts.device), cache, logits_to_keep=1)
+        rows: torch.Tensor = output.logits[:, -1].float().cpu().log_softmax(-1)
+        return rows
 
     @torch.no_grad()
     def _call(self, ids: torch.Tensor, cache: Any, **options: Any) -> Any:

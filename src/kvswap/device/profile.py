@@ -23,7 +23,7 @@ from kvswap.jsonfile import build, read_json, save_json
 if TYPE_CHECKING:
     from kvswap.models.loading import LoadedModel
 
-FORMAT, VERSION = "kvswap-profile", 1
+FORMAT, VERSION = "kvswap-profile", 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -28,7 +28,7 @@ from kvswap.errors import ConfigError
 from kvswap.jsonfile import build
 from kvswap.sketch.transform import TransformSketch
 
-FORMAT, VERSION = "kvswap-tables", 1
+FORMAT, VERSION = "kvswap-tables", 2
 GROUPS = (1, 2, 4, 8, 16)
 SELECTED = (200, 400, 800)
 
@@ -76,12 +76,13 @@ class Quality:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TablesFacts:
-    """Where tables come from and what was measured."""
+    """Where tables come from and what was measured: ``steps`` after each context of each of ``texts`` stretches."""
 
     model: str
     fingerprint: str
     kvswap_version: str
     text: str
+    texts: int
     steps: int
     contexts: list[int]
     qualities: list[Quality]
@@ -89,7 +90,7 @@ class TablesFacts:
 
 @dataclass(frozen=True, slots=True)
 class Tables:
-    """``rankings[tokens, G]`` is int32 ``[steps, L, K]``, ``kept[tokens, G]`` float32 ``[L, K + 1]``."""
+    """``rankings[tokens, G]`` is int32 ``[texts, steps, L, K]``, ``kept[tokens, G]`` float32 ``[L, K + 1]``."""
 
     facts: TablesFacts
     rankings: dict[tuple[int, int], NDArray[np.int32]]
@@ -206,15 +207,16 @@ def _checked(facts: TablesFacts, tensors: dict[str, NDArray[Any]], layers: int, 
                 and mass is not None
                 and ranking.dtype == np.int32
                 and mass.dtype == np.float32
-                and ranking.ndim == 3
-                and ranking.shape[0] > 0
-                and mass.shape == (ranking.shape[1], ranking.shape[2] + 1)
+                and ranking.ndim == 4
+                and ranking.shape[:2] == (facts.texts, facts.steps)
+                and ranking.size > 0
+                and mass.shape == (ranking.shape[2], ranking.shape[3] + 1)
                 and bool((ranking >= 0).all() and (ranking < context).all() and np.isfinite(mass).all())
             )
             if not right or ranking is None or mass is None:
                 raise ConfigError(f"{where}: damaged: ranking of {context} tokens, G = {group_tokens}", hint=hint)
-            if ranking.shape[1] != layers:
-                raise ConfigError(f"{where}: {ranking.shape[1]} layers, the model has {layers}", hint=hint)
+            if ranking.shape[2] != layers:
+                raise ConfigError(f"{where}: {ranking.shape[2]} layers, the model has {layers}", hint=hint)
             rankings[context, group_tokens], kept[context, group_tokens] = ranking, mass
     if not facts.contexts or not facts.qualities:
         raise ConfigError(f"{where}: damaged: nothing was measured", hint=hint)

@@ -24,7 +24,17 @@ WARM_SHARE = 0.25
 def simulate(
     ranking: NDArray[np.int32], groups: list[int], *, reuse_slots: int, slot_bytes: int, gap_bytes: int
 ) -> Traffic:
-    """Traffic of one sequence: ``ranking`` ``[steps, L, K]``, of which layer l selects the first ``groups[l]``."""
+    """Traffic of one sequence, mean over texts: ``ranking`` ``[texts, steps, L, K]``; layer l selects ``groups[l]``."""
+    counts = np.mean([_count(text, groups, reuse_slots, slot_bytes, gap_bytes) for text in ranking], axis=0)
+    return Traffic(
+        selected_groups=np.array(groups, float), missed_groups=counts[0], reads=counts[1], read_bytes=counts[2]
+    )
+
+
+def _count(
+    ranking: NDArray[np.int32], groups: list[int], reuse_slots: int, slot_bytes: int, gap_bytes: int
+) -> NDArray[np.float64]:
+    """Missed groups, reads and bytes of a step by layer, ``[3, L]``, over the steps of one text ``[steps, L, K]``."""
     steps, layers, width = ranking.shape
     most = max(groups)
     assert most <= width, (most, width)
@@ -54,7 +64,5 @@ def simulate(
                 counts[:, step, layer] = len(missed), len(plan.first), plan.count.sum() * slot_bytes
     finally:
         pool.close()
-    missed_groups, reads, read_bytes = counts[:, int(steps * WARM_SHARE) :].mean(axis=1)
-    return Traffic(
-        selected_groups=np.array(groups, float), missed_groups=missed_groups, reads=reads, read_bytes=read_bytes
-    )
+    found: NDArray[np.float64] = counts[:, int(steps * WARM_SHARE) :].mean(axis=1)
+    return found

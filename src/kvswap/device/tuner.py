@@ -141,7 +141,7 @@ class Pricing:
     def step(self, config: Config, context_tokens: int, reuse_slots: int, batch: int = 1) -> tuple[Traffic, StepCost]:
         """Traffic and cost of a step of one sequence; a batch shares the slots and multiplies what is read."""
         context = self.tables.nearest_context(context_tokens)
-        width = self.tables.rankings[context, config.group_tokens].shape[2]
+        width = self.tables.rankings[context, config.group_tokens].shape[3]
         groups = tuple(min(width, count) for count in config.layer_select_groups(self.facts.layers))
         traffic = self._simulate(context, config.group_tokens, groups, _two_digits(reuse_slots // batch))
         cost = step_cost(
