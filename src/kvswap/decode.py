@@ -171,9 +171,9 @@ class Decode:
         fetch = self.latest[layer] = self._fetches.pop(layer)
         state.store.backend.wait(fetch.ticket)
         state.trace.lap()
-        if state.store.verifies:
+        if state.store.sealed:
             rows = layer * state.batch + fetch.sequences
-            state.store.verify(rows, fetch.groups, state.pool.landed(fetch.half, fetch.staged))
+            state.store.unseal(rows, fetch.groups, *state.pool.landed(fetch.half, fetch.staged))
         state.pool.land(fetch.half, fetch.landed)
         base = self._bases[layer][:, None]
         valid = np.concatenate((step.sinks_valid, fetch.valid, step.ring_valid), axis=1)

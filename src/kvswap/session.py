@@ -85,10 +85,23 @@ class Session:
             raise
 
     @classmethod
-    def create(cls, name: str, model: str | LoadedModel, config: Config | None = None, **options: Any) -> Session:
-        """A new, empty session of a model, given by name or loaded. Raises SessionError when the name is taken."""
+    def create(
+        cls,
+        name: str,
+        model: str | LoadedModel,
+        config: Config | None = None,
+        *,
+        encrypt: bool = False,
+        **options: Any,
+    ) -> Session:
+        """A new, empty session of a model, given by name or loaded.
+
+        With ``encrypt`` nothing but sizes and the manifest can be read without the key, which comes from the variable
+        ``KVSWAP_SESSION_KEY`` or the system's keyring, now and whenever the session is opened.
+        Raises SessionError when the name is taken, or without a key.
+        """
         config = config or Config()
-        return cls._with_model(create_session(config.kv_dir, name), model, config, **options)
+        return cls._with_model(create_session(config.kv_dir, name, encrypt=encrypt), model, config, **options)
 
     @classmethod
     def open(cls, name: str, model: str | LoadedModel, config: Config | None = None, **options: Any) -> Session:

@@ -117,7 +117,8 @@ class Keeper:
         """The session's files, opened in ``backend``."""
         current = self.folder.base
         held = np.array(current.flushed if current else [0] * layers, np.int64)
-        sums = np.zeros((layers, int(held.max())), np.uint64)
+        sealer = self.folder.sealer
+        seals = np.zeros((layers, int(held.max())), sealer.dtype)
         starts = np.empty((0, layers), np.int64)
         files = np.empty((0, layers), np.int64)
         segments = Segments(starts, files)
@@ -125,7 +126,7 @@ class Keeper:
             segment = self.folder.manifest.segment(number)
             segments.add(np.array(segment.start, np.int64), self._adopt(backend, number, layers))
         for layer, index in enumerate(self._stored.groups if self._stored else ()):
-            sums[layer, : len(index.sums)] = index.sums
+            seals[layer, : len(index.seals)] = index.seals
 
         def begin(first: NDArray[np.int64]) -> NDArray[np.int64]:
             number = self.folder.begin_segment(tuple(first.tolist()))
@@ -134,7 +135,8 @@ class Keeper:
         return NamedFiles(
             segments=segments,
             held=held,
-            sums=sums,
+            seals=seals,
+            sealer=sealer,
             appendable=self.folder.appendable(),
             verify=self._verify,
             what=self.folder.what,
@@ -178,7 +180,7 @@ class Keeper:
         group_tokens, groups = state.window.group_tokens, []
         for layer, (start, stop) in enumerate(zip(before, flushed, strict=True)):
             codes, scales = _codes(state, layer).dump(0, start * group_tokens, stop * group_tokens)
-            groups.append(LayerIndex(named.sums[layer, start:stop].copy(), codes, scales))
+            groups.append(LayerIndex(named.seals[layer, start:stop].copy(), codes, scales))
         written_bytes = state.store.backend.counters.write_bytes
         self.folder.commit(
             Commit(

@@ -151,8 +151,8 @@ def open_state(
     files of a session, whose groups are laid out for ``alignment_bytes``. Raises MemoryBudgetError.
     """
     alignment_bytes = alignment_bytes or backend.alignment_bytes
-    checksum_bytes = named.sums.itemsize if named is not None else 0
-    needs, layout = _needs(config, method, shape, alignment_bytes, makers, batch, checksum_bytes)
+    seal_bytes = named.seals.itemsize if named is not None else 0
+    needs, layout = _needs(config, method, shape, alignment_bytes, makers, batch, seal_bytes)
     ledger = Ledger(_limit_bytes(config, needs, tokens))
     capacity, window = capacity_for(tokens), needs.window
     groups = ceil_div(capacity, window.group_tokens)
@@ -199,7 +199,7 @@ def _needs(
     alignment_bytes: int,
     makers: Sequence[SketchMaker],
     batch: int,
-    checksum_bytes: int,
+    seal_bytes: int,
 ) -> tuple[MemoryNeeds, GroupLayout]:
     itemsize = shape.store_dtype.itemsize
     geometry = KVGeometry(
@@ -218,7 +218,7 @@ def _needs(
         sketch_token_bytes=makers[0].token_bytes,
         basis_bytes=sum(maker.basis_bytes + batch * maker.sequence_bytes for maker in makers),
         stream_bytes=2 * tile_groups(config.group_tokens) * layout.slot_bytes if method.streams else 0,
-        checksum_group_bytes=checksum_bytes,
+        seal_group_bytes=seal_bytes,
     )
     return needs, layout
 

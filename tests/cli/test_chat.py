@@ -58,3 +58,27 @@ def test_document_comes_before_the_first_question(chat, tmp_path) -> None:
     code, _, err = chat("Who?", "/stats", words=("--document", str(story)))
     assert code == 0 and "tokens in" in err
     assert chat("Who?", words=("--document", "absent.txt"))[0] == 2
+
+
+def test_options_of_run(chat, tmp_path, monkeypatch) -> None:
+    """The same ones, to the same effect: they reach the engine."""
+    (tmp_path / "config.json").write_text('{"group_tokens": 8}')
+    monkeypatch.setenv("KVSWAP_SESSION_KEY", "5c" * 32)
+    words = ("--session", "diary", "--encrypt", "--config", str(tmp_path / "config.json"), "--dtype", "float32")
+    words += ("--no-verify", "--no-mmap", "--check-quality")
+    code, out, err = chat("Who is there, and what does he count in the evening?", "/stats", words=words)
+    assert code == 0 and out.count("\n") == 1 and "first token" in err
+    from kvswap.store.shelf import open_session
+
+    with open_session(str(tmp_path / "kv"), "diary", write=False) as folder:
+        assert folder.manifest.encryption is not None and folder.manifest.layout.group_tokens == 8
+    assert chat("Who?", words=("--encrypt",))[0] == 2
+    assert chat("Who?", words=("--config", str(tmp_path / "absent.json")))[0] == 2
+
+
+def test_chat_takes_what_run_takes() -> None:
+    from kvswap.cli.chat import chat as chat_command
+    from kvswap.cli.run import run
+
+    names = {parameter.opts[0] for parameter in run.params} - {"--ask", "--method", "--stats-json"}
+    assert names == {parameter.opts[0] for parameter in chat_command.params}

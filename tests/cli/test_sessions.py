@@ -146,9 +146,9 @@ def test_cut_short_and_missing_files(tale, ask, sessions) -> None:
 def test_newer_format_is_refused_politely(tale, ask) -> None:
     manifest = tale / "manifest"
     before = {file.name: file.read_bytes() for file in tale.iterdir()}
-    manifest.write_bytes(manifest.read_bytes().replace(b"kvswap-session 1 ", b"kvswap-session 2 ", 1))
+    manifest.write_bytes(manifest.read_bytes().replace(b"kvswap-session 2 ", b"kvswap-session 3 ", 1))
     code, _, err = ask("And?")
-    assert code == 2 and "made by a newer kvswap (format 2, this one reads 1); update kvswap" in err
+    assert code == 2 and "made by a newer kvswap (format 3, this one reads 1 to 2); update kvswap" in err
     assert all((tale / name).read_bytes() == data for name, data in before.items() if name not in ("manifest", "lock"))
 
 
@@ -229,6 +229,56 @@ def test_prune_removes_leftovers_alone(tale, sessions) -> None:
     assert not (tale.parent / ".new-1234").exists() and not (tale / "tail-99").exists()
     assert sessions("check", "tale")[0] == 0
     assert sessions("prune")[1] == "nothing to remove\n"
+
+
+def test_encrypted_session_from_creation_to_import(ask, sessions, kv_dir, tmp_path, monkeypatch, capfd) -> None:
+    import keyring
+
+    monkeypatch.setattr(keyring, "get_password", lambda service, name: None)
+    monkeypatch.delenv("KVSWAP_SESSION_KEY", raising=False)
+    document = ("--document", tmp_path / "story.txt")
+    code, _, err = ask("Who?", *document, "--encrypt")
+    assert code == 2 and "is encrypted and there is no key; set KVSWAP_SESSION_KEY" in err
+    assert list((kv_dir / "sessions").iterdir()) == []
+    code, out, err = sessions("key")
+    assert code == 0 and len(out.strip()) == 64 and "KVSWAP_SESSION_KEY" in err
+    monkeypatch.setenv("KVSWAP_SESSION_KEY", out.strip())
+    assert ask("Who?", *document, session="plain")[0] == 0
+    assert ask("Who?", *document, "--encrypt")[:2] == ask("Who?", *document, session="plain2")[:2]
+    assert ask("And?", session="tale")[1] == ask("And?", session="plain2")[1]
+    assert ask("And?", "--encrypt")[0] == 0
+    code, _, err = ask("And?", "--encrypt", session="plain")
+    assert code == 2 and "session plain exists and is not encrypted" in err
+    assert sessions("check")[0] == 0 and sessions("fork", "tale", "other")[0] == 0
+    assert sessions("export", "other", tmp_path / "other.kvswap")[0] == 0
+    assert sessions("import", tmp_path / "other.kvswap", "--name", "third")[0] == 0
+    assert facts(sessions, "third")["encrypted"] and not facts(sessions, "plain")["encrypted"]
+    damage(kv_dir / "sessions" / "tale" / "data-0-1")
+    assert sessions("check", "tale")[0] == 1 and sessions("repair", "tale")[0] == 0
+    monkeypatch.setenv("KVSWAP_SESSION_KEY", "ab" * 32)
+    for words in (("check", "third"), ("repair", "third"), ("fork", "third", "b"), ("export", "third", tmp_path / "x")):
+        code, _, err = sessions(*words)
+        assert code == 2 and "encrypted with another key" in err, words
+    assert "encrypted with another key" in ask("And?", session="third")[2]
+    assert ", encrypted" in sessions("list")[1]
+    assert sessions("wipe", "third")[0] == 0
+
+
+def test_encrypt_is_for_sessions(tiny, command) -> None:
+    code, _, err = command("run", "--model", tiny, "--ask", "Who?", "--encrypt")
+    assert code == 2 and "--encrypt without --session" in err
+
+
+def test_key_goes_to_the_keyring_once(sessions, monkeypatch) -> None:
+    import keyring
+
+    held = {}
+    monkeypatch.setattr(keyring, "get_password", lambda *place: held.get(place))
+    monkeypatch.setattr(keyring, "set_password", lambda service, name, value: held.update({(service, name): value}))
+    code, out, _ = sessions("key", "--keyring")
+    assert code == 0 and len(held) == 1 and next(iter(held.values())) not in out
+    code, _, err = sessions("key", "--keyring")
+    assert code == 2 and "has a key already" in err and len(held) == 1
 
 
 @pytest.mark.parametrize("words", [("show", "none"), ("rm", "none"), ("check", "none"), ("export", "none", "x")])

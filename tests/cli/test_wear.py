@@ -39,7 +39,7 @@ def age(root: Path, name: str, seconds: int) -> None:
         manifest = replace(folder.manifest, used=folder.manifest.used - seconds)
         from kvswap.store.manifest import encode
 
-        folder.folder.replace("manifest", encode(manifest))
+        folder.folder.replace("manifest", encode(manifest, folder.sealer.sign))
 
 
 def test_closed_sessions_make_room_least_recently_used_first(ask, root) -> None:

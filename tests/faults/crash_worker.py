@@ -14,6 +14,7 @@ from kvswap.errors import SessionError
 from kvswap.models.loading import LoadedModel
 from kvswap.session import Session
 from kvswap.store.check import check
+from kvswap.store.keys import ENVIRONMENT
 from kvswap.store.shelf import entries, prune, session_path
 from tests.tiny.families import tiny_model, tokens
 from tests.tiny.folders import byte_tokenizer
@@ -21,6 +22,7 @@ from tests.tiny.folders import byte_tokenizer
 torch.set_num_threads(1)  # children are forked
 MODEL = LoadedModel(tiny_model("llama", vocab_size=300), byte_tokenizer(), "tiny-llama")
 NAME = "tale"
+KEY = "5c" * 32
 OPERATIONS = (
     ("append", 190),
     ("generate", 7),
@@ -61,10 +63,10 @@ def apply(session: Session, number: int) -> None:
             assert "exists already" in str(error)
 
 
-def reference(folder: Path) -> tuple[list[list[int]], float]:
+def reference(folder: Path, *, encrypt: bool = False) -> tuple[list[list[int]], float]:
     """Token ids before the first and after every operation, and the seconds it all took."""
     started_s = time.perf_counter()
-    with Session.create(NAME, MODEL, config(folder)) as session:
+    with Session.create(NAME, MODEL, config(folder), encrypt=encrypt) as session:
         states = [session.token_ids]
         for number in range(len(OPERATIONS)):
             apply(session, number)
@@ -72,16 +74,16 @@ def reference(folder: Path) -> tuple[list[list[int]], float]:
     return states, time.perf_counter() - started_s
 
 
-def run(folder: Path, home: Path, ready: Connection) -> None:
+def run(folder: Path, home: Path, encrypt: bool, ready: Connection) -> None:
     """The whole schedule on a new session, until somebody kills this process."""
-    os.environ["XDG_CACHE_HOME"] = str(home)
+    os.environ |= {"XDG_CACHE_HOME": str(home), ENVIRONMENT: KEY}
     ready.send("ready")
-    reference(folder)
+    reference(folder, encrypt=encrypt)
 
 
 def recover(folder: Path, home: Path, states: list[list[int]], report: Connection) -> None:
     """What is there after the kill; sends the operation that was reached, or what is wrong, as text."""
-    os.environ["XDG_CACHE_HOME"] = str(home)
+    os.environ |= {"XDG_CACHE_HOME": str(home), ENVIRONMENT: KEY}
     try:
         report.send(_recover(folder, states))
     except BaseException as error:

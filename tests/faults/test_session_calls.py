@@ -17,8 +17,9 @@ import pytest
 from kvswap.errors import KVSwapError
 from kvswap.session import Session
 from kvswap.store.check import check
+from kvswap.store.keys import ENVIRONMENT
 from tests.faults import crash_worker
-from tests.faults.crash_worker import MODEL, NAME, OPERATIONS, apply, config
+from tests.faults.crash_worker import KEY, MODEL, NAME, OPERATIONS, apply, config
 
 SOURCE = str(Path(crash_worker.__file__).parents[2] / "src" / "kvswap")
 # The calls that make a session durable or read it, and how each may fail: an errno, or fewer bytes than asked for.
@@ -78,13 +79,14 @@ def states(tmp_path_factory) -> list[list[int]]:
 
 @pytest.fixture(autouse=True)
 def cache_home(tmp_path_factory, monkeypatch) -> None:
+    monkeypatch.setenv(ENVIRONMENT, KEY)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
 
 
-def play(folder: Path) -> None:
+def play(folder: Path, *, encrypt: bool = False) -> None:
     """The schedule, with one reopening in it."""
     settings = config(folder).replace(backend="threads")
-    with Session.create(NAME, MODEL, settings) as session:
+    with Session.create(NAME, MODEL, settings, encrypt=encrypt) as session:
         for number in range(4):
             apply(session, number)
     with Session.open(NAME, MODEL, settings) as session:
@@ -92,21 +94,23 @@ def play(folder: Path) -> None:
             apply(session, number)
 
 
-def sites(tmp_path: Path) -> list[tuple[str, str]]:
+def sites(tmp_path: Path, *, encrypt: bool = False) -> list[tuple[str, str]]:
     with pytest.MonkeyPatch.context() as patch:
         disk = Disk(patch)
-        play(tmp_path / "survey")
+        play(tmp_path / "survey", encrypt=encrypt)
     return sorted(disk.sites)
 
 
-def fail_once(site: tuple[str, str], how: int | str, folder: Path, states: list[list[int]]) -> bool:
+def fail_once(
+    site: tuple[str, str], how: int | str, folder: Path, states: list[list[int]], *, encrypt: bool = False
+) -> bool:
     """Fail one call; whether that ended the schedule. Whatever it did, the session must be sound afterwards."""
     ended = False
     with pytest.MonkeyPatch.context() as patch:
         disk = Disk(patch)
         disk.target, disk.how = site, how
         try:
-            play(folder)
+            play(folder, encrypt=encrypt)
         except (KVSwapError, OSError) as error:
             ended = True
             assert isinstance(error, KVSwapError), f"{site} {how}: {error!r}"
@@ -141,7 +145,8 @@ def test_every_call_site_fails_once(tmp_path, states) -> None:
 
 
 @pytest.mark.slow
-def test_every_call_site_fails_in_every_way(tmp_path, states) -> None:
-    for number, site in enumerate(sites(tmp_path)):
+@pytest.mark.parametrize("encrypt", [False, True])
+def test_every_call_site_fails_in_every_way(tmp_path, states, encrypt) -> None:
+    for number, site in enumerate(sites(tmp_path, encrypt=encrypt)):
         for how in FAILURES[site[0]]:
-            fail_once(site, how, tmp_path / f"all{number}-{how}", states)
+            fail_once(site, how, tmp_path / f"all{number}-{how}", states, encrypt=encrypt)

@@ -6,7 +6,7 @@ import multiprocessing
 import os
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +40,11 @@ def reference(home, tmp_path_factory) -> Iterator[tuple[list[list[int]], float]]
         yield first, took_s
 
 
-def kill_and_recover(server: Any, home: Path, folder: Path, states: list[list[int]], after_s: float) -> int | str:
+def kill_and_recover(
+    server: Any, home: Path, folder: Path, states: list[list[int]], after_s: float, *, encrypt: bool
+) -> int | str:
     ours, theirs = server.Pipe()
-    child = server.Process(target=crash_worker.run, args=(folder, home, theirs))
+    child = server.Process(target=crash_worker.run, args=(folder, home, encrypt, theirs))
     child.start()
     assert ours.recv() == "ready"
     time.sleep(after_s)
@@ -55,22 +57,35 @@ def kill_and_recover(server: Any, home: Path, folder: Path, states: list[list[in
     return found
 
 
-def run_trials(server: Any, home: Path, folder: Path, reference: tuple[list[list[int]], float], trials: int) -> None:
+def run_trials(
+    server: Any,
+    home: Path,
+    folder: Path,
+    reference: tuple[list[list[int]], float],
+    trials: int,
+    *,
+    encrypt: Callable[[int], bool],
+) -> None:
     states, took_s = reference
     dice, reached = random.Random(trials), []
     for number in range(trials):
         place = folder / str(number)
         place.mkdir()
-        found = kill_and_recover(server, home, place, states, dice.uniform(0, 1.1 * took_s))
+        found = kill_and_recover(server, home, place, states, dice.uniform(0, 1.1 * took_s), encrypt=encrypt(number))
         assert isinstance(found, int), f"trial {number}: {found}"
         reached.append(found)
     assert len(set(reached)) > 1, "every kill hit the same place"
 
 
 def test_after_a_kill_the_last_commit_is_there(server, home, tmp_path, reference) -> None:
-    run_trials(server, home, tmp_path, reference, 6)
+    run_trials(server, home, tmp_path, reference, 6, encrypt=lambda number: number % 3 == 2)
 
 
 @pytest.mark.slow
 def test_after_many_kills_the_last_commit_is_there(server, home, tmp_path, reference) -> None:
-    run_trials(server, home, tmp_path, reference, 300)
+    run_trials(server, home, tmp_path, reference, 300, encrypt=lambda number: False)
+
+
+@pytest.mark.slow
+def test_after_many_kills_the_last_commit_of_an_encrypted_session_is_there(server, home, tmp_path, reference) -> None:
+    run_trials(server, home, tmp_path, reference, 100, encrypt=lambda number: True)

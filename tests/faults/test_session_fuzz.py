@@ -10,7 +10,7 @@ import json
 import random
 import resource
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,10 @@ import pytest
 
 from kvswap.errors import DamagedError, KVSwapError
 from kvswap.store.check import check
-from kvswap.store.checksum import group_sums, text_sum
+from kvswap.store.checksum import text_sum
 from kvswap.store.folder import Commit, SessionFolder
 from kvswap.store.index import LayerIndex
+from kvswap.store.keys import ENVIRONMENT
 from kvswap.store.manifest import MAGIC, VERSION, Layout, Model
 
 LAYOUT = Layout(
@@ -46,17 +47,19 @@ def commit_groups(folder: SessionFolder, rng: np.random.Generator, first: int, g
     """Write that many groups of every layer behind those of before, and commit."""
     if not folder.appendable():
         folder.begin_segment((first,) * LAYOUT.layers)
+    folder.sealer.begin()
     layers = []
     for layer in range(LAYOUT.layers):
         slots = np.zeros((groups, LAYOUT.slot_bytes), np.uint8)
         body = slots[:, : LAYOUT.geometry.group_bytes]
         body[:] = rng.integers(0, 256, body.shape, dtype=np.uint8)
+        seals = folder.sealer.seal(layer, first, body)
         with open(folder.open_data(0, layer, direct=False), "r+b") as file:
             file.seek(first * LAYOUT.slot_bytes)
             file.write(slots.tobytes())
         size = groups * LAYOUT.group_tokens
         codes = rng.integers(0, 256, (LAYOUT.code_rows, size), dtype=np.uint8)
-        layers.append(LayerIndex(group_sums(body), codes, rng.integers(0, 999, (2, size)).astype(np.uint16)))
+        layers.append(LayerIndex(seals, codes, rng.integers(0, 999, (2, size)).astype(np.uint16)))
     flushed = first + groups
     tokens = flushed * LAYOUT.group_tokens + 3
     tail = {f"waiting-{n}": rng.integers(0, 256, 3 * LAYOUT.geometry.token_bytes, dtype=np.uint8) for n in range(2)}
@@ -77,14 +80,30 @@ def commit_groups(folder: SessionFolder, rng: np.random.Generator, first: int, g
     )
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory) -> Path:
+def make(path: Path, *, encrypt: bool) -> Path:
     """A session of two commits."""
-    path, rng = tmp_path_factory.mktemp("sessions") / "whole", np.random.default_rng(0)
-    with SessionFolder.create(path) as folder:
+    rng = np.random.default_rng(0)
+    with SessionFolder.create(path, encrypt=encrypt) as folder:
         commit_groups(folder, rng, 0, 5)
         commit_groups(folder, rng, 5, 3)
     return path
+
+
+@pytest.fixture(autouse=True, scope="module")
+def key() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(ENVIRONMENT, "5c" * 32)
+        yield
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    return make(tmp_path_factory.mktemp("sessions") / "whole", encrypt=False)
+
+
+@pytest.fixture(scope="module")
+def secret(tmp_path_factory) -> Path:
+    return make(tmp_path_factory.mktemp("sessions") / "secret", encrypt=True)
 
 
 def content(path: Path) -> tuple[Any, ...]:
@@ -95,7 +114,11 @@ def content(path: Path) -> tuple[Any, ...]:
         report = check(folder)
         assert stored is not None or not manifest.checkpoints
         tail = {name: array.tobytes() for name, array in stored.tail.items()} if stored else {}
-        index = [(g.sums.tobytes(), g.codes.tobytes(), g.scales.tobytes()) for g in stored.groups] if stored else []
+        index = [
+            ({name: array.tobytes() for name, array in folder.sealer.pack(g.seals).items()}, g.codes.tobytes())
+            for g in (stored.groups if stored else ())
+        ]
+        index += [(g.scales.tobytes(),) for g in (stored.groups if stored else ())]
         groups = []
         for name, size in manifest.files().items() if manifest.layout else ():
             if name.startswith("data-"):  # padding is not part of a group
@@ -157,8 +180,10 @@ def places(value: Any) -> list[tuple[Any, Any]]:
 
 
 def write_manifest(folder: Path, values: Any) -> None:
+    signed = (folder / "manifest").read_bytes().partition(b"\n")[0].split(b" ")[3:]
     body = json.dumps(values).encode()
-    (folder / "manifest").write_bytes(f"{MAGIC} {VERSION} {text_sum(body)}\n".encode() + body)
+    head = f"{MAGIC} {VERSION} {text_sum(body)}".encode()
+    (folder / "manifest").write_bytes(b" ".join([head, *signed]) + b"\n" + body)
 
 
 def forge(folder: Path, rng: random.Random) -> str:
@@ -201,13 +226,18 @@ def run(whole: Path, scratch: Path, rounds: int, seed: int) -> None:
         except Exception as error:
             raise AssertionError(f"change {number} of seed {seed}: {what}") from error
         else:
-            assert forged or after == before, f"change {number} of seed {seed}: {what}: wrong data"
+            may_differ = forged and before[-1].encryption is None  # nobody without the key can forge
+            assert may_differ or after == before, f"change {number} of seed {seed}: {what}: wrong data"
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 < limit
     assert rounds / 2 < refused < rounds  # most changes hurt something; some fall on what does not count
 
 
 def test_changed_files_give_an_error_or_what_was_written(whole, tmp_path) -> None:
     run(whole, tmp_path, 2_000, seed=1)
+
+
+def test_changed_files_of_an_encrypted_session_give_an_error_or_what_was_written(secret, tmp_path) -> None:
+    run(secret, tmp_path, 1_000, seed=3)
 
 
 def test_another_digit_anywhere_in_the_manifest_is_refused(whole, tmp_path) -> None:
@@ -256,3 +286,8 @@ def test_an_impossible_layout_is_refused(whole, tmp_path, change) -> None:
 @pytest.mark.slow
 def test_ten_thousand_changed_files(whole, tmp_path) -> None:
     run(whole, tmp_path, 10_000, seed=2)
+
+
+@pytest.mark.slow
+def test_ten_thousand_changed_files_of_an_encrypted_session(secret, tmp_path) -> None:
+    run(secret, tmp_path, 10_000, seed=4)

@@ -41,10 +41,12 @@ def loaded(family: str) -> LoadedModel:
     return LoadedModel(tiny_model(family, vocab_size=300), byte_tokenizer(), f"tiny-{family}")
 
 
-def play(family: str, schedule: list[tuple[str, int, bool]], kv_dir: Path, *, reopen: bool) -> list[list[int]]:
+def play(
+    family: str, schedule: list[tuple[str, int, bool]], kv_dir: Path, *, reopen: bool, encrypt: bool = False
+) -> list[list[int]]:
     """Token ids after every operation."""
     model, config, seen = loaded(family), CONFIG.replace(kv_dir=str(kv_dir)), []
-    session = Session.create(f"s{next(NUMBERS)}", model, config)
+    session = Session.create(f"s{next(NUMBERS)}", model, config, encrypt=encrypt)
     try:
         session.append(tokens(1, 190)[0].tolist())
         for number, (name, size, close) in enumerate(schedule):

@@ -5,7 +5,6 @@ Answers go to stdout, everything else to stderr. Ctrl-C ends an answer, Ctrl-D t
 
 from __future__ import annotations
 
-import dataclasses
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from kvswap.cli.run import limits_of, load_engine, open_for_run
+from kvswap.cli.options import read_options, shared
 from kvswap.errors import SessionError, UserError
 
 if TYPE_CHECKING:
@@ -30,30 +29,8 @@ HELP = {
 
 
 @click.command()
-@click.option("--model", required=True, metavar="MODEL", help="Local directory, .gguf file, hub id, or smollm2-135m.")
-@click.option("--session", "session_name", metavar="NAME", help="Keep the conversation on disk, or go on with it.")
-@click.option("--document", "documents", multiple=True, metavar="FILE", help="Comes before the first question.")
-@click.option("--kv-memory", metavar="SIZE", help="Memory that the KV cache may hold.  [default: auto]")
-@click.option("--kv-dir", metavar="DIR", help="Folder on a disk for KV files.  [default: the user's cache folder]")
-@click.option("--max-new-tokens", type=int, default=256, show_default=True, metavar="N", help="Longest answer.")
-@click.option("--temperature", type=float, default=0.0, show_default=True, metavar="T", help="0: the likeliest token.")
-@click.option("--top-p", type=float, default=1.0, show_default=True, metavar="P", help="Share of probability sampled.")
-@click.option("--seed", type=int, metavar="S", help="Make sampling repeatable.")
-@click.option("--disk-quota", metavar="SIZE", help="Disk for all sessions together.  [default: no limit]")
-@click.option("--write-limit", metavar="SIZE", help="Most that may be written for sessions a day.  [default: no limit]")
-def chat(
-    model: str,
-    session_name: str | None,
-    documents: tuple[str, ...],
-    kv_memory: str | None,
-    kv_dir: str | None,
-    max_new_tokens: int,
-    temperature: float,
-    top_p: float,
-    seed: int | None,
-    disk_quota: str | None,
-    write_limit: str | None,
-) -> None:
+@shared
+def chat(**options: Any) -> None:
     """Talk with a model; the context stays on disk, and each turn computes only what is new.
 
     \b
@@ -61,20 +38,13 @@ def chat(
       kvswap chat --model smollm2-135m --session diary
     """
     from kvswap.cli.display import Display
-    from kvswap.config import Config
-    from kvswap.documents import read_document
-    from kvswap.models.sampling import Sampling
 
-    sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
-    given = {"kv_memory": kv_memory, "kv_dir": kv_dir}
-    config = Config(**{name: value for name, value in given.items() if value is not None})
-    texts = [read_document(path) for path in documents]
-    limits = limits_of(disk_quota, write_limit)
-    session = open_for_run(config, session_name, "kvswap")
+    wanted = read_options(**options)
+    session = wanted.open_session()
     display = Display()
     signal.signal(signal.SIGINT, signal.default_int_handler)  # ends an answer; the chat goes on
-    with load_engine(model, config, display, session=session, limits=limits) as engine:
-        _talk(engine, display, texts, dataclasses.asdict(sampling))
+    with wanted.load(display, session) as engine:
+        _talk(engine, display, wanted.texts, wanted.sampling)
 
 
 def _talk(engine: Engine, display: Any, documents: list[Any], sampling: dict[str, Any]) -> None:

@@ -157,6 +157,21 @@ def wipe(context: click.Context, names: tuple[str, ...]) -> None:
 
 
 @sessions.command()
+@click.option("--keyring", is_flag=True, help="Keep it in the system's keyring instead of printing it.")
+def key(keyring: bool) -> None:
+    """Make a new key for encrypted sessions. Whoever loses it loses them."""
+    from kvswap.store.keys import ENVIRONMENT, new_key, store_in_keyring
+
+    made = new_key()
+    if keyring:
+        store_in_keyring(made)
+        click.echo("the keyring has a key now; sessions made with --encrypt take it from there")
+    else:
+        click.echo(made)
+        click.echo(f"keep it where others cannot read it, and set {ENVIRONMENT} to it", err=True)
+
+
+@sessions.command()
 @click.pass_context
 def prune(context: click.Context) -> None:
     """Remove what interrupted work left behind, and sessions that hold nothing."""
@@ -175,7 +190,7 @@ def prune(context: click.Context) -> None:
 @click.argument("file", type=click.Path(path_type=Path))
 @click.pass_context
 def export(context: click.Context, name: str, file: Path) -> None:
-    """Write the current context of a session to one file. It holds the text in plain form."""
+    """Write the current context of a session to one file; it holds the text in plain form unless it is encrypted."""
     from kvswap.store.shelf import open_session
     from kvswap.store.transfer import export_session
     from kvswap.units import format_bytes
@@ -212,6 +227,7 @@ def _facts(entry: Entry) -> dict[str, Any]:
         "store_dtypes": sorted(set(layout.dtypes)) if layout else [],
         "group_tokens": layout.group_tokens if layout else None,
         "sketch": f"{layout.sketch_kind} rank {layout.sketch_rank}, {layout.sketch_bits} bit" if layout else None,
+        "encrypted": manifest.encryption is not None,
         "turns_back": max(0, len(manifest.checkpoints) - 1),
         "disk_bytes": entry.disk_bytes,
         "shared_bytes": entry.shared_bytes,
@@ -230,7 +246,7 @@ def _line(entry: Entry) -> str:
     if entry.manifest is None:
         return f"cannot be used: {entry.problem}"
     shared = f" + {format_bytes(entry.shared_bytes)} shared" if entry.shared_bytes else ""
-    busy = ", in use" if entry.in_use else ""
+    busy = (", encrypted" if facts["encrypted"] else "") + (", in use" if entry.in_use else "")
     model = Path(facts["model"]).name if facts["model"] else "no model yet"
     disk = f"{format_bytes(entry.disk_bytes)}{shared}"
     return f"{facts['tokens']:>9,} tokens  {disk}  {model}  last used {facts['used']}{busy}"

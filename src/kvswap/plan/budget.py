@@ -27,7 +27,7 @@ class MemoryNeeds:
 
     ``sketch_token_bytes``: sketch of one token in one layer, scales included. ``scoring_token_bytes``: what scoring it
     takes in passing. ``basis_bytes``: all layers together. ``stream_bytes``: where whole layers pass through.
-    ``checksum_group_bytes``: of a session's group, else 0.
+    ``seal_group_bytes``: of a session's group, else 0.
     """
 
     layers: int
@@ -41,7 +41,7 @@ class MemoryNeeds:
     sketch_token_bytes: int
     basis_bytes: int
     stream_bytes: int = 0
-    checksum_group_bytes: int = 0
+    seal_group_bytes: int = 0
 
     @property
     def sequences(self) -> int:
@@ -65,7 +65,7 @@ class MemoryNeeds:
         return {
             "basis": self.basis_bytes,
             "sketch": self.sequences * capacity_tokens * self.sketch_token_bytes,
-            "tables": self.sequences * groups * (4 + self.checksum_group_bytes),
+            "tables": self.sequences * groups * (4 + self.seal_group_bytes),
             "tails": self.sequences * window.pinned_groups * self.slot_bytes,
             "staging": 2 * self.staging_groups * self.slot_bytes,
             "scratch": gathered + scoring + self.stream_bytes,

@@ -96,7 +96,7 @@ class LayerSketch:
         return codes, torch.stack((scale, low))
 
     def dump(self, sequence: int, start: int, stop: int) -> tuple[NDArray[np.uint8], NDArray[np.uint16]]:
-        """Codes ``[R * bits / 8, n]`` and the bits of scales and minima ``[2, n]`` of a range of tokens; copies."""
+        """Codes ``[R * bits / 8, n]`` and the bits of scales and minima ``[2, n]``, if any, of tokens; copies."""
         codes = self._codes[sequence, :, start:stop].cpu().contiguous().numpy()
         scales = self._scale[sequence, :, start:stop].cpu().contiguous().view(torch.int16).numpy()
         return codes, scales.view(np.uint16)

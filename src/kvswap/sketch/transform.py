@@ -13,9 +13,7 @@ weight. One kernel thus scores any mix of precisions.
 
 from __future__ import annotations
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from kvswap.native import loops
 from kvswap.sketch.basis import TRANSFORM, Basis, KeyCovariance
@@ -143,12 +141,3 @@ class TransformSketch(LayerSketch):
         low_rank = low_rank * self._rows[1]
         pairs = zip(low_rank, self._codes[:, :, :width], strict=True)
         return torch.stack([multiply(query, codes, self.bits) for query, codes in pairs])
-
-    def dump(self, sequence: int, start: int, stop: int) -> tuple[NDArray[np.uint8], NDArray[np.uint16]]:
-        """Codes of a range of tokens, and zeros where others have scales and minima; copies."""
-        codes, _ = super().dump(sequence, start, stop)
-        return codes, np.zeros((2, stop - start), np.uint16)
-
-    def restore(self, sequence: int, codes: NDArray[np.uint8], scales: NDArray[np.uint16]) -> None:
-        """Put what ``dump`` gave of the first tokens of a sequence, which has none yet."""
-        super().restore(sequence, codes, scales[:0])

@@ -218,8 +218,8 @@ class SlotPool:
         """Slot in which landing place 0 of this half is found after ``land``."""
         return self.staging_start + half * self.staging_groups
 
-    def landed(self, half: int, slots: Int) -> NDArray[np.uint8]:
-        """Bytes of groups as they were read, for ``slots`` of one half: uint8 ``(n, slot_bytes)``, a copy."""
+    def landed(self, half: int, slots: Int) -> tuple[NDArray[np.uint8], Int]:
+        """Where reads of one half landed, uint8 ``(staging_groups, slot_bytes)``, and the places of ``slots`` in it."""
         size, places = self.layout.slot_bytes, slots - self.landing_slot(half)
         start = half * self.staging_groups * size
         if self.host:
@@ -228,7 +228,7 @@ class SlotPool:
         else:
             memory = self._landing.numpy()
         landing: NDArray[np.uint8] = memory[start : start + self.staging_groups * size].reshape(-1, size)
-        return landing[places]
+        return landing, places
 
     def land(self, half: int, count: int) -> None:
         """Make the first ``count`` landing places visible as slots: a copy, unless slots are host memory."""

@@ -16,7 +16,6 @@ import numpy as np
 
 from kvswap.disk.private import PrivateFolder
 from kvswap.errors import DamagedError, DiskReadError, StorageError
-from kvswap.store.checksum import group_sums
 from kvswap.store.folder import SessionFolder
 from kvswap.store.index import LayerIndex, decode_index, empty_index
 from kvswap.store.manifest import Checkpoint, Manifest, Segment
@@ -41,6 +40,7 @@ class Report:
 def check(folder: SessionFolder) -> Report:
     """Read and compare everything that a session refers to."""
     report, manifest = Report(), folder.manifest
+    _ = folder.sealer  # without the key nothing can be said, which is no damage
     for checkpoint in manifest.checkpoints:
         try:
             folder.load(checkpoint)
@@ -110,7 +110,7 @@ def _check_segment(folder: SessionFolder, segment: Segment, report: Report) -> N
     index = _index(folder, segment)
     for layer in range(layout.layers):
         first, end = segment.start[layer], segment.high[layer]
-        sums = index[layer].sums
+        seals = index[layer].seals
         report.groups += end - first
         name, slot_bytes = f"data-{segment.number}-{layer}", layout.slot_bytes
         piece = max(1, _PIECE_BYTES // slot_bytes)
@@ -121,8 +121,9 @@ def _check_segment(folder: SessionFolder, segment: Segment, report: Report) -> N
                 data = folder.folder.read(name, count * slot_bytes, offset_bytes=start * slot_bytes)
                 slots = np.frombuffer(data, np.uint8)[: len(data) // slot_bytes * slot_bytes].reshape(-1, slot_bytes)
                 report.read_bytes += len(data)
-                known = min(len(slots), max(0, len(sums) - start))
-                found[:known] = group_sums(slots[:known, : layout.geometry.group_bytes]) == sums[start : start + known]
+                known = min(len(slots), max(0, len(seals) - start))
+                used = slots[:known, : layout.geometry.group_bytes]
+                found[:known] = folder.sealer.authentic(layer, first + start, used, seals[start : start + known])
             except _READ_ERRORS as error:
                 report.problems.append(f"{name}: {_words(error)}")
             wrong = np.flatnonzero(~found)
@@ -133,14 +134,14 @@ def _check_segment(folder: SessionFolder, segment: Segment, report: Report) -> N
 
 
 def _index(folder: SessionFolder, segment: Segment) -> list[LayerIndex]:
-    """Checksums of a segment as far as its index can be read; without any, all its groups count as damaged."""
+    """Seals of a segment as far as its index can be read; without any, all its groups count as damaged."""
     layout = folder.manifest.layout
     assert layout is not None
     try:
         data = folder.folder.read(f"index-{segment.number}", segment.index_bytes)
-        return decode_index(data, layout, segment.start, segment.high, folder.what)
+        return decode_index(data, layout, folder.sealer, segment.number, segment.start, segment.high, folder.what)
     except _READ_ERRORS:
-        return empty_index(layout)
+        return empty_index(layout, folder.sealer)
 
 
 def _intact(manifest: Manifest, checkpoint: Checkpoint, report: Report) -> bool:

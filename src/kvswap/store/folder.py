@@ -22,7 +22,8 @@ from kvswap.disk.private import PrivateFolder
 from kvswap.errors import SessionError
 from kvswap.store import lock
 from kvswap.store.checksum import text_sum
-from kvswap.store.index import Arrays, LayerIndex, encode_arrays, encode_batch
+from kvswap.store.index import Arrays, LayerIndex, batch_name, encode_arrays, encode_batch
+from kvswap.store.keys import master_key
 from kvswap.store.making import making, move_into_place, partial_path
 from kvswap.store.manifest import (
     CHECKPOINTS,
@@ -37,6 +38,7 @@ from kvswap.store.manifest import (
     encode,
 )
 from kvswap.store.reader import MANIFEST, SessionReader
+from kvswap.store.seal import Checksums, Cipher, Sealer
 
 BASIS = "basis"
 
@@ -93,15 +95,20 @@ class SessionFolder(SessionReader):
             raise
 
     @classmethod
-    def create(cls, path: Path) -> SessionFolder:
-        """Make a session that holds nothing yet. Raises SessionError when the name is taken."""
+    def create(cls, path: Path, *, encrypt: bool = False) -> SessionFolder:
+        """Make a session that holds nothing yet. Raises SessionError when the name is taken, or without a key."""
+        what = f"session {path.name}"
         if os.path.lexists(path):
-            raise SessionError(f"session {path.name} exists already", hint="open it, or choose another name")
+            raise SessionError(f"{what} exists already", hint="open it, or choose another name")
+        key = master_key(what) if encrypt else b""
+        encryption = Cipher.new(key) if encrypt else None
+        sealer: Sealer = Cipher(key, encryption, what) if encryption else Checksums()
         with making(path.parent):
             partial, now = partial_path(path), int(time.time())
             folder = PrivateFolder.create(partial)
             try:
-                folder.replace(MANIFEST, encode(Manifest(created=now, used=now)))
+                manifest = Manifest(created=now, used=now, encryption=encryption)
+                folder.replace(MANIFEST, encode(manifest, sealer.sign))
                 move_into_place(partial, path)
             except BaseException:
                 shutil.rmtree(partial, ignore_errors=True)
@@ -171,12 +178,13 @@ class SessionFolder(SessionReader):
         current = self.base
         pairs = list(current.segments) if current else []
         segments = {segment.number: segment for segment in manifest.segments}
-        if any(len(layer.sums) for layer in new.groups):
+        if any(len(layer.seals) for layer in new.groups):
             if self._begun is not None:
                 pairs.append((self._begun.number, 0))
                 segments[self._begun.number] = self._begun
             number, index_bytes = pairs[-1]
-            batch = encode_batch(current.flushed if current else (0,) * new.layout.layers, new.groups)
+            start = current.flushed if current else (0,) * new.layout.layers
+            batch = encode_batch(start, new.groups, self.sealer, batch_name(number, index_bytes))
             folder.append(f"index-{number}", index_bytes, batch)
             pairs[-1] = (number, index_bytes + len(batch))
             segments[number] = replace(segments[number], high=new.flushed, index_bytes=index_bytes + len(batch))
@@ -229,7 +237,8 @@ class SessionFolder(SessionReader):
             self.put(replace(self.manifest, checkpoints=kept))
         else:
             now = self.manifest
-            self.put(Manifest(created=now.created, used=now.used, written_bytes=now.written_bytes))
+            empty = Manifest(created=now.created, used=now.used, encryption=now.encryption)
+            self.put(replace(empty, written_bytes=now.written_bytes))
 
     def cut(self, groups: int) -> None:
         """Keep only the first ``groups`` whole groups of the current context, at least one, as a new checkpoint."""
@@ -263,8 +272,9 @@ class SessionFolder(SessionReader):
     def put(self, manifest: Manifest) -> None:
         """The one place where a new state becomes the committed one."""
         manifest = self._settle(replace(manifest, used=int(time.time())))
+        data = encode(manifest, self.sealer.sign)
         self.folder.sync()
-        self.folder.replace(MANIFEST, encode(manifest))
+        self.folder.replace(MANIFEST, data)
         self.manifest = manifest
         self._clean()
 
@@ -290,6 +300,7 @@ class SessionFolder(SessionReader):
         return self.folder.stat(f"index-{segment.number}").st_nlink > 1
 
     def _write_blob(self, name: str, data: bytes) -> Blob:
+        data = self.sealer.wrap(data, name)
         self.folder.write(name, data)
         return Blob(file=name, bytes=len(data), xxh3=text_sum(data))
 

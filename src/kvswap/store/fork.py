@@ -28,6 +28,7 @@ def fork(source: SessionFolder, path: Path) -> int:
 
 
 def _fork(source: SessionFolder, partial: Path, path: Path) -> int:
+    sign = source.sealer.sign
     target = PrivateFolder.create(partial)
     try:
         for name in source.manifest.files():
@@ -38,7 +39,7 @@ def _fork(source: SessionFolder, partial: Path, path: Path) -> int:
         manifest = replace(source.manifest, created=now, used=now, segments=segments)
         manifest = replace(manifest, written_bytes=target.written_bytes)
         target.sync()
-        target.replace(MANIFEST, encode(manifest))
+        target.replace(MANIFEST, encode(manifest, sign))
         move_into_place(partial, path)
         return target.written_bytes
     except BaseException:

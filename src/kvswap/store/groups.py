@@ -1,10 +1,10 @@
 """The groups of all layers and sequences on disk: packed, written behind, read back.
 
 One file for each layer and sequence, groups in order (``store/layout.py``); a session's groups may be spread over
-several files (``store/segments.py``) and have checksums, against which they are checked when they are read. ``append``
-returns when the groups are in the bounded write queue; ``settle`` blocks until the writes of the named files are done,
-so that a read that follows sees them. Write errors are raised by the next call. One thread; the queue's writer is the
-only other one.
+several files (``store/segments.py``) and are sealed (``store/seal.py``), which is checked when they are read.
+``append`` returns when the groups are in the bounded write queue; ``settle`` blocks until the writes of the named files
+are done, so that a read that follows sees them. Write errors are raised by the next call. One thread; the queue's
+writer is the only other one.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from kvswap.disk.backend import ReadBackend
 from kvswap.disk.slab import Slab
 from kvswap.disk.write_behind import WriteBehind
 from kvswap.errors import DamagedError, DiskError
-from kvswap.store.checksum import group_sums
 from kvswap.store.layout import GroupLayout
+from kvswap.store.seal import Sealer, Seals
 from kvswap.store.segments import Segments
 
 Int = NDArray[np.int64]
@@ -31,15 +31,16 @@ Int = NDArray[np.int64]
 class NamedFiles:
     """The files of a session as its store takes them over.
 
-    ``held`` int64 ``(rows,)`` counts the groups that are there, ``sums`` uint64 ``(rows, groups)`` are their checksums;
-    both grow with ``append``. ``begin(starts)`` makes the files
-    of one more segment, which takes over from group ``starts[row]`` on; where ``appendable`` is false, or there is no
-    segment yet, the first ``append`` calls it. ``grow(bytes)`` is called before files take more space, and may refuse.
+    ``held`` int64 ``(rows,)`` counts the groups that are there, ``seals`` ``(rows, groups)`` are what ``sealer`` says
+    of them; both grow with ``append``. ``begin(starts)`` makes the files of one more segment, which takes over from
+    group ``starts[row]`` on; where ``appendable`` is false, or there is no segment yet, the first ``append`` calls it.
+    ``grow(bytes)`` is called before files take more space, and may refuse.
     """
 
     segments: Segments
     held: Int
-    sums: NDArray[np.uint64]
+    seals: Seals
+    sealer: Sealer
     appendable: bool
     verify: bool
     what: str
@@ -70,6 +71,7 @@ class GroupStore:
             self.segments = Segments(np.zeros((1, rows), np.int64), files)
             self._size_bytes = np.full(rows, size_bytes, np.int64)
         else:
+            named.sealer.begin()
             self.segments = named.segments
             begun = named.segments.starts[-1] if named.appendable else named.held
             self._size_bytes = (named.held - begun) * layout.slot_bytes
@@ -117,23 +119,26 @@ class GroupStore:
         return self.backend.submit(files, offsets + skip_bytes, lengths - skip_bytes, addresses + skip_bytes)
 
     @property
-    def verifies(self) -> bool:
-        """Whether ``verify`` has anything to compare with."""
-        return self.named is not None and self.named.verify
+    def sealed(self) -> bool:
+        """Whether ``unseal`` has anything to do."""
+        return self.named is not None and (self.named.verify or self.named.sealer.encrypts)
 
-    def verify(self, rows: Int, groups: Int, slots: NDArray[np.uint8]) -> None:
-        """Compare groups that have been read with their checksums: ``slots`` uint8 ``(n, slot_bytes)``.
+    def unseal(self, rows: Int, groups: Int, slots: NDArray[np.uint8], places: Int | None = None) -> None:
+        """See that groups that have been read are what was written, and decrypt them in place.
 
-        Nothing where no checksums are kept. Raises DamagedError.
+        They are the rows ``places`` of ``slots`` uint8 ``(n, slot_bytes)``, or all. Nothing where ``sealed`` is false.
+        Raises DamagedError.
         """
-        if self.named is None or not self.named.verify or not len(rows):
+        named = self.named
+        if named is None or not self.sealed or not len(rows):
             return
-        wrong = group_sums(slots[:, : self.layout.geometry.group_bytes]) != self.named.sums[rows, groups]
+        used = slots[:, : self.layout.geometry.group_bytes]
+        wrong = ~named.sealer.unseal(rows // self.batch, groups, used, named.seals[rows, groups], places)
         if wrong.any():
             row, group = int(rows[wrong][0]), int(groups[wrong][0])
             raise DamagedError(
-                f"{self.named.what} is damaged: group {group} of layer {row // self.batch} is not what was written",
-                hint=f"kvswap sessions repair {self.named.what.split()[-1]} keeps the context before it",
+                f"{named.what} is damaged: group {group} of layer {row // self.batch} is not what was written",
+                hint=f"kvswap sessions repair {named.what.split()[-1]} keeps the context before it",
             )
 
     def sync(self) -> None:
@@ -177,16 +182,16 @@ class GroupStore:
         return begin
 
     def _seal(self, named: NamedFiles, row: int, first: int, buffer: NDArray[np.uint8]) -> None:
-        """Zero the padding of packed groups, which would be somebody's old bytes, and keep their checksums."""
+        """Zero the padding of packed groups, which would be somebody's old bytes, and seal them."""
         slots = buffer.reshape(-1, self.layout.slot_bytes)
         used_bytes = self.layout.geometry.group_bytes
         slots[:, used_bytes:] = 0
         end = first + len(slots)
-        if end > named.sums.shape[1]:
-            wider = np.zeros((len(named.sums), max(end, named.sums.shape[1] * 5 // 4)), np.uint64)
-            wider[:, : named.sums.shape[1]] = named.sums
-            named.sums = wider
-        named.sums[row, first:end] = group_sums(slots[:, :used_bytes])
+        if end > named.seals.shape[1]:
+            wider = np.zeros((len(named.seals), max(end, named.seals.shape[1] * 5 // 4)), named.seals.dtype)
+            wider[:, : named.seals.shape[1]] = named.seals
+            named.seals = wider
+        named.seals[row, first:end] = named.sealer.seal(row // self.batch, first, slots[:, :used_bytes])
         named.held[row] = end
         self._changed[row] = True
 
@@ -225,7 +230,7 @@ class TileReader:
         self._start_read()
         layout = self._store.layout
         slots = slab.array[: count * layout.slot_bytes].reshape(count, -1)
-        self._store.verify(np.full(count, self._row, np.int64), np.arange(first, first + count), slots)
+        self._store.unseal(np.full(count, self._row, np.int64), np.arange(first, first + count), slots)
         raw = torch.from_numpy(slab.array)[: count * layout.slot_bytes].view(self._dtype)
         groups = raw.view(count, layout.slot_elements)[:, : layout.group_elements].unflatten(1, layout.group_shape)
         keys, values = (groups[:, part].transpose(0, 1).flatten(1, 2) for part in (0, 1))

@@ -1,4 +1,4 @@
-"""Checksums and sketch of the groups on disk, and the state beside them, as bytes (docs/file-format.md).
+"""Seals and sketch of the groups on disk, and the state beside them, as bytes (docs/file-format.md).
 
 An index is a run of batches, a batch is a header and a safetensors payload. Decoding raises DamagedError for anything
 that is not what ``encode`` makes, and takes no more memory than a small multiple of the bytes given. Pure.
@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 
 from kvswap.errors import DamagedError
 from kvswap.store.manifest import Counts, Layout
+from kvswap.store.seal import Sealer, Seals
 
 MAGIC = b"KVSWIDX1"
 _HEADER = struct.Struct("<8sQQ")
@@ -27,37 +28,43 @@ Arrays = dict[str, NDArray[np.generic]]
 
 @dataclass(slots=True)
 class LayerIndex:
-    """One layer's groups in order: ``sums`` uint64 ``(n,)``, ``codes`` uint8 ``(rows, n * G)``, ``scales`` uint16
-    ``(2, n * G)``, the bits of float16."""
+    """One layer's groups in order: ``seals`` ``(n,)``, ``codes`` uint8 ``(rows, n * G)``, ``scales`` uint16
+    ``(2 or 0, n * G)``, the bits of float16."""
 
-    sums: NDArray[np.uint64]
+    seals: Seals
     codes: NDArray[np.uint8]
     scales: NDArray[np.uint16]
 
 
-def empty_index(layout: Layout) -> list[LayerIndex]:
+def empty_index(layout: Layout, sealer: Sealer) -> list[LayerIndex]:
     """No groups in any layer."""
-    return [
-        LayerIndex(np.empty(0, np.uint64), np.empty((layout.code_rows, 0), np.uint8), np.empty((2, 0), np.uint16))
-        for _ in range(layout.layers)
-    ]
+    codes, scales = np.empty((layout.code_rows, 0), np.uint8), np.empty((layout.scale_rows, 0), np.uint16)
+    return [LayerIndex(np.empty(0, sealer.dtype), codes, scales) for _ in range(layout.layers)]
 
 
-def encode_batch(first: Counts, layers: Sequence[LayerIndex]) -> bytes:
-    """A batch with new groups of every layer, which begin at ``first``."""
+def batch_name(segment: int, offset_bytes: int) -> str:
+    """What a batch is wrapped for: where it stands."""
+    return f"index-{segment} {offset_bytes}"
+
+
+def encode_batch(first: Counts, layers: Sequence[LayerIndex], sealer: Sealer, name: str) -> bytes:
+    """A batch with new groups of every layer, which begin at ``first``; ``name`` is that of ``batch_name``."""
     payload = encode_arrays(
         {
             "first": np.array(first, np.int64),
-            "count": np.array([len(layer.sums) for layer in layers], np.int64),
-            "sums": np.concatenate([layer.sums for layer in layers]),
+            "count": np.array([len(layer.seals) for layer in layers], np.int64),
+            **sealer.pack(np.concatenate([layer.seals for layer in layers])),
             "codes": np.concatenate([layer.codes.reshape(-1) for layer in layers]),
             "scales": np.concatenate([layer.scales.reshape(-1) for layer in layers]),
         }
     )
+    payload = sealer.wrap(payload, name)
     return _HEADER.pack(MAGIC, len(payload), xxhash.xxh3_64_intdigest(payload)) + payload
 
 
-def decode_index(data: bytes, layout: Layout, start: Counts, ends: Counts, what: str) -> list[LayerIndex]:
+def decode_index(
+    data: bytes, layout: Layout, sealer: Sealer, segment: int, start: Counts, ends: Counts, what: str
+) -> list[LayerIndex]:
     """Groups ``start`` up to ``ends`` of every layer from all batches of a segment's index."""
     pieces: list[list[LayerIndex]] = [[] for _ in range(layout.layers)]
     reached, offset = list(start), 0
@@ -69,15 +76,16 @@ def decode_index(data: bytes, layout: Layout, start: Counts, ends: Counts, what:
         payload = data[offset + _HEADER.size : offset + _HEADER.size + length]
         if magic != MAGIC or len(payload) != length or xxhash.xxh3_64_intdigest(payload) != expected:
             raise _damaged(what, f"its batch at byte {offset:,} is not what was written")
+        payload = sealer.unwrap(payload, batch_name(segment, offset), what)
         offset += _HEADER.size + length
-        for number, piece in enumerate(_split(decode_arrays(payload, what), layout, reached, what)):
+        for number, piece in enumerate(_split(decode_arrays(payload, what), layout, sealer, reached, what)):
             pieces[number].append(piece)
-            reached[number] += len(piece.sums)
+            reached[number] += len(piece.seals)
     if any(count < end for count, end in zip(reached, ends, strict=True)):
         raise _damaged(what, "groups are missing")
     return [
         _cut(_join(found), end - first, layout.group_tokens) if found else empty
-        for found, first, end, empty in zip(pieces, start, ends, empty_index(layout), strict=True)
+        for found, first, end, empty in zip(pieces, start, ends, empty_index(layout, sealer), strict=True)
     ]
 
 
@@ -109,35 +117,44 @@ def take(arrays: Arrays, name: str, dtype: type, what: str, size: int | None = N
     return found
 
 
-def _split(arrays: Arrays, layout: Layout, reached: list[int], what: str) -> list[LayerIndex]:
+def _split(arrays: Arrays, layout: Layout, sealer: Sealer, reached: list[int], what: str) -> list[LayerIndex]:
     tokens, rows = layout.group_tokens, layout.code_rows
     first, count = (take(arrays, name, np.int64, what, layout.layers) for name in ("first", "count"))
-    sums = take(arrays, "sums", np.uint64, what)
+    seals = sealer.unpack(arrays, what)
     counts = [int(each) for each in count]
     # checked before anything is multiplied or cut by them
-    if any(not 0 <= each <= sums.size for each in counts) or sum(counts) != sums.size or first.tolist() != reached:
+    if any(not 0 <= each <= seals.size for each in counts) or sum(counts) != seals.size or first.tolist() != reached:
         raise _damaged(what, "the groups of a batch do not join those before")
-    codes = take(arrays, "codes", np.uint8, what, sums.size * tokens * rows)
-    scales = take(arrays, "scales", np.uint16, what, sums.size * tokens * 2)
+    codes = take(arrays, "codes", np.uint8, what, seals.size * tokens * rows)
+    scales, width = _scales(arrays, layout, seals.size * tokens, what), layout.scale_rows * tokens
     layers, at = [], 0
     for number in counts:
         stop = at + number
         layers.append(
             LayerIndex(
-                sums[at:stop].astype(np.uint64, copy=False),
+                seals[at:stop],
                 codes[at * tokens * rows : stop * tokens * rows].reshape(rows, -1).view(np.uint8),
-                scales[at * tokens * 2 : stop * tokens * 2].reshape(2, -1).view(np.uint16),
+                scales[at * width : stop * width].reshape(layout.scale_rows, number * tokens),
             )
         )
         at = stop
     return layers
 
 
+def _scales(arrays: Arrays, layout: Layout, tokens: int, what: str) -> NDArray[np.uint16]:
+    found = take(arrays, "scales", np.uint16, what)
+    if not layout.scale_rows and found.size == 2 * tokens:  # version 1 wrote zeros where a sketch has none
+        found = found[:0]
+    if found.size != layout.scale_rows * tokens:
+        raise _damaged(what, "scales are of another size")
+    return found.view(np.uint16)
+
+
 def _join(pieces: list[LayerIndex]) -> LayerIndex:
     if len(pieces) == 1:
         return pieces[0]
     return LayerIndex(
-        np.concatenate([piece.sums for piece in pieces]),
+        np.concatenate([piece.seals for piece in pieces]),
         np.concatenate([piece.codes for piece in pieces], axis=1),
         np.concatenate([piece.scales for piece in pieces], axis=1),
     )
@@ -145,7 +162,7 @@ def _join(pieces: list[LayerIndex]) -> LayerIndex:
 
 def _cut(layer: LayerIndex, groups: int, group_tokens: int) -> LayerIndex:
     tokens = groups * group_tokens
-    return LayerIndex(layer.sums[:groups], layer.codes[:, :tokens], layer.scales[:, :tokens])
+    return LayerIndex(layer.seals[:groups], layer.codes[:, :tokens], layer.scales[:, :tokens])
 
 
 def _damaged(what: str, why: str) -> DamagedError:

@@ -6,6 +6,7 @@ it was written. Imports no torch. One thread.
 
 from __future__ import annotations
 
+import hmac
 import os
 from dataclasses import dataclass
 
@@ -16,7 +17,10 @@ from kvswap.disk.private import PrivateFolder
 from kvswap.errors import DamagedError
 from kvswap.store.checksum import text_sum
 from kvswap.store.index import Arrays, LayerIndex, decode_arrays, decode_index, empty_index, join_indexes, take
-from kvswap.store.manifest import LIMIT_BYTES, Blob, Checkpoint, Counts, Layout, Manifest, parse
+from kvswap.store.keys import master_key
+from kvswap.store.manifest import LIMIT_BYTES, Blob, Checkpoint, Counts, Layout, Manifest
+from kvswap.store.parse import parse, signature
+from kvswap.store.seal import Checksums, Cipher, Sealer
 
 MANIFEST = "manifest"
 CONVERSATION_BYTES = 64 << 20
@@ -54,6 +58,18 @@ class SessionReader:
         self.folder = folder
         self.name = folder.path.name
         self.what = f"session {self.name}"
+        self._sealer: Sealer | None = None
+        self._signed = b"", ""
+
+    @property
+    def sealer(self) -> Sealer:
+        """What seals and unseals this session. Raises SessionError without its key, DamagedError for a forged manifest.
+
+        The key is asked for when it is first needed: to list or remove a session takes none.
+        """
+        if self._sealer is None:
+            self._sealer = unlock(self.manifest, *self._signed, self.what)
+        return self._sealer
 
     def load(self, checkpoint: Checkpoint | None = None, *, tail_only: bool = False) -> Stored | None:
         """What a checkpoint keeps, as a rule the base; None where that is nothing. Raises DamagedError."""
@@ -66,10 +82,10 @@ class SessionReader:
         for (segment, ends), (number, index_bytes) in zip(manifest.ends(checkpoint), pairs, strict=False):
             name = f"index-{number}"
             data = self._read(name, index_bytes)
-            indexes.append(decode_index(data, layout, segment.start, ends, f"{self.what}: {name}"))
+            indexes.append(decode_index(data, layout, self.sealer, number, segment.start, ends, f"{self.what}: {name}"))
         tail = self._arrays(checkpoint.tail)
         self._check_tail(tail, layout, checkpoint)
-        groups = join_indexes(indexes) if indexes else empty_index(layout)
+        groups = join_indexes(indexes) if indexes else empty_index(layout, self.sealer)
         return Stored(tokens=checkpoint.tokens, flushed=checkpoint.flushed, tail=tail, groups=groups)
 
     def basis(self) -> list[NDArray[np.float32]]:
@@ -94,6 +110,7 @@ class SessionReader:
             raise self._damaged("it has no manifest") from error
         if len(data) > LIMIT_BYTES:
             raise self._damaged("its manifest is too long")
+        self._signed = signature(data)
         return parse(data, self.what)
 
     def _check_files(self) -> None:
@@ -119,7 +136,7 @@ class SessionReader:
         data = self._read(blob.file, blob.bytes)
         if text_sum(data) != blob.xxh3:
             raise self._damaged(f"{blob.file} is not what was written")
-        return decode_arrays(data, f"{self.what}: {blob.file}")
+        return decode_arrays(self.sealer.unwrap(data, blob.file, self.what), f"{self.what}: {blob.file}")
 
     def _check_tail(self, tail: Arrays, layout: Layout, checkpoint: Checkpoint) -> None:
         what = f"{self.what}: {checkpoint.tail.file}"
@@ -135,3 +152,18 @@ class SessionReader:
 
     def _damaged(self, why: str) -> DamagedError:
         return DamagedError(f"{self.what} is damaged: {why}", hint=f"try: kvswap sessions repair {self.name}")
+
+
+def unlock(manifest: Manifest, body: bytes, signed: str, what: str) -> Sealer:
+    """The sealer of a session whose manifest was read with that signature; takes the key where it is encrypted.
+
+    Raises SessionError for no key or another one, DamagedError for a manifest that is not authentic.
+    """
+    if manifest.encryption is None:
+        return Checksums()
+    sealer = Cipher(master_key(what), manifest.encryption, what)
+    if not hmac.compare_digest(sealer.sign(body), signed):
+        raise DamagedError(
+            f"{what} is damaged: its manifest is not authentic", hint=f"try: kvswap sessions repair {what.split()[-1]}"
+        )
+    return sealer

@@ -35,9 +35,9 @@ def session_path(kv_dir: str | None, name: str) -> Path:
     return sessions_dir(kv_dir) / name
 
 
-def create_session(kv_dir: str | None, name: str) -> SessionFolder:
+def create_session(kv_dir: str | None, name: str, *, encrypt: bool = False) -> SessionFolder:
     """A new session, open for writing, in a folder that is made if need be. Raises SessionError, StorageError."""
-    return SessionFolder.create(made(session_path(kv_dir, name)))
+    return SessionFolder.create(made(session_path(kv_dir, name)), encrypt=encrypt)
 
 
 def made(path: Path) -> Path:
@@ -52,11 +52,22 @@ def open_session(kv_dir: str | None, name: str, *, write: bool = True) -> Sessio
     return SessionFolder.open(session_path(kv_dir, name), write=write)
 
 
-def open_or_create(kv_dir: str | None, name: str) -> SessionFolder:
-    """The session of that name, open for writing, old or new."""
-    if os.path.lexists(session_path(kv_dir, name)):
-        return open_session(kv_dir, name)
-    return create_session(kv_dir, name)
+def open_or_create(kv_dir: str | None, name: str, *, encrypt: bool = False) -> SessionFolder:
+    """The session of that name, open for writing, old or new; its key is there, if it is encrypted.
+
+    Raises SessionError where ``encrypt`` is wanted of an old one that is not.
+    """
+    if not os.path.lexists(session_path(kv_dir, name)):
+        return create_session(kv_dir, name, encrypt=encrypt)
+    folder = open_session(kv_dir, name)
+    try:
+        if encrypt and folder.manifest.encryption is None:
+            raise SessionError(f"{folder.what} exists and is not encrypted", hint="choose another name")
+        _ = folder.sealer  # said before a model is loaded
+    except BaseException:
+        folder.close()
+        raise
+    return folder
 
 
 def close_session(folder: SessionFolder) -> None:
@@ -181,9 +192,13 @@ def prune(root: Path) -> list[str]:
 
 def repair_session(path: Path) -> tuple[str, Path | None]:
     """As ``check.repair``; a session whose manifest cannot be read is moved to quarantine. Raises DamagedError."""
+    folder: SessionFolder | None = None
     try:
         folder = SessionFolder.open(path, write=True, damaged=True)
+        _ = folder.sealer  # a manifest that is not authentic is as good as none
     except DamagedError as error:
+        if folder is not None:
+            folder.close()
         place = quarantine_path(path)
         private = PrivateFolder(path)
         try:
@@ -195,6 +210,10 @@ def repair_session(path: Path) -> tuple[str, Path | None]:
         raise DamagedError(
             f"{error.message}; it was moved to {place}", hint="make it anew from its documents"
         ) from error
+    except BaseException:
+        if folder is not None:
+            folder.close()
+        raise
     try:
         return repair(folder)
     finally:

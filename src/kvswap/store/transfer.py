@@ -1,8 +1,8 @@
 """A session as one file: the current context, its files joined, in a tar archive without compression.
 
-``export_session`` compares every group with its checksum on the way out, ``import_session`` reads everything again
-before the session gets its name. Only the names of the format are taken from an archive, as plain files and with the
-sizes that its manifest states. Imports no torch.
+``export_session`` compares every group with its seal on the way out; an encrypted session stays so, under its key.
+``import_session`` reads everything again before the session gets its name. Only the names of the format are taken from
+an archive, as plain files and with the sizes that its manifest states. Imports no torch.
 """
 
 from __future__ import annotations
@@ -23,12 +23,13 @@ from kvswap.disk.files import check_free
 from kvswap.disk.private import PrivateFolder
 from kvswap.errors import DamagedError, InputError, SessionError
 from kvswap.store.check import check
-from kvswap.store.checksum import group_sums, text_sum
+from kvswap.store.checksum import text_sum
 from kvswap.store.folder import BASIS, SessionFolder
-from kvswap.store.index import LayerIndex, encode_arrays, encode_batch
+from kvswap.store.index import LayerIndex, batch_name, encode_arrays, encode_batch
 from kvswap.store.making import making, move_into_place, partial_path
-from kvswap.store.manifest import LIMIT_BYTES, Blob, Manifest, Segment, encode, parse
-from kvswap.store.reader import MANIFEST
+from kvswap.store.manifest import LIMIT_BYTES, Blob, Manifest, Segment, encode
+from kvswap.store.parse import parse, signature
+from kvswap.store.reader import MANIFEST, unlock
 
 _PIECE_BYTES = 4 << 20
 
@@ -43,8 +44,8 @@ def export_session(folder: SessionFolder, target: Path) -> int:
     if stored is None or layout is None or current is None or basis is None:
         raise SessionError(f"{folder.what} is empty", hint="there is nothing to export")
     start = (0,) * layout.layers
-    index = encode_batch(start, stored.groups)
-    tail = encode_arrays(stored.tail)
+    index = encode_batch(start, stored.groups, folder.sealer, batch_name(0, 0))
+    tail = folder.sealer.wrap(encode_arrays(stored.tail), "tail-0")
     checkpoint = replace(
         current,
         commit=0,
@@ -57,13 +58,13 @@ def export_session(folder: SessionFolder, target: Path) -> int:
     try:
         with open(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "wb") as file:
             with tarfile.open(fileobj=file, mode="w", format=tarfile.GNU_FORMAT) as archive:
-                _add(archive, MANIFEST, encode(flat))
+                _add(archive, MANIFEST, encode(flat, folder.sealer.sign))
                 _add(archive, BASIS, folder.folder.read(BASIS, basis.bytes))
                 _add(archive, "tail-0", tail)
                 _add(archive, "index-0", index)
                 for layer, groups in enumerate(stored.groups):
                     info = tarfile.TarInfo(f"data-0-{layer}")
-                    info.size = len(groups.sums) * layout.slot_bytes
+                    info.size = len(groups.seals) * layout.slot_bytes
                     archive.addfile(info, _Joined(_data(folder, layer, groups)))
             os.fsync(file.fileno())
             return file.tell()
@@ -107,7 +108,9 @@ def _unpack(archive: tarfile.TarFile, folder: PrivateFolder, what: str) -> Manif
     first = archive.next()
     if first is None or first.name != MANIFEST or not first.isreg() or first.size > LIMIT_BYTES:
         raise InputError(f"{what} does not begin with a manifest", hint="give a file from export")
-    manifest = parse(_content(archive, first).read(), what)
+    data = _content(archive, first).read()
+    manifest = parse(data, what)
+    sealer = unlock(manifest, *signature(data), what)
     sizes, layout = manifest.files(), manifest.layout
     if layout is None or len(manifest.segments) != 1 or len(manifest.checkpoints) != 1:
         raise DamagedError(f"{what} holds more or less than one context", hint="export it again")
@@ -120,7 +123,7 @@ def _unpack(archive: tarfile.TarFile, folder: PrivateFolder, what: str) -> Manif
     now = int(time.time())
     fresh = replace(manifest, created=now, used=now, written_bytes=folder.written_bytes)
     folder.sync()
-    folder.replace(MANIFEST, encode(fresh))
+    folder.replace(MANIFEST, encode(fresh, sealer.sign))
     return fresh
 
 
@@ -145,7 +148,7 @@ def _add(archive: tarfile.TarFile, name: str, data: bytes) -> None:
 
 
 def _data(folder: SessionFolder, layer: int, groups: LayerIndex) -> Iterator[bytes]:
-    """All groups of a layer in order, from whichever segments hold them, compared with their checksums."""
+    """All groups of a layer in order, from whichever segments hold them, compared with their seals."""
     layout, current = folder.manifest.layout, folder.manifest.current
     assert layout is not None and current is not None
     slot_bytes, piece = layout.slot_bytes, max(1, _PIECE_BYTES // layout.slot_bytes)
@@ -158,7 +161,8 @@ def _data(folder: SessionFolder, layer: int, groups: LayerIndex) -> Iterator[byt
             if len(data) < count * slot_bytes:
                 raise DamagedError(f"{folder.what}: {name} ends too early", hint="try: kvswap sessions repair")
             slots = np.frombuffer(data, np.uint8).reshape(count, slot_bytes)
-            wrong = group_sums(slots[:, : layout.geometry.group_bytes]) != groups.sums[start : start + count]
+            used, seals = slots[:, : layout.geometry.group_bytes], groups.seals[start : start + count]
+            wrong = ~folder.sealer.authentic(layer, start, used, seals)
             if wrong.any():
                 group = start + int(np.flatnonzero(wrong)[0])
                 raise DamagedError(
