@@ -233,8 +233,11 @@ class Engine:
     def _settle(self, ids: list[int], goes_on: bool) -> None:
         """See that what is stored is the beginning of the prompt."""
         if self._session is not None:
+            lender = self._session.borrow(ids)
             before, kept = self._session.tokens, self._session.align(ids)
             self._cache = self._session.cache
+            if lender is not None:
+                self._notice(f"{self._session.folder.what} begins with {kept:,} tokens that session {lender} holds")
             if kept < before:
                 what = self._session.folder.what
                 self._notice(f"{what}: this prompt begins as the first {kept:,} of its {before:,} tokens do")
@@ -355,9 +358,9 @@ class Engine:
         after: CacheStats,
     ) -> RunStats:
         loaded, times_s, token_ids = self._loaded, generation.times_s, generation.token_ids
-        full = self.method in registry.MEMORY
-        selected = after.selected_groups - before.selected_groups
-        reused = after.reuse_rate * after.selected_groups - before.reuse_rate * before.selected_groups
+        cache = after.since(before)
+        if self.method in registry.MEMORY:
+            cache["kv_memory_limit_bytes"] = None
         return replace(
             self._blank(),
             config=self._resolved(after),
@@ -372,25 +375,12 @@ class Engine:
             finish_reason=self._finish_reason(token_ids, sampling),
             token_ids=token_ids,
             text=loaded.tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False),
-            prefill_s=after.prefill_s - before.prefill_s,
+            **cache,
             calibration_s=self._calibration_s,
             ttft_s=times_s[0] - started_s if times_s else 0.0,
             decode_tokens_per_s=tokens_per_s(times_s),
             itl_ms=latency_percentiles_ms(times_s),
-            kv_full_bytes=after.kv_full_bytes,
-            kv_memory_limit_bytes=None if full else after.kv_memory_limit_bytes,
-            kv_memory_peak_bytes=after.kv_memory_peak_bytes,
-            memory_parts=after.memory_parts,
-            sliding_kv_bytes=after.sliding_kv_bytes,
-            prefill_peak_bytes=after.prefill_peak_bytes,
             process_peak_rss_bytes=peak_rss_bytes(),
-            disk_write_bytes=after.disk_write_bytes - before.disk_write_bytes,
-            disk_read_bytes=after.disk_read_bytes - before.disk_read_bytes,
-            disk_reads=after.disk_reads - before.disk_reads,
-            reuse_rate=reused / selected if selected else 0.0,
-            io_wait_s=after.io_wait_s - before.io_wait_s,
-            backend=after.backend,
-            direct_io=after.direct_io,
             notices=list(self._notices),
         )
 

@@ -21,18 +21,19 @@ import torch
 from kvswap.attachment import attach
 from kvswap.cache import KVSwapCache
 from kvswap.config import Config
-from kvswap.errors import InputError
+from kvswap.errors import InputError, KVSwapError
 from kvswap.layer_major import Progress
 from kvswap.models.adapter import cache_keyword, context_limit, inspect
 from kvswap.models.identity import rope_hash, tokenizer_hash, weights_hash
 from kvswap.models.loading import LoadedModel, load_model
 from kvswap.models.sampling import Sampling
 from kvswap.models.streaming import Generation
-from kvswap.snapshot import Keeper
+from kvswap.snapshot import Keeper, made_alike
 from kvswap.store.folder import SessionFolder
 from kvswap.store.fork import fork
 from kvswap.store.manifest import Model
-from kvswap.store.shelf import create_session, open_session, session_path
+from kvswap.store.prefix import find_prefix, take_over
+from kvswap.store.shelf import create_session, open_session, others, session_path
 from kvswap.store.wear import Limits, Room, Usage, add_usage, read_usage
 
 KEEP_TOKENS = 512
@@ -91,17 +92,29 @@ class Session:
         model: str | LoadedModel,
         config: Config | None = None,
         *,
+        prompt: str | Sequence[int] | None = None,
         encrypt: bool = False,
         **options: Any,
     ) -> Session:
-        """A new, empty session of a model, given by name or loaded.
+        """A new session of a model, given by name or loaded; empty, or with ``prompt`` appended.
 
+        What a closed session holds of the prompt's beginning is shared instead of being computed: see ``borrow``.
         With ``encrypt`` nothing but sizes and the manifest can be read without the key, which comes from the variable
         ``KVSWAP_SESSION_KEY`` or the system's keyring, now and whenever the session is opened.
         Raises SessionError when the name is taken, or without a key.
         """
         config = config or Config()
-        return cls._with_model(create_session(config.kv_dir, name, encrypt=encrypt), model, config, **options)
+        session = cls._with_model(create_session(config.kv_dir, name, encrypt=encrypt), model, config, **options)
+        if prompt is None:
+            return session
+        try:
+            ids = session.encode(prompt)
+            session.borrow(ids)
+            session.append(ids[len(session.token_ids) :])
+        except BaseException:
+            session.close()
+            raise
+        return session
 
     @classmethod
     def open(cls, name: str, model: str | LoadedModel, config: Config | None = None, **options: Any) -> Session:
@@ -178,10 +191,7 @@ class Session:
         first step of ``generate`` needs one. Raises InputError for nothing, MemoryBudgetError, DiskError.
         """
         self._check_open()
-        tokenizer = self._loaded.tokenizer
-        special = not self._ids
-        ids = tokenizer(new, add_special_tokens=special, verbose=False)["input_ids"] if isinstance(new, str) else new
-        whole = [*self._ids, *(int(each) for each in ids)]
+        whole = [*self._ids, *self.encode(new)]
         if len(whole) == len(self._ids):
             raise InputError("nothing to append", hint="give some text")
         self._check_length(len(whole))
@@ -191,6 +201,13 @@ class Session:
             self._forward(compute)
         self.commit(whole, self._talk)
         return len(compute)
+
+    def encode(self, new: str | Sequence[int]) -> list[int]:
+        """Token ids of what comes next; text in an empty session gets the tokenizer's special tokens."""
+        if not isinstance(new, str):
+            return [int(each) for each in new]
+        ids: list[int] = self._loaded.tokenizer(new, add_special_tokens=not self._ids, verbose=False)["input_ids"]
+        return ids
 
     def generate(
         self, *, max_new_tokens: int = 256, temperature: float = 0.0, top_p: float = 1.0, seed: int | None = None
@@ -236,6 +253,32 @@ class Session:
             self.folder.restart()
         self._reload()
         return self._tokens
+
+    def borrow(self, ids: Sequence[int]) -> str | None:
+        """Begin an empty session with what a closed session of the same model holds of ``ids``; that one's name.
+
+        As ``align``, token by token up to the last whole group; the files are shared, conversation and turns are not.
+        None where nothing worth it is held, or this session is not empty.
+        """
+        self._check_open()
+        if self.tokens or self.folder.manifest.checkpoints:
+            return None
+        encrypted = self.folder.manifest.encryption is not None
+        fits = partial(made_alike, model=self._identity, config=self.config)
+        path = self.folder.folder.path
+        for tokens, place in find_prefix(
+            others(path), ids, lambda found: (found.encryption is not None) == encrypted and fits(found)
+        ):
+            try:
+                source = SessionFolder.open(place, write=True)  # nobody else has it open
+            except KVSwapError:
+                continue
+            with source:
+                self.detach()
+                add_usage(self._room.root, take_over(self.folder, source, tokens))
+            self._reload()
+            return source.name
+        return None
 
     def commit(self, ids: Sequence[int], talk: bytes = b"", *, interim: bool = False) -> None:
         """Make what ``cache`` holds now durable, with its token ids and the conversation (JSON).

@@ -23,7 +23,7 @@ from kvswap.state import BatchState
 from kvswap.store.folder import Commit, SessionFolder
 from kvswap.store.groups import NamedFiles
 from kvswap.store.index import Arrays, LayerIndex, take
-from kvswap.store.manifest import ITEMSIZES_BYTES, Layout, Model
+from kvswap.store.manifest import ITEMSIZES_BYTES, Layout, Manifest, Model
 from kvswap.store.reader import Stored
 from kvswap.store.segments import Segments
 from kvswap.terms import ceil_div
@@ -213,6 +213,29 @@ class Keeper:
                     f"{self.folder.what} belongs to {stored.name}; the model given {words}{detail}",
                     hint="give the model that it was made with, or start another session",
                 )
+
+
+def made_alike(manifest: Manifest, model: Model, config: Config) -> bool:
+    """Whether a session is of that model and has what a new one would get by ``config``."""
+    layout = manifest.layout
+    if (
+        layout is None
+        or manifest.model is None
+        or any(getattr(manifest.model, key) != getattr(model, key) for key in _MODEL_WORDS)
+    ):
+        return False
+    elements, bits = layout.kv_heads * layout.head_dim, config.sketch_bits
+    rank = config.sketch_rank or min(elements, config.sketch_bytes(elements) * 8 // bits)
+    size_bytes = ITEMSIZES_BYTES.get(config.store_dtype, 2)
+    same_store = ITEMSIZES_BYTES[layout.dtypes[0]] == size_bytes and (
+        config.store_dtype == "auto" or set(layout.dtypes) == {config.store_dtype}
+    )
+    window = (layout.group_tokens, layout.sink_tokens, layout.recent_tokens)
+    return (
+        same_store
+        and window == (config.group_tokens, config.sink_tokens, config.recent_tokens)
+        and (layout.sketch_kind, layout.sketch_rank, layout.sketch_bits) == ("transform", rank, bits)
+    )
 
 
 def sliding_layers(layers: Sequence[Any], orders: Sequence[int | None]) -> list[tuple[int, Any]]:

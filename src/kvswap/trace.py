@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass(slots=True)
@@ -77,3 +78,16 @@ class CacheStats:
     backend: str = "none"
     direct_io: bool = False
     sketch: str = "none"
+
+    def since(self, before: CacheStats) -> dict[str, Any]:
+        """Sizes as they are now, times and counts since ``before``, by name."""
+        selected = self.selected_groups - before.selected_groups
+        reused = self.reuse_rate * self.selected_groups - before.reuse_rate * before.selected_groups
+        grown = ("prefill_s", "disk_write_bytes", "disk_read_bytes", "disk_reads", "io_wait_s")
+        kept = ["kv_full_bytes", "kv_memory_limit_bytes", "kv_memory_peak_bytes", "memory_parts", "sliding_kv_bytes"]
+        kept += ["prefill_peak_bytes", "backend", "direct_io"]
+        return {
+            **{name: getattr(self, name) - getattr(before, name) for name in grown},
+            **{name: getattr(self, name) for name in kept},
+            "reuse_rate": reused / selected if selected else 0.0,
+        }

@@ -79,3 +79,14 @@ def test_failed_start_leaves_no_session(tiny, tmp_path, capfd) -> None:
     words = ["run", "--model", "./absent", "--ask", "Who?", "--session", "a", "--kv-dir", str(tmp_path / "kv")]
     assert run_command(words) == 2
     assert list((tmp_path / "kv" / "sessions").iterdir()) == []
+
+
+def test_new_session_begins_with_what_another_one_holds(run) -> None:
+    first = run("Who counts?")
+    second = run("What is counted?", session="other")
+    assert second["session"] == "other" and second["resumed_tokens"] > 900 and second["resumed_tokens"] % 4 == 0
+    assert second["resumed_tokens"] + second["computed_tokens"] == second["prompt_tokens"]
+    assert f"session other begins with {second['resumed_tokens']:,} tokens that session tale holds" in second["err"]
+    assert second["session_written_bytes"] < first["session_written_bytes"] / 2
+    third = run("And what?", session="other", document=False)
+    assert third["resumed_tokens"] == second["prompt_tokens"] + second["new_tokens"] - 1

@@ -201,6 +201,25 @@ def test_export_and_import(tale, ask, sessions, tmp_path) -> None:
     assert not (tale.parent / "fourth").exists() and not list(tale.parent.glob(".new-*"))
 
 
+def test_export_that_breaks_off_leaves_nothing_under_its_name(tale, sessions, tmp_path, monkeypatch) -> None:
+    damage(tale / "data-0-2")  # found when most is written
+    code, _, err = sessions("export", "tale", tmp_path / "tale.kvswap")
+    assert code == 1 and "of layer 2" in err
+    assert [path.name for path in tmp_path.iterdir() if "kvswap" in path.name] == []
+    real, seen = os.link, []
+
+    def look(one, other, **more):
+        seen.append((Path(one).stat().st_size, os.path.lexists(other)))
+        return real(one, other, **more)
+
+    damage(tale / "data-0-2")  # the same bit again
+    monkeypatch.setattr(os, "link", look)
+    assert sessions("export", "tale", tmp_path / "tale.kvswap")[0] == 0
+    ((size, there),) = seen
+    assert not there and size == (tmp_path / "tale.kvswap").stat().st_size
+    assert [path.name for path in tmp_path.iterdir() if "kvswap" in path.name] == ["tale.kvswap"]
+
+
 def test_second_writer_gets_a_clear_error(tale, ask, sessions, kv_dir) -> None:
     with open_session(str(kv_dir), "tale"):
         for code, _, err in (ask("And?"), sessions("rm", "tale"), sessions("fork", "tale", "b")):

@@ -18,6 +18,8 @@ from pathlib import Path
 from kvswap.disk.files import full_error, is_full
 from kvswap.errors import DiskReadError, DiskWriteError, StorageError
 
+NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK, errno.EXDEV, errno.ENOSYS)
+"""Where a file system has no hard links, or no more of them."""
 _READ_BYTES = 1 << 24
 _PLAIN = os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK  # a pipe in a file's place must not block
 
@@ -168,7 +170,7 @@ class PrivateFolder:
         try:
             os.link(name, name, src_dir_fd=source._fd, dst_dir_fd=self._fd, follow_symlinks=False)
         except OSError as error:
-            if error.errno in (errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK, errno.EXDEV, errno.ENOSYS):
+            if error.errno in NO_LINKS:
                 return False
             raise _write_error(f"{self.path / name} cannot be linked", error) from error
         return True

@@ -37,7 +37,7 @@ from kvswap.store.manifest import (
     Segment,
     encode,
 )
-from kvswap.store.reader import MANIFEST, SessionReader
+from kvswap.store.reader import MANIFEST, SessionReader, Stored
 from kvswap.store.seal import Checksums, Cipher, Sealer
 
 BASIS = "basis"
@@ -188,8 +188,8 @@ class SessionFolder(SessionReader):
             folder.append(f"index-{number}", index_bytes, batch)
             pairs[-1] = (number, index_bytes + len(batch))
             segments[number] = replace(segments[number], high=new.flushed, index_bytes=index_bytes + len(batch))
-        basis = manifest.basis or self._write_blob(BASIS, encode_arrays(new.basis or {}))
-        tail = self._write_blob(f"tail-{manifest.commits}", encode_arrays(new.tail))
+        basis = manifest.basis or self._write_blob(folder, BASIS, encode_arrays(new.basis or {}))
+        tail = self.write_tail(folder, manifest.commits, encode_arrays(new.tail))
         checkpoint = Checkpoint(
             commit=manifest.commits,
             interim=new.interim,
@@ -245,21 +245,14 @@ class SessionFolder(SessionReader):
         manifest, stored = self.manifest, self.load()
         layout, current = manifest.layout, self.base
         assert stored is not None and layout is not None and current is not None and groups > 0
-        tokens = groups * layout.group_tokens
-        flushed = tuple(min(each, groups) for each in current.flushed)
-        tail: Arrays = {"ids": np.array(stored.ids[:tokens], np.int64)}
-        for layer, (old, new) in enumerate(zip(current.flushed, flushed, strict=True)):
-            waiting = stored.tail[f"waiting-{layer}"].reshape(2 * layout.kv_heads, -1)
-            kept_bytes = max(0, tokens - old * layout.group_tokens) * layout.head_dim * layout.geometry.itemsize_bytes
-            assert new == old or kept_bytes == 0
-            tail[f"waiting-{layer}"] = waiting[:, :kept_bytes].reshape(-1)
+        flushed, tail = cut_tail(layout, stored, current, groups)
         checkpoint = replace(
             current,
             commit=manifest.commits,
             interim=True,
-            tokens=tokens,
+            tokens=groups * layout.group_tokens,
             flushed=flushed,
-            tail=self._write_blob(f"tail-{manifest.commits}", encode_arrays(tail)),
+            tail=self.write_tail(self.folder, manifest.commits, encode_arrays(tail)),
         )
         checkpoints = (*self._lasting(), checkpoint)[-CHECKPOINTS:]
         self.put(replace(manifest, commits=manifest.commits + 1, checkpoints=checkpoints))
@@ -277,6 +270,11 @@ class SessionFolder(SessionReader):
         self.folder.replace(MANIFEST, data)
         self.manifest = manifest
         self._clean()
+
+    def become(self, manifest: Manifest, sealer: Sealer) -> None:
+        """Commit what another session holds, whose files are linked here already, under its sealer."""
+        self._sealer = sealer
+        self.put(manifest)
 
     def _settle(self, manifest: Manifest) -> Manifest:
         """Segments that no checkpoint names go; the marks of owned ones fall to what is still referred to."""
@@ -299,9 +297,13 @@ class SessionFolder(SessionReader):
     def _shared(self, segment: Segment) -> bool:
         return self.folder.stat(f"index-{segment.number}").st_nlink > 1
 
-    def _write_blob(self, name: str, data: bytes) -> Blob:
+    def write_tail(self, folder: PrivateFolder, commit: int, data: bytes) -> Blob:
+        """Write the tail of a commit durably, under this session's key; into ``folder``, as a rule its own."""
+        return self._write_blob(folder, f"tail-{commit}", data)
+
+    def _write_blob(self, folder: PrivateFolder, name: str, data: bytes) -> Blob:
         data = self.sealer.wrap(data, name)
-        self.folder.write(name, data)
+        folder.write(name, data)
         return Blob(file=name, bytes=len(data), xxh3=text_sum(data))
 
     # ---- files
@@ -321,3 +323,16 @@ class SessionFolder(SessionReader):
             if segment.owned and not self._shared(segment):
                 for name in [name for name in sizes if name.startswith(f"data-{segment.number}-")]:
                     self.folder.truncate(name, sizes[name])
+
+
+def cut_tail(layout: Layout, stored: Stored, current: Checkpoint, groups: int) -> tuple[Counts, Arrays]:
+    """Groups on disk by layer, and the tail, of the first ``groups`` whole groups of a checkpoint."""
+    tokens = groups * layout.group_tokens
+    flushed = tuple(min(each, groups) for each in current.flushed)
+    tail: Arrays = {"ids": np.array(stored.ids[:tokens], np.int64)}
+    for layer, (old, new) in enumerate(zip(current.flushed, flushed, strict=True)):
+        waiting = stored.tail[f"waiting-{layer}"].reshape(2 * layout.kv_heads, -1)
+        kept_bytes = max(0, tokens - old * layout.group_tokens) * layout.head_dim * layout.geometry.itemsize_bytes
+        assert new == old or kept_bytes == 0
+        tail[f"waiting-{layer}"] = waiting[:, :kept_bytes].reshape(-1)
+    return flushed, tail

@@ -78,6 +78,11 @@ def close_session(folder: SessionFolder) -> None:
     folder.close()
 
 
+def others(path: Path) -> list[Path]:
+    """All sessions beside that of ``path``."""
+    return [each for each in sorted(path.parent.iterdir()) if each != path and _NAME.fullmatch(each.name)]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Entry:
     """One session as a list shows it. ``disk_bytes`` is what removing it would free, ``shared_bytes`` what it shares.

@@ -20,8 +20,9 @@ from typing import IO
 import numpy as np
 
 from kvswap.disk.files import check_free
-from kvswap.disk.private import PrivateFolder
+from kvswap.disk.private import NO_LINKS, PrivateFolder
 from kvswap.errors import DamagedError, InputError, SessionError
+from kvswap.jsonfile import partial_name
 from kvswap.store.check import check
 from kvswap.store.checksum import text_sum
 from kvswap.store.folder import BASIS, SessionFolder
@@ -35,7 +36,7 @@ _PIECE_BYTES = 4 << 20
 
 
 def export_session(folder: SessionFolder, target: Path) -> int:
-    """Write the current context to a new file ``target``, mode 0600; its size in bytes.
+    """Write the current context to a new file ``target``, mode 0600; its size in bytes. It appears whole or not at all.
 
     Raises SessionError for an empty session, InputError where the file exists or cannot be written, DamagedError.
     """
@@ -55,23 +56,46 @@ def export_session(folder: SessionFolder, target: Path) -> int:
     )
     segment = Segment(number=0, owned=True, start=start, high=current.flushed, index_bytes=len(index))
     flat = replace(manifest, commits=1, written_bytes=0, segments=(segment,), checkpoints=(checkpoint,))
+    members = [(MANIFEST, encode(flat, folder.sealer.sign)), (BASIS, folder.folder.read(BASIS, basis.bytes))]
+    members += [("tail-0", tail), ("index-0", index)]
+    partial = partial_name(target)
     try:
-        with open(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "wb") as file:
+        if os.path.lexists(target):
+            raise FileExistsError
+        with open(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "wb") as file:
             with tarfile.open(fileobj=file, mode="w", format=tarfile.GNU_FORMAT) as archive:
-                _add(archive, MANIFEST, encode(flat, folder.sealer.sign))
-                _add(archive, BASIS, folder.folder.read(BASIS, basis.bytes))
-                _add(archive, "tail-0", tail)
-                _add(archive, "index-0", index)
+                for name, data in members:
+                    _add(archive, name, data)
                 for layer, groups in enumerate(stored.groups):
                     info = tarfile.TarInfo(f"data-0-{layer}")
                     info.size = len(groups.seals) * layout.slot_bytes
                     archive.addfile(info, _Joined(_data(folder, layer, groups)))
+            file.flush()
             os.fsync(file.fileno())
-            return file.tell()
+            size_bytes = file.tell()
+        _publish(partial, target)
+        return size_bytes
     except FileExistsError as error:
         raise InputError(f"{target} exists already", hint="give another name") from error
     except OSError as error:
         raise InputError(f"{target}: {error.strerror or error}", hint="give a file in a folder of yours") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _publish(partial: Path, target: Path) -> None:
+    """Give a complete file its name, durably. Raises FileExistsError where somebody was faster."""
+    try:
+        os.link(partial, target)
+    except OSError as error:
+        if error.errno not in NO_LINKS:
+            raise
+        os.rename(partial, target)
+    parent = os.open(target.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(parent)
+    finally:
+        os.close(parent)
 
 
 def import_session(source: Path, path: Path) -> Manifest:

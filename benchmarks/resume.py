@@ -1,0 +1,254 @@
+"""Sessions: the first token of a resumed one against prefilling it, forks, checksums and encryption.
+
+    python benchmarks/resume.py --model smollm2-135m --tokens 7000 --json out.json
+
+One session is prefilled from text that nothing was calibrated on, once in plain form and once encrypted, and closed.
+What is measured then, all in one process with the model loaded:
+
+* first token: from opening the session (reading it, comparing the model with it, attaching) to a token, with nothing
+  new and with --question new tokens that attend to all that is stored. Prefilling is timed to its first token as well.
+* fork: seconds and bytes of new disk.
+* decode: --turns turns of --steps forced steps in each of three sessions, without verification, with checksums, and
+  encrypted, taking turns. Each turn is a fresh fork, so all begin alike. Beside the medians stands the time that
+  unsealing itself took, which the noise of a shared machine does not hide.
+
+The files lie below --kv-dir and are removed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import secrets
+import shutil
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import kvswap
+from kvswap.device.machine import describe_machine
+from kvswap.disk.files import default_kv_dir
+from kvswap.evals.text import evaluation_text
+from kvswap.models.adapter import cache_keyword
+from kvswap.models.loading import LoadedModel, load_model
+from kvswap.session import Session
+from kvswap.store.groups import GroupStore
+from kvswap.store.keys import ENVIRONMENT, new_key
+
+WARM_STEPS = 4
+KINDS = {"unverified": ("plain", False), "checksums": ("plain", True), "encrypted": ("secret", True)}
+"""Which session a turn of decode forks, and whether it verifies."""
+
+
+class Meter:
+    """Seconds spent in ``GroupStore.unseal`` since ``reset``, and groups that went through it."""
+
+    def __init__(self) -> None:
+        self.seconds, self.groups = 0.0, 0
+        self._unseal = GroupStore.unseal
+        meter, unseal = self, self._unseal
+
+        def timed(store: GroupStore, rows: Any, *rest: Any) -> None:
+            started_s = time.perf_counter()
+            unseal(store, rows, *rest)
+            meter.seconds += time.perf_counter() - started_s
+            meter.groups += len(rows)
+
+        GroupStore.unseal = timed  # type: ignore[method-assign]
+
+    def reset(self) -> None:
+        """Begin anew."""
+        self.seconds, self.groups = 0.0, 0
+
+    def close(self) -> None:
+        """Take the meter off."""
+        GroupStore.unseal = self._unseal  # type: ignore[method-assign]
+
+
+def prompt_ids(loaded: LoadedModel, tokens: int) -> list[int]:
+    """So many tokens of text that was not calibrated on. Raises SystemExit where there is less."""
+    ids: list[int] = []
+    for _, text in evaluation_text():
+        ids += loaded.tokenizer(text, verbose=False)["input_ids"]
+        if len(ids) >= tokens:
+            return ids[:tokens]
+    raise SystemExit(f"there are {len(ids):,} tokens of text here, {tokens:,} are wanted")
+
+
+def first_token_s(session: Session, new: list[int], started_s: float) -> float:
+    """Seconds from ``started_s`` until a token is there, after appending ``new``."""
+    if new:
+        session.append(new)
+    stream = session.generate(max_new_tokens=1)
+    for _ in stream:
+        break
+    took_s = time.perf_counter() - started_s
+    list(stream)
+    return took_s
+
+
+def measure_first_tokens(loaded: LoadedModel, config: kvswap.Config, ids: list[int], args: Any) -> dict[str, Any]:
+    """Prefilled and resumed, plain and encrypted."""
+    found: dict[str, Any] = {}
+    context, question = ids[: args.tokens], ids[args.tokens : args.tokens + args.question]
+    for kind, encrypt in (("plain", False), ("secret", True)):
+        with Session.create(kind, loaded, config, encrypt=encrypt) as session:
+            assert session.cache is not None  # calibrates, outside of what is timed
+            prefill_s = first_token_s(session, context, time.perf_counter())
+            session.undo()  # takes the token back: the context alone is what the others begin with
+        resumed: dict[str, list[float]] = {"resume_s": [], "question_s": []}
+        for _ in range(args.repeat):
+            for name, new in (("resume_s", []), ("question_s", question)):
+                fork(config, kind, "scratch")
+                started_s = time.perf_counter()
+                with Session.open("scratch", loaded, config) as session:
+                    resumed[name].append(first_token_s(session, new, started_s))
+                remove(config, "scratch")
+        found[kind] = {"prefill_s": prefill_s, **resumed}
+    return found
+
+
+def measure_forks(config: kvswap.Config, repeat: int) -> dict[str, Any]:
+    """Seconds of a fork on an open session, and bytes of new disk by the session's own count and by the disk's."""
+    from kvswap.store.fork import fork as fork_folder
+    from kvswap.store.shelf import open_session, session_path, used_bytes
+
+    times, root = [], session_path(config.kv_dir, "plain").parent
+    for _ in range(repeat):
+        with open_session(config.kv_dir, "plain") as folder:
+            before_bytes = used_bytes(root)
+            started_s = time.perf_counter()
+            written_bytes = fork_folder(folder, session_path(config.kv_dir, "scratch"))
+            times.append(time.perf_counter() - started_s)
+            disk_bytes = used_bytes(root) - before_bytes
+        remove(config, "scratch")
+    return {"fork_s": times, "written_bytes": written_bytes, "disk_bytes": disk_bytes}
+
+
+def measure_decode(loaded: LoadedModel, config: kvswap.Config, ids: list[int], args: Any) -> dict[str, Any]:
+    """Step times of each kind, turn by turn, and what unsealing took of them."""
+    meter = Meter()
+    found: dict[str, Any] = {kind: {"step_s": [], "unseal_s": [], "unsealed_groups": []} for kind in KINDS}
+    forced, names = ids[args.tokens :][: WARM_STEPS + args.steps], list(KINDS)
+    try:
+        for turn in range(args.turns):
+            for kind in names[turn % 3 :] + names[: turn % 3]:
+                source, verify = KINDS[kind]
+                fork(config, source, "scratch")
+                with Session.open("scratch", loaded, config, verify=verify) as session:
+                    steps = decode(loaded, session, forced, meter)
+                remove(config, "scratch")
+                found[kind]["step_s"].append([round(each, 6) for each in steps])
+                found[kind]["unseal_s"].append(round(meter.seconds, 6))
+                found[kind]["unsealed_groups"].append(meter.groups)
+    finally:
+        meter.close()
+    return found
+
+
+@torch.no_grad()
+def decode(loaded: LoadedModel, session: Session, forced: list[int], meter: Meter) -> list[float]:
+    """Seconds of each step after the warm ones."""
+    model, times = loaded.model, []
+    for number, token in enumerate([*session.token_ids[session.tokens :], *forced]):
+        if number == WARM_STEPS:
+            meter.reset()
+        started_s = time.perf_counter()
+        step = torch.tensor([[token]], device=model.device)
+        model(input_ids=step, use_cache=True, **{cache_keyword(model): session.cache}).logits.float().cpu()
+        times.append(time.perf_counter() - started_s)
+    return times[WARM_STEPS:]
+
+
+def fork(config: kvswap.Config, name: str, new: str) -> None:
+    """A fork of a closed session."""
+    from kvswap.store.fork import fork as fork_folder
+    from kvswap.store.shelf import open_session, session_path
+
+    with open_session(config.kv_dir, name) as folder:
+        fork_folder(folder, session_path(config.kv_dir, new))
+
+
+def remove(config: kvswap.Config, name: str) -> None:
+    """Remove a closed session."""
+    from kvswap.store.shelf import remove as remove_path
+    from kvswap.store.shelf import session_path
+
+    remove_path(session_path(config.kv_dir, name))
+
+
+def summarise(first: dict[str, Any], forks: dict[str, Any], steps: dict[str, Any]) -> dict[str, Any]:
+    """The few numbers that the docs show."""
+    medians = {kind: [statistics.median(turn) for turn in each["step_s"]] for kind, each in steps.items()}
+    shares = {kind: sum(each["unseal_s"]) / sum(sum(turn) for turn in each["step_s"]) for kind, each in steps.items()}
+    plain, secret = first["plain"], first["secret"]
+    return {
+        "prefill_s": plain["prefill_s"],
+        "prefill_encrypted_s": secret["prefill_s"],
+        "resume_s": statistics.median(plain["resume_s"]),
+        "resume_encrypted_s": statistics.median(secret["resume_s"]),
+        "question_s": statistics.median(plain["question_s"]),
+        "question_encrypted_s": statistics.median(secret["question_s"]),
+        "resume_times_faster": plain["prefill_s"] / statistics.median(plain["resume_s"]),
+        "fork_s": statistics.median(forks["fork_s"]),
+        "fork_disk_bytes": forks["disk_bytes"],
+        "step_s": {kind: statistics.median(each) for kind, each in medians.items()},
+        "step_ratio": {
+            kind: statistics.median(a / b for a, b in zip(medians[kind], medians["unverified"], strict=True))
+            for kind in ("checksums", "encrypted")
+        },
+        "unseal_share": {kind: shares[kind] for kind in ("checksums", "encrypted")},
+    }
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--tokens", type=int, default=7000, help="tokens of the session")
+    parser.add_argument("--question", type=int, default=32, help="new tokens of a question to it")
+    parser.add_argument("--repeat", type=int, default=5, help="how often first tokens and forks are timed")
+    parser.add_argument("--turns", type=int, default=6)
+    parser.add_argument("--steps", type=int, default=24, help="steps of a turn")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--kv-memory", default="auto")
+    parser.add_argument("--kv-dir", help="default: below the user's cache folder")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    os.environ[ENVIRONMENT] = new_key()
+    loaded = load_model(args.model, dtype=args.dtype)
+    ids = prompt_ids(loaded, args.tokens + max(args.question, WARM_STEPS + args.steps) + 1)
+    place = Path(args.kv_dir or default_kv_dir()).absolute() / f"resume-{secrets.token_hex(4)}"
+    config = kvswap.Config(kv_memory=args.kv_memory, kv_dir=str(place))
+    try:
+        first = measure_first_tokens(loaded, config, ids, args)
+        forks = measure_forks(config, args.repeat)
+        steps = measure_decode(loaded, config, ids, args)
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+    summary = summarise(first, forks, steps)
+    options = {name: value for name, value in vars(args).items() if name not in ("json", "kv_dir", "model")}
+    content = {
+        "format": "kvswap-resume",
+        "version": 1,
+        "model": Path(args.model).name,
+        "options": options,
+        "machine": dataclasses.asdict(describe_machine()),
+        "threads": torch.get_num_threads(),
+        "summary": summary,
+        "first_tokens": first,
+        "forks": forks,
+        "decode": steps,
+    }
+    print(json.dumps(summary, indent=1))
+    if args.json is not None:
+        args.json.write_text(json.dumps(content, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
