@@ -29,6 +29,7 @@ from kvswap.plan.budget import PROMPT_PARTS, PrefillNeeds
 from kvswap.prefill import Prefill, attend_stored, chunk_spans
 from kvswap.snapshot import Keeper, sliding_layers
 from kvswap.state import BatchState, Shape, open_state
+from kvswap.store.rates import Rates
 from kvswap.trace import CacheStats
 from kvswap.units import format_bytes
 
@@ -65,6 +66,7 @@ class KVSwapCache(LayerMajorCache):
             device=parts.device,
         )
         self._keeper = keeper
+        self._again, self._rates = False, Rates()
         self.after_prompt: Callable[[], None] | None = None
         """Called between forwards when a prompt is through, by the thread that runs the model."""
         self._sliding = sliding_layers(layers, [part.order for part in parts.layers]) if keeper else []
@@ -99,9 +101,11 @@ class KVSwapCache(LayerMajorCache):
             self._decode.begin_step()
             self._rope.clear()
         else:
-            self._prefill = Prefill(self._state, tokens, np.zeros_like(self._pads) if self._stored else self._pads)
-            held = self._state.ledger.held
-            held_bytes = sum(held.values() if self._stored else (held[part] for part in PROMPT_PARTS))
+            store, pads = self._state.store, np.zeros_like(self._pads) if self._stored else self._pads
+            store.streamed_bytes, store.streamed_s = 0, 0.0
+            self._prefill = Prefill(self._state, tokens, pads, again=self._again)
+            held, kept = self._state.ledger.held, self._stored or self._again
+            held_bytes = sum(held.values() if kept else (held[part] for part in PROMPT_PARTS))
             self.trace.prefill_peak_bytes = max(self.trace.prefill_peak_bytes, passing_bytes + held_bytes)
 
     def run_layer(self, part: LayerParts, forward: LayerForward, hidden: torch.Tensor, kwargs: dict[str, Any]) -> Any:
@@ -117,7 +121,8 @@ class KVSwapCache(LayerMajorCache):
         assert self._decode is not None
         if self._prefill is not None:
             self._prefill.done()
-            self._prefill = None
+            self._prefill, self._again = None, False
+            self._rates = self._rates.better(self._measured(tokens))
         else:
             self._decode.end_step()
             self.trace.decode_s += time.perf_counter() - self._started_s
@@ -298,7 +303,29 @@ class KVSwapCache(LayerMajorCache):
         """
         if self._keeper is None or self._state is None or self._running:
             raise UnsupportedError("a commit without a session, or within a forward", hint="attach with a session")
-        self._keeper.commit(self._state, self._sliding, ids, talk, interim=interim)
+        self._keeper.commit(self._state, self._sliding, ids, talk, interim=interim, rates=self._rates)
+
+    def compute_again(self) -> None:
+        """Have the next forward be given the whole context: what is stored of it is computed, not read.
+
+        Exact either way; K, V on disk stay. Between forwards only. Not for models with sliding-window layers, which
+        would have to begin anew.
+        """
+        if self._sliding:
+            raise UnsupportedError("computing again with sliding-window layers", hint="go on from what is stored")
+        self._again, self.padded_tokens = self.padded_tokens > 0, 0
+
+    def _measured(self, tokens: int) -> Rates:
+        """What the prompt that has just gone through says of this machine."""
+        assert self._state is not None
+        store, took_us = self._state.store, int(1e6 * (time.perf_counter() - self._started_s))
+        if not self._stored:
+            return Rates(prefill_tokens=tokens, prefill_us=took_us)
+        layer_bytes = self._shape.layers * self._state.layout.slot_bytes
+        return Rates(
+            load_tokens=store.streamed_bytes // layer_bytes * self.config.group_tokens,
+            load_us=int(1e6 * store.streamed_s),
+        )
 
     # ---- what users see
 

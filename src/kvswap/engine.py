@@ -36,6 +36,7 @@ from kvswap.quality import QualityMeter
 from kvswap.session import Session
 from kvswap.stats import RunStats, latency_percentiles_ms, tokens_per_s
 from kvswap.store.folder import SessionFolder
+from kvswap.store.rates import Choice
 from kvswap.store.shelf import close_session, open_or_create
 from kvswap.store.wear import Limits
 from kvswap.trace import CacheStats
@@ -114,7 +115,7 @@ class Engine:
         self._cache: KVSwapCache | FullCache | None = None
         self._generation: Generation | None = None
         self._setup_s = self._calibration_s = 0.0
-        self._closed = False
+        self._closed, self._choice = False, Choice()
         self._said = Conversation()
         self._session: Session | None = None
         self._stats = self._blank()
@@ -236,6 +237,9 @@ class Engine:
             lender = self._session.borrow(ids)
             before, kept = self._session.tokens, self._session.align(ids)
             self._cache = self._session.cache
+            self._choice = self._session.weigh(len(ids))
+            if self._choice.again:
+                self._session.cache.compute_again()
             if lender is not None:
                 self._notice(f"{self._session.folder.what} begins with {kept:,} tokens that session {lender} holds")
             if kept < before:
@@ -369,6 +373,9 @@ class Engine:
             session=self._session.name if self._session else None,
             resumed_tokens=stored if self._session else 0,
             computed_tokens=len(ids) - stored,
+            computed_again=self._choice.again,
+            load_expected_s=self._choice.load_s,
+            recompute_expected_s=self._choice.recompute_s,
             session_written_bytes=self._session.folder.manifest.written_bytes if self._session else 0,
             sessions_written_bytes=self._session.usage.total_bytes if self._session else 0,
             new_tokens=len(token_ids),

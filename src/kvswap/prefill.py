@@ -57,12 +57,16 @@ def run_layer(
 
 
 class Prefill:
-    """One prompt on its way into a state: T padded tokens, of which ``pads[b]`` on the left are padding."""
+    """One prompt on its way into a state: T padded tokens, of which ``pads[b]`` on the left are padding.
 
-    def __init__(self, state: BatchState, tokens: int, pads: NDArray[np.int64]) -> None:
+    With ``again``, the prompt begins with everything that is stored: that is computed and not read, and stays as it is
+    on disk.
+    """
+
+    def __init__(self, state: BatchState, tokens: int, pads: NDArray[np.int64], *, again: bool = False) -> None:
         shape = state.shape
-        self.state, self.pads, self.new_tokens = state, pads, tokens - pads
-        self.appending = bool(state.tokens.any())
+        self.state, self.pads, self.new_tokens = state, pads, tokens - pads - (state.tokens if again else 0)
+        self.appending, self._again = bool(state.tokens.any()) and not again, again
         state.ensure_capacity(int((state.tokens + self.new_tokens).max()))
         size = (2, state.batch, shape.kv_heads, tokens, shape.head_dim)
         self._kv = torch.empty(size, dtype=shape.dtype, device=shape.device)
@@ -94,10 +98,11 @@ class Prefill:
         if not state.flushed[layer].any():
             state.pool.dtypes[layer] = self._store_dtype()
         for sequence in range(state.batch):
-            keys, values = self._kv[:, sequence, :, int(self.pads[sequence]) : self._filled]
             first = int(state.flushed[layer, sequence])
+            begin = first * state.window.group_tokens if self._again else int(self.pads[sequence])
+            keys, values = self._kv[:, sequence, :, begin : self._filled]
             waiting = int(state.tokens[sequence]) - first * state.window.group_tokens
-            if waiting > 0:  # tokens that had not been flushed come before the new ones
+            if waiting > 0 and not self._again:  # tokens that had not been flushed come before the new ones
                 groups = ceil_div(waiting, state.window.group_tokens)
                 head = state.pool.read_home(layer, sequence, first, groups)[:, :, :waiting].to(keys.dtype)
                 keys, values = torch.cat((head[0], keys), dim=1), torch.cat((head[1], values), dim=1)

@@ -21,19 +21,21 @@ import torch
 from kvswap.attachment import attach
 from kvswap.cache import KVSwapCache
 from kvswap.config import Config
-from kvswap.errors import InputError, KVSwapError
+from kvswap.errors import InputError
 from kvswap.layer_major import Progress
 from kvswap.models.adapter import cache_keyword, context_limit, inspect
 from kvswap.models.identity import rope_hash, tokenizer_hash, weights_hash
 from kvswap.models.loading import LoadedModel, load_model
 from kvswap.models.sampling import Sampling
 from kvswap.models.streaming import Generation
+from kvswap.prefill import chunk_spans
 from kvswap.snapshot import Keeper, made_alike
 from kvswap.store.folder import SessionFolder
 from kvswap.store.fork import fork
 from kvswap.store.manifest import Model
-from kvswap.store.prefix import find_prefix, take_over
-from kvswap.store.shelf import create_session, open_session, others, session_path
+from kvswap.store.prefix import borrow
+from kvswap.store.rates import Choice, choose
+from kvswap.store.shelf import create_session, open_session, session_path
 from kvswap.store.wear import Limits, Room, Usage, add_usage, read_usage
 
 KEEP_TOKENS = 512
@@ -263,22 +265,26 @@ class Session:
         self._check_open()
         if self.tokens or self.folder.manifest.checkpoints:
             return None
-        encrypted = self.folder.manifest.encryption is not None
         fits = partial(made_alike, model=self._identity, config=self.config)
-        path = self.folder.folder.path
-        for tokens, place in find_prefix(
-            others(path), ids, lambda found: (found.encryption is not None) == encrypted and fits(found)
-        ):
-            try:
-                source = SessionFolder.open(place, write=True)  # nobody else has it open
-            except KVSwapError:
-                continue
-            with source:
-                self.detach()
-                add_usage(self._room.root, take_over(self.folder, source, tokens))
-            self._reload()
-            return source.name
-        return None
+        name, written_bytes = borrow(self.folder, ids, fits)
+        if not name:
+            return None
+        self.detach()
+        add_usage(self._room.root, written_bytes)
+        self._reload()
+        return name
+
+    def weigh(self, tokens: int) -> Choice:
+        """Whether to read what the session holds of a prompt of ``tokens``, or to compute it again: the cheaper.
+
+        By rates that the session has measured; unknown until a prompt was computed and one appended. After
+        ``cache.compute_again`` the next forward takes the whole prompt.
+        """
+        self._check_open()
+        if any(part.order is None for part in inspect(self._loaded.model).layers):
+            return Choice()
+        passes = sum(1 for _ in chunk_spans(tokens - self.tokens, self.config.chunk_tokens))
+        return choose(self.folder.manifest.rates, self.tokens, passes if tokens - self.tokens > 1 else 0)
 
     def commit(self, ids: Sequence[int], talk: bytes = b"", *, interim: bool = False) -> None:
         """Make what ``cache`` holds now durable, with its token ids and the conversation (JSON).

@@ -24,6 +24,7 @@ from kvswap.store.folder import Commit, SessionFolder
 from kvswap.store.groups import NamedFiles
 from kvswap.store.index import Arrays, LayerIndex, take
 from kvswap.store.manifest import ITEMSIZES_BYTES, Layout, Manifest, Model
+from kvswap.store.rates import Rates
 from kvswap.store.reader import Stored
 from kvswap.store.segments import Segments
 from kvswap.terms import ceil_div
@@ -165,6 +166,7 @@ class Keeper:
         talk: bytes = b"",
         *,
         interim: bool = False,
+        rates: Rates,
     ) -> None:
         """Make the state durable with its token ids, one more than tokens at most, and the conversation as JSON.
 
@@ -193,6 +195,7 @@ class Keeper:
                 tail=_tail(state, sliding, ids, talk),
                 data_bytes=written_bytes - self._data_bytes,
                 interim=interim,
+                rates=rates,
             )
         )
         self._data_bytes = written_bytes

@@ -34,7 +34,9 @@ class RunStats:
     ``kv_memory_*`` is what the limit covers (None without a limit); ``disk_read_bytes`` as submitted, with padding and
     gaps; ``reuse_rate`` is hits over selected groups, pinned ones excluded; ``io_wait_s`` is time blocked on reads.
     ``stored_tokens`` of the prompt were in the cache before and were not computed again; in a named session,
-    ``resumed_tokens`` of them came from it and ``computed_tokens`` were computed now. ``session_written_bytes`` is
+    ``resumed_tokens`` of them came from it and ``computed_tokens`` were computed now; with ``computed_again`` all were,
+    because reading those that it held was expected to take ``load_expected_s``, computing them
+    ``recompute_expected_s`` (None: not measured yet). ``session_written_bytes`` is
     everything written for the session in its whole life, ``sessions_written_bytes`` for all of the folder.
     """
 
@@ -46,6 +48,9 @@ class RunStats:
     session: str | None = None
     resumed_tokens: int = 0
     computed_tokens: int = 0
+    computed_again: bool = False
+    load_expected_s: float | None = None
+    recompute_expected_s: float | None = None
     session_written_bytes: int = 0
     sessions_written_bytes: int = 0
     new_tokens: int = 0

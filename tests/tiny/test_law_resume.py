@@ -11,13 +11,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kvswap.config import Config
-from kvswap.errors import SessionError
-from kvswap.models.loading import LoadedModel
+from kvswap.errors import ModelError, SessionError
+from kvswap.models.loading import LoadedModel, load_model
 from kvswap.session import Session
 from tests.tiny.families import tiny_model, tokens
 from tests.tiny.folders import byte_tokenizer
 
 FAMILIES = ("llama", "gemma3")
+REAL = "smollm2-135m"
 NUMBERS = itertools.count()
 CONFIG = Config(select_tokens=56, recent_tokens=16, sink_tokens=4, kv_memory="4MiB")
 
@@ -38,6 +39,8 @@ def cache_home(tmp_path_factory, monkeypatch) -> None:
 
 @functools.cache
 def loaded(family: str) -> LoadedModel:
+    if family == REAL:
+        return load_model(REAL, dtype="float32")
     return LoadedModel(tiny_model(family, vocab_size=300), byte_tokenizer(), f"tiny-{family}")
 
 
@@ -46,6 +49,7 @@ def play(
 ) -> list[list[int]]:
     """Token ids after every operation."""
     model, config, seen = loaded(family), CONFIG.replace(kv_dir=str(kv_dir)), []
+    config = config.replace(kv_memory="auto") if family == REAL else config
     session = Session.create(f"s{next(NUMBERS)}", model, config, encrypt=encrypt)
     try:
         session.append(tokens(1, 190)[0].tolist())
@@ -106,5 +110,21 @@ def test_close_and_reopen_change_nothing_in_many_schedules(family, tmp_path_fact
     @given(SCHEDULES)
     def run(schedule: list[tuple[str, int, bool]]) -> None:
         check(family, schedule, tmp_path_factory.mktemp("law"))
+
+    run()
+
+
+@pytest.mark.slow
+def test_close_and_reopen_change_nothing_with_smollm2(tmp_path_factory) -> None:
+    """The same law on a real model, in a handful of schedules."""
+    try:
+        loaded(REAL)
+    except ModelError as error:
+        pytest.skip(f"{REAL} is not here: {error}")
+
+    @settings(max_examples=6, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    @given(st.lists(OPERATIONS, min_size=4, max_size=9))
+    def run(schedule: list[tuple[str, int, bool]]) -> None:
+        check(REAL, schedule, tmp_path_factory.mktemp("law"))
 
     run()

@@ -16,7 +16,7 @@ from typing import Any
 
 from kvswap.units import format_bytes, format_rate
 
-MARK = re.compile(r"(<!-- (bench|scale): (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+MARK = re.compile(r"(<!-- (bench|scale|resume): (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 Row = dict[str, Any]
 Column = tuple[str, Callable[[Row], str]]
@@ -90,7 +90,7 @@ def _cell(name: str, text: str) -> str:
 
 def update_tables(page: str, results: Path) -> str:
     """A page with its tables made anew from the files in ``results``. Raises OSError, ValueError for a file amiss."""
-    makers = {"bench": bench_lines, "scale": scale_lines}
+    makers = {"bench": bench_lines, "scale": scale_lines, "resume": resume_lines}
 
     def made(match: re.Match[str]) -> str:
         content = json.loads((results / match[3]).read_text(encoding="utf-8"))
@@ -133,3 +133,31 @@ def scale_lines(content: Row) -> list[str]:
     about = f"{machine['cpu']}, {machine['cores']} cores, {content['environment']['threads']} threads."
     skipped = content["skipped_tokens"]
     return ["", *lines, "", about, *([f"Left out for lack of disk: {skipped}."] if skipped else []), ""]
+
+
+def resume_lines(content: Row) -> list[str]:
+    """What a session on disk is worth, and what checksums and encryption cost."""
+    found, options, machine = content["summary"], content["options"], content["machine"]
+    steps, ratios, shares = found["step_s"], found["step_ratio"], found["unseal_share"]
+    kinds = ("", "_encrypted")
+    rows = [
+        ["first token after prefilling", *(f"{found[f'prefill{kind}_s']:.1f} s" for kind in kinds)],
+        ["first token of the resumed session", *(f"{1e3 * found[f'resume{kind}_s']:.0f} ms" for kind in kinds)],
+        [
+            f"the same after {options['question']} new tokens",
+            *(f"{found[f'question{kind}_s']:.2f} s" for kind in kinds),
+        ],
+        ["a step of decode", *(f"{1e3 * steps[kind]:.0f} ms" for kind in ("checksums", "encrypted"))],
+        ["beside a step without verification", *(f"x {ratios[kind]:.3f}" for kind in ("checksums", "encrypted"))],
+        ["of it spent unsealing groups", *(f"{shares[kind]:.1%}" for kind in ("checksums", "encrypted"))],
+    ]
+    faster = found["resume_times_faster"]
+    fork = f"{1e3 * found['fork_s']:.0f} ms and {format_bytes(found['fork_disk_bytes'])} of new disk"
+    about = [
+        f"Model {content['model']}, {options['dtype']}, {options['tokens']:,} tokens: resuming is {faster:.0f} times "
+        f"faster than prefilling. A fork takes {fork}.",
+        f"{machine['cpu']}, {machine['cores']} cores, {content['threads']} threads; medians of {options['repeat']} "
+        f"first tokens and forks, and of {options['turns']} turns of {options['steps']} steps.",
+    ]
+    lines = ["| | with checksums | encrypted |", "|---|--:|--:|", *(f"| {' | '.join(row)} |" for row in rows)]
+    return ["", *lines, "", *about, ""]

@@ -111,6 +111,10 @@ def summary_rows(stats: RunStats) -> list[tuple[str, str]]:
     ]
     if stats.session is not None:
         counts = f"{stats.resumed_tokens:,} tokens were there, {stats.computed_tokens:,} were computed"
+        if stats.load_expected_s is not None and stats.recompute_expected_s is not None:
+            load, again = format_s(stats.load_expected_s), format_s(stats.recompute_expected_s)
+            way = "computed again" if stats.computed_again else "read"
+            counts += f" ({way}: {load} expected for reading, {again} for computing again)"
         all_bytes = format_bytes(stats.sessions_written_bytes)
         written = f"{format_bytes(stats.session_written_bytes)} written for it so far, {all_bytes} for all sessions"
         rows.insert(1, ("session", f"{stats.session}: {counts}; {written}"))

@@ -37,6 +37,7 @@ from kvswap.store.manifest import (
     Segment,
     encode,
 )
+from kvswap.store.rates import Rates
 from kvswap.store.reader import MANIFEST, SessionReader, Stored
 from kvswap.store.seal import Checksums, Cipher, Sealer
 
@@ -56,6 +57,7 @@ class Commit:
     tail: Arrays
     data_bytes: int
     interim: bool
+    rates: Rates = Rates()  # noqa: RUF009 - frozen
 
 
 class SessionFolder(SessionReader):
@@ -204,6 +206,7 @@ class SessionFolder(SessionReader):
                 manifest,
                 commits=manifest.commits + 1,
                 written_bytes=manifest.written_bytes + new.data_bytes + folder.written_bytes - before,
+                rates=new.rates.better(manifest.rates) if manifest.rates else new.rates,
                 model=new.model,
                 layout=new.layout,
                 basis=basis,

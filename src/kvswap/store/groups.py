@@ -9,6 +9,7 @@ writer is the only other one.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -77,6 +78,8 @@ class GroupStore:
             self._size_bytes = (named.held - begun) * layout.slot_bytes
         self._last_write: Int = np.full(rows, -1, np.int64)
         self._changed: NDArray[np.bool_] = np.zeros(rows, np.bool_)
+        self.streamed_bytes, self.streamed_s = 0, 0.0
+        """What tile readers read, and how long they held up their caller."""
 
     def row(self, layer: int, sequence: int) -> int:
         """Index into ``files``."""
@@ -222,6 +225,7 @@ class TileReader:
     def __next__(self) -> tuple[torch.Tensor, torch.Tensor]:
         if self._ticket is None:
             raise StopIteration
+        started_s = time.perf_counter()
         self._store.backend.wait(self._ticket)
         first = self._next
         count = min(self._tile, self._groups - first)
@@ -231,6 +235,8 @@ class TileReader:
         layout = self._store.layout
         slots = slab.array[: count * layout.slot_bytes].reshape(count, -1)
         self._store.unseal(np.full(count, self._row, np.int64), np.arange(first, first + count), slots)
+        self._store.streamed_s += time.perf_counter() - started_s
+        self._store.streamed_bytes += slots.nbytes
         raw = torch.from_numpy(slab.array)[: count * layout.slot_bytes].view(self._dtype)
         groups = raw.view(count, layout.slot_elements)[:, : layout.group_elements].unflatten(1, layout.group_shape)
         keys, values = (groups[:, part].transpose(0, 1).flatten(1, 2) for part in (0, 1))

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from kvswap.store.checksum import text_sum
+from kvswap.store.rates import Rates
 from kvswap.terms import KVGeometry, ceil_div, round_up
 
 MAGIC, VERSION = "kvswap-session", 2
@@ -139,6 +140,7 @@ class Manifest:
     commits: int = 0
     written_bytes: int = 0
     encryption: Encryption | None = None
+    rates: Rates | None = None
     model: Model | None = None
     layout: Layout | None = None
     basis: Blob | None = None

@@ -29,6 +29,7 @@ from kvswap.store.manifest import (
     Model,
     Segment,
 )
+from kvswap.store.rates import Rates
 
 _TOKENS = 1 << 31
 _FILE = re.compile(r"basis|tail-[0-9]{1,12}")
@@ -144,6 +145,7 @@ def _manifest(fields: _Fields, version: int) -> Manifest:
         commits=fields.number("commits"),
         written_bytes=fields.number("written_bytes"),
         encryption=fields.maybe("encryption", _encryption) if version > 1 else None,
+        rates=fields.maybe("rates", _rates) if version > 1 else None,
         model=fields.maybe("model", _model),
         layout=layout,
         basis=fields.maybe("basis", _blob),
@@ -165,6 +167,12 @@ def _encryption(fields: _Fields) -> Encryption:
     if found.cipher != "aes-256-gcm" or not _HEX.fullmatch(found.salt) or not _HEX.fullmatch(found.check):
         raise _Bad("an encryption that is not known")
     return found
+
+
+def _rates(fields: _Fields) -> Rates:
+    rates = Rates(**{field.name: fields.number(field.name) for field in dataclasses.fields(Rates)})
+    fields.end()
+    return rates
 
 
 def _model(fields: _Fields) -> Model:

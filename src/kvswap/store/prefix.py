@@ -18,6 +18,7 @@ from kvswap.store.folder import SessionFolder, cut_tail
 from kvswap.store.index import encode_arrays
 from kvswap.store.manifest import Checkpoint, Manifest, Segment
 from kvswap.store.reader import Stored
+from kvswap.store.shelf import others
 
 WORTH_TOKENS = 256
 """What is shorter is computed sooner than it is worth sharing."""
@@ -57,6 +58,26 @@ def find_prefix(paths: Sequence[Path], ids: Sequence[int], fits: Callable[[Manif
     return sorted((each for each in found if each[0] >= WORTH_TOKENS), reverse=True)
 
 
+def borrow(target: SessionFolder, ids: Sequence[int], fits: Callable[[Manifest], bool]) -> tuple[str, int]:
+    """Let an empty session begin with what a closed one beside it holds of ``ids``: its name, and bytes of new disk.
+
+    No name where none that ``fits`` has enough. See ``take_over``.
+    """
+    encrypted = target.manifest.encryption is not None
+
+    def usable(found: Manifest) -> bool:
+        return (found.encryption is not None) == encrypted and fits(found)
+
+    for tokens, path in find_prefix(others(target.folder.path), ids, usable):
+        try:
+            source = SessionFolder.open(path, write=True)  # nobody else has it open
+        except KVSwapError:
+            continue
+        with source:
+            return source.name, take_over(target, source, tokens)
+    return "", 0
+
+
 def take_over(target: SessionFolder, source: SessionFolder, tokens: int) -> int:
     """Let an empty session begin with the first ``tokens`` of ``source``, sharing files; bytes of new disk.
 
@@ -87,6 +108,7 @@ def take_over(target: SessionFolder, source: SessionFolder, tokens: int) -> int:
             commits=1,
             written_bytes=target.manifest.written_bytes + target.folder.written_bytes - before_bytes,
             encryption=manifest.encryption,
+            rates=manifest.rates,
             model=manifest.model,
             layout=layout,
             basis=basis,

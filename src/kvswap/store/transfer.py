@@ -55,7 +55,7 @@ def export_session(folder: SessionFolder, target: Path) -> int:
         segments=((0, len(index)),),
     )
     segment = Segment(number=0, owned=True, start=start, high=current.flushed, index_bytes=len(index))
-    flat = replace(manifest, commits=1, written_bytes=0, segments=(segment,), checkpoints=(checkpoint,))
+    flat = replace(manifest, commits=1, written_bytes=0, rates=None, segments=(segment,), checkpoints=(checkpoint,))
     members = [(MANIFEST, encode(flat, folder.sealer.sign)), (BASIS, folder.folder.read(BASIS, basis.bytes))]
     members += [("tail-0", tail), ("index-0", index)]
     partial = partial_name(target)
