@@ -24,7 +24,17 @@ def root(tmp_path) -> Path:
 @pytest.fixture
 def ask(tiny, tmp_path, capfd):
     def call(session: str, *words: object) -> tuple[int, str]:
-        base = ["run", "--model", tiny, "--ask", f"{session}: " + "Who? " * 60, "--max-new-tokens", 4, "--kv-dir", tmp_path / "kv"]
+        base = [
+            "run",
+            "--model",
+            tiny,
+            "--ask",
+            f"{session}: " + "Who? " * 60,
+            "--max-new-tokens",
+            4,
+            "--kv-dir",
+            tmp_path / "kv",
+        ]
         code = run_command([str(word) for word in [*base, "--session", session, *words]])
         return code, capfd.readouterr().err
 

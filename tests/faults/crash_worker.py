@@ -22,6 +22,7 @@ from tests.tiny.folders import byte_tokenizer
 torch.set_num_threads(1)  # children are forked
 MODEL = LoadedModel(tiny_model("llama", vocab_size=300), byte_tokenizer(), "tiny-llama")
 NAME = "tale"
+HEIR = "heir"
 KEY = "5c" * 32
 OPERATIONS = (
     ("append", 190),
@@ -36,6 +37,7 @@ OPERATIONS = (
     ("append", 21),
     ("fork", 0),
     ("undo", 0),
+    ("heir", 0),
     ("generate", 11),
 )
 
@@ -56,6 +58,13 @@ def apply(session: Session, number: int) -> None:
         ids = [*session.token_ids[:-size], *tokens(1, 5, seed=number)[0].tolist()]
         session.align(ids)
         session.append(ids[len(session.token_ids) :])
+    elif name == "heir":  # takes over from the first fork, which is closed
+        encrypt = session.folder.manifest.encryption is not None
+        try:
+            with Session.create(HEIR, MODEL, session.config, encrypt=encrypt) as heir:
+                assert heir.borrow([*session.token_ids, 1]) == "fork-3"
+        except SessionError as error:
+            assert "exists already" in str(error)
     elif name == "fork":
         try:
             session.fork(f"fork-{number}")

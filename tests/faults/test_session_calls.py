@@ -19,7 +19,7 @@ from kvswap.session import Session
 from kvswap.store.check import check
 from kvswap.store.keys import ENVIRONMENT
 from tests.faults import crash_worker
-from tests.faults.crash_worker import KEY, MODEL, NAME, OPERATIONS, apply, config
+from tests.faults.crash_worker import HEIR, KEY, MODEL, NAME, OPERATIONS, apply, config
 
 SOURCE = str(Path(crash_worker.__file__).parents[2] / "src" / "kvswap")
 # The calls that make a session durable or read it, and how each may fail: an errno, or fewer bytes than asked for.
@@ -92,6 +92,9 @@ def play(folder: Path, *, encrypt: bool = False) -> None:
     with Session.open(NAME, MODEL, settings) as session:
         for number in range(4, 9):
             apply(session, number)
+        whole = session.token_ids
+    with Session.create(HEIR, MODEL, settings, encrypt=encrypt) as session:
+        assert session.borrow([*whole, 1]) in (NAME, None)
 
 
 def sites(tmp_path: Path, *, encrypt: bool = False) -> list[tuple[str, str]]:
@@ -115,7 +118,13 @@ def fail_once(
             ended = True
             assert isinstance(error, KVSwapError), f"{site} {how}: {error!r}"
         assert disk.failed, f"{site} was not reached again"
-    path = folder / "kv" / "sessions" / NAME
+    root = folder / "kv" / "sessions"
+    if (root / HEIR).exists():  # whole or empty
+        with Session.open(HEIR, MODEL, config(folder)) as session:
+            ids = session.token_ids
+            assert any(ids == state[: len(ids)] for state in states), f"{site} {how}"
+            assert check(session.folder).problems == [], f"{site} {how}"
+    path = root / NAME
     if not path.exists():
         return ended
     with Session.open(NAME, MODEL, config(folder)) as session:
