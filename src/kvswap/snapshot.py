@@ -8,6 +8,7 @@ kept as it was, and nothing is flushed for a commit. The thread that runs the mo
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from kvswap.disk.backend import ReadBackend
 from kvswap.errors import ConfigError, DamagedError, SessionError, UnsupportedError
 from kvswap.sketch.basis import Basis
 from kvswap.sketch.codes import LayerSketch
+from kvswap.sketch.transform import full_precision_basis
 from kvswap.state import BatchState
 from kvswap.store.folder import Commit, SessionFolder
 from kvswap.store.groups import NamedFiles
@@ -90,7 +92,10 @@ class Keeper:
         if layout is None:
             return None
         matrices = [torch.from_numpy(matrix.copy()).to(device) for matrix in self.folder.basis()]
-        return [(Basis.split(matrix, layout.sketch_kind), layout.sketch_bits) for matrix in matrices]
+        split: Callable[[torch.Tensor], Basis] = partial(Basis.split, kind=layout.sketch_kind)
+        if any(len(matrix) != layout.basis_rows for matrix in matrices):
+            split = full_precision_basis
+        return [(split(matrix), layout.sketch_bits) for matrix in matrices]
 
     def restore_sliding(self, layers: Sequence[tuple[int, Any]], dtype: torch.dtype, device: torch.device) -> None:
         """Give decoder layers that are not offloaded their state: pairs of the layer's index and its cache layer."""

@@ -58,11 +58,11 @@ def apply(session: Session, number: int) -> None:
         ids = [*session.token_ids[:-size], *tokens(1, 5, seed=number)[0].tolist()]
         session.align(ids)
         session.append(ids[len(session.token_ids) :])
-    elif name == "heir":  # takes over from the first fork, which is closed
+    elif name == "heir":  # takes over from a fork, which is closed
         encrypt = session.folder.manifest.encryption is not None
         try:
             with Session.create(HEIR, MODEL, session.config, encrypt=encrypt) as heir:
-                assert heir.borrow([*session.token_ids, 1]) == "fork-3"
+                assert heir.borrow([*session.token_ids, 1]) in ("fork-3", "fork-10")
         except SessionError as error:
             assert "exists already" in str(error)
     elif name == "fork":

@@ -7,7 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+from kvswap.sketch.basis import Basis
+from kvswap.sketch.transform import full_precision_basis
 from kvswap.store.check import check
 from kvswap.store.folder import Commit, SessionFolder
 from kvswap.store.index import LayerIndex
@@ -40,6 +43,19 @@ def test_it_is_read_as_it_was_written(old) -> None:
         assert [int(layer.codes.sum()) for layer in stored.groups] == CODES
         assert [layer.scales.shape for layer in stored.groups] == [(0, 32)] * 2
         assert check(folder).problems == []
+
+
+def test_its_basis_becomes_one_of_today(old) -> None:
+    with SessionFolder.open(old, write=False) as folder:
+        for matrix in folder.basis():
+            assert matrix.shape == (2 * 16 + 3, 8)
+            basis = full_precision_basis(torch.from_numpy(matrix.copy()))
+            again = Basis.split(basis.joined(), "transform")
+            assert torch.equal(again.matrix, basis.matrix) and torch.equal(again.rows, basis.rows)
+            encode, decode = (basis.matrix.float() * basis.rows[:2].repeat_interleave(16, 0)).chunk(2)
+            for found, wanted in ((encode, matrix[:16]), (decode, matrix[16:32])):
+                assert np.allclose(found.numpy(), wanted, atol=1e-3)
+            assert np.array_equal(basis.rows[2:].numpy(), matrix[32:])
 
 
 def test_it_goes_on_and_its_old_batches_stay(old) -> None:

@@ -49,6 +49,14 @@ def transform_basis(statistics: KeyCovariance, rows: int, bits: int) -> Basis:
     return Basis(torch.cat([matrix for matrix, _ in halves]), TRANSFORM, shares.float())
 
 
+def full_precision_basis(matrix: torch.Tensor) -> Basis:
+    """A basis from ``[2 * D + 3, rows]`` float32, as sessions of version 1 have it: no scales of columns yet."""
+    encode, decode = matrix[:-3].double().chunk(2)
+    halves = [_half(each) for each in (encode, decode)]
+    shares = torch.cat((torch.stack([scale for _, scale in halves]).float(), matrix[-3:]))
+    return Basis(torch.cat([rounded for rounded, _ in halves]), TRANSFORM, shares)
+
+
 def _half(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """A float64 matrix as float16 with a scale for each column, which makes its largest element one."""
     scale = matrix.abs().amax(0).clamp(min=1e-30)

@@ -89,12 +89,16 @@ class SessionReader:
         return Stored(tokens=checkpoint.tokens, flushed=checkpoint.flushed, tail=tail, groups=groups)
 
     def basis(self) -> list[NDArray[np.float32]]:
-        """The basis of every layer's sketch, ``[basis_rows, rank]`` each. Raises DamagedError."""
+        """The basis of every layer's sketch, ``[basis_rows, rank]`` each; a transform of version 1 has two rows less.
+
+        Raises DamagedError.
+        """
         layout, blob = self.manifest.layout, self.manifest.basis
         assert layout is not None and blob is not None
-        arrays, shape = self._arrays(blob), (layout.basis_rows, layout.sketch_rank)
+        arrays, rows = self._arrays(blob), {layout.basis_rows, layout.basis_rows - 2 * (layout.scale_rows == 0)}
         found = [arrays.get(str(layer)) for layer in range(layout.layers)]
-        if any(each is None or each.dtype != np.float32 or each.shape != shape for each in found):
+        shapes = {(each, layout.sketch_rank) for each in rows}
+        if any(each is None or each.dtype != np.float32 or each.shape not in shapes for each in found):
             raise self._damaged("its basis has other shapes")
         return [each.astype(np.float32, copy=False) for each in found if each is not None]
 
