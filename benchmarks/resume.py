@@ -134,7 +134,7 @@ def measure_decode(loaded: LoadedModel, config: kvswap.Config, ids: list[int], a
     """Step times of each kind, turn by turn, and what unsealing took of them."""
     meter = Meter()
     found: dict[str, Any] = {kind: {"step_s": [], "unseal_s": [], "unsealed_groups": []} for kind in KINDS}
-    forced, names = ids[args.tokens :][: WARM_STEPS + args.steps], list(KINDS)
+    forced, names = ids[args.tokens :][: WARM_STEPS + args.steps - 1], list(KINDS)  # one token waits already
     try:
         for turn in range(args.turns):
             for kind in names[turn % 3 :] + names[: turn % 3]:

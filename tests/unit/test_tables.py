@@ -20,8 +20,9 @@ def test_a_changed_result_changes_the_page(tmp_path: Path) -> None:
     page = (ROOT / "docs" / "benchmarks.md").read_text()
     for _, _, name, _ in MARK.findall(page):
         content = json.loads((ROOT / "benchmarks" / "results" / name).read_text())
-        row = content["results"][0]
-        row["median_step_s" if "tokens" in row else "decode_tokens_per_s"] *= 2
+        row = content["summary"] if "summary" in content else content["results"][0]
+        key = next(each for each in ("median_step_s", "decode_tokens_per_s", "resume_s") if each in row)
+        row[key] *= 2
         (tmp_path / name).write_text(json.dumps(content))
     assert update_tables(page, tmp_path) != page
     assert update_tables(update_tables(page, tmp_path), ROOT / "benchmarks" / "results") == page
