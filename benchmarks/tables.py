@@ -1,4 +1,4 @@
-"""Make the tables in docs/benchmarks.md anew from benchmarks/results; ``make tables``."""
+"""Make the tables in docs/benchmarks.md and docs/evaluation.md anew from benchmarks/results; ``make tables``."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ ROOT = Path(__file__).parents[1]
 
 
 def main() -> None:
-    """Rewrite the page."""
-    page = ROOT / "docs" / "benchmarks.md"
-    page.write_text(update_tables(page.read_text(encoding="utf-8"), ROOT / "benchmarks" / "results"), encoding="utf-8")
+    """Rewrite the pages."""
+    for name in ("benchmarks.md", "evaluation.md"):
+        page = ROOT / "docs" / name
+        text = update_tables(page.read_text(encoding="utf-8"), ROOT / "benchmarks" / "results")
+        page.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -14,9 +14,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from kvswap.evals.tables import question_table
 from kvswap.units import format_bytes, format_rate
 
-MARK = re.compile(r"(<!-- (bench|scale|resume): (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+MARK = re.compile(r"(<!-- (bench|scale|resume|quality): (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 Row = dict[str, Any]
 Column = tuple[str, Callable[[Row], str]]
@@ -90,7 +91,7 @@ def _cell(name: str, text: str) -> str:
 
 def update_tables(page: str, results: Path) -> str:
     """A page with its tables made anew from the files in ``results``. Raises OSError, ValueError for a file amiss."""
-    makers = {"bench": bench_lines, "scale": scale_lines, "resume": resume_lines}
+    makers = {"bench": bench_lines, "scale": scale_lines, "resume": resume_lines, "quality": quality_lines}
 
     def made(match: re.Match[str]) -> str:
         content = json.loads((results / match[3]).read_text(encoding="utf-8"))
@@ -161,3 +162,15 @@ def resume_lines(content: Row) -> list[str]:
     ]
     lines = ["| | with checksums | encrypted |", "|---|--:|--:|", *(f"| {' | '.join(row)} |" for row in rows)]
     return ["", *lines, "", *about, ""]
+
+
+def quality_lines(content: Row) -> list[str]:
+    """Scores of the question tasks, and below them what they were made with."""
+    identity, rows = content["identity"], content["results"]
+    limits = ", ".join(dict.fromkeys(row["kv_memory"] for row in rows if row["kv_memory"]))
+    about = (
+        f"Model {Path(identity['model']).name}, {identity['dtype']}; memory limit of the methods on disk: {limits}; "
+        f"{identity['config']['select_tokens']} tokens selected; seed {identity['seed']}. "
+        f"{content['machine']['system']}, torch {content['machine']['torch']}, kvswap {identity['kvswap_version']}."
+    )
+    return ["", *question_table(rows), "", about, ""]
