@@ -90,6 +90,7 @@ def test_mistakes(base, tmp_path, capfd):
     assert "use one of agreement, perplexity, needle" in refused(capfd, changed(base, task="agreement,chess"))
     assert "use one of" in refused(capfd, changed(base, methods="full,magic"))
     assert "the model's limit is 2,048" in refused(capfd, changed(base, context="2045"))
+    assert "context 90,000, the model's limit is 2,048" in refused(capfd, changed(base, context="700,90000"))
     assert "'many'" in refused(capfd, changed(base, context="many"))
     assert "kv_memory" in refused(capfd, changed(base, kv_memory="many"))
     assert "no such file" in refused(capfd, [*base, "--document", "nowhere.txt"])

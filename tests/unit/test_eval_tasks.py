@@ -99,6 +99,7 @@ def test_longbench_reads_the_public_form_and_drops_the_middle(tmp_path):
         ([1], "line 2: not an object"),
         ({"input": "a", "context": "b"}, "line 2: 'answers' is missing"),
         ({"input": "a", "context": "b", "answers": []}, "line 2: 'answers' is not a list of texts"),
+        ({"input": "a", "context": "b", "answers": ["c"], "all_classes": "c"}, "line 2: 'all_classes' is not a list"),
         ({"input": 3, "context": "b", "answers": ["c"]}, "line 2: 'input' is missing or no str"),
     ],
 )

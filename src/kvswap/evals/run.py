@@ -90,13 +90,16 @@ def evaluate(
         When a context is longer than the model's, or the text is too short.
     """
     longest = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
+    for context in plan.contexts:
+        _check_length(context, context, longest)
     identity = _identity(loaded, config, source)
     empty = {"format": FORMAT, "identity": identity, "samples": []}
     records: list[Record] = read_results(file, empty, kind="a results file of kvswap eval")["samples"]
     started_s = time.monotonic()
     work = list(_missing(plan, source, records))
     for each in work:
-        _check_length(each.sample, longest)
+        follows = max(len(each.sample.forced), each.sample.max_new_tokens)
+        _check_length(each.sample.context, len(each.sample.prompt) + follows, longest)
     for number, each in enumerate(work):
 
         def on_fraction(share: float, number: int = number) -> None:
@@ -140,12 +143,12 @@ def _missing(plan: Plan, source: Source, records: list[Record]) -> Iterator[_Wor
         yield from sorted(made.values(), key=lambda work: (work.sample.text, work.sample.prompt))
 
 
-def _check_length(sample: Sample, longest: int | None) -> None:
-    needed = len(sample.prompt) + max(len(sample.forced), sample.max_new_tokens)
+def _check_length(context: int, needed: int, longest: int | None) -> None:
     if isinstance(longest, int) and needed > longest:
+        follows = f": {needed:,} tokens with what follows" if needed > context else ""
         raise InputError(
-            f"context {sample.context:,}: {needed:,} tokens with what follows, the model's limit is {longest:,}",
-            hint=f"use a context of at most {longest - needed + sample.context:,}",
+            f"context {context:,}{follows}, the model's limit is {longest:,}",
+            hint=f"use a context of at most {longest - needed + context:,}",
         )
 
 

@@ -52,6 +52,9 @@ def _wrong(row: Any) -> str:
             return f"{name!r} is missing or no {kind.__name__}"
     if not row["answers"] or not all(isinstance(answer, str) for answer in row["answers"]):
         return "'answers' is not a list of texts"
+    classes = row.get("all_classes")
+    if classes is not None and not (isinstance(classes, list) and all(isinstance(each, str) for each in classes)):
+        return "'all_classes' is not a list of texts"
     return ""
 
 
