@@ -57,6 +57,37 @@ def test_part_of_the_answers_is_part_of_the_score():
     assert find_task("text2json").score(sample, outcome(swapped)) == 1 / 8
 
 
+def common(one: tuple[int, ...], other: tuple[int, ...]) -> int:
+    """How many tokens both begin with."""
+    return next(n for n, pair in enumerate(zip(one, other, strict=False)) if pair[0] != pair[1])
+
+
+@pytest.mark.parametrize(
+    ("names", "counts"),
+    [
+        (("ruler-mk1", "ruler-mq"), (8, 2)),
+        (("ruler-qa1", "ruler-qa2"), (8, 8)),
+        (("text2json",), (4,)),
+    ],
+)
+def test_samples_of_one_text_begin_alike(names, counts):
+    texts = source()
+    samples = [each for n, c in zip(names, counts, strict=True) for each in find_task(n).make(texts, CONTEXT, c)]
+    assert {each.text for each in samples} == {0, 1}
+    for number in (0, 1):
+        prompts = [each.prompt for each in samples if each.text == number]
+        assert len(set(prompts)) == len(prompts) == len(samples) // 2
+        others = [each.prompt for each in samples if each.text != number]
+        assert all(common(prompts[0], each) > 0.8 * CONTEXT for each in prompts[1:])
+        assert all(common(prompts[0], each) < 0.5 * CONTEXT for each in others)
+
+
+def test_fewer_samples_are_the_first_ones():
+    for name in ASKING:
+        many, few = (list(find_task(name).make(source(), CONTEXT, count)) for count in (5, 3))
+        assert many[:3] == few
+
+
 def test_needles_lie_where_the_grid_says():
     texts = source()
     for each in find_task("needle").make(texts, CONTEXT, len(DEPTHS)):

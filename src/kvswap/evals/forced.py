@@ -11,12 +11,14 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch.nn import functional
 
 from kvswap.models.adapter import cache_keyword
+
+Key = TypeVar("Key")
 
 
 @dataclass(slots=True, kw_only=True)
@@ -120,7 +122,7 @@ def _timed_call(model: Any, ids: list[int], cache: Any) -> tuple[torch.Tensor, f
     return row.log_softmax(-1), time.perf_counter() - start_s
 
 
-def judge(runs: Mapping[str, ForcedRun], rows: Mapping[str, torch.Tensor], following: int | None) -> None:
+def judge(runs: Mapping[Key, ForcedRun], rows: Mapping[Key, torch.Tensor], following: int | None) -> None:
     """Note what each predicts after a step, log-probabilities ``[V]``; ``following`` is the text's next token."""
     reference = rows[next(iter(runs))]
     for name, run in runs.items():

@@ -133,12 +133,11 @@ def _force(
         on_fraction(PROMPT_SHARE + STEPS_SHARE * done / total)
 
     _remember(meters)
-    named = {" ".join(map(str, each.key)): cache for each, cache in caches.items()}
-    runs = force_together(model, named, ids, row, on_step=on_step)
+    runs = force_together(model, caches, ids, row, on_step=on_step)
     masses: dict[Variant, float | None] = {
         each: None if meter is None else meter.mass(ids[-1]) for each, meter in meters.items()
     }
-    return dict(zip(caches, runs.values(), strict=True)), masses | {FULL: 1.0}
+    return runs, masses | {FULL: 1.0}
 
 
 def _answers(

@@ -8,7 +8,7 @@ times: those are taken in turns (``kvswap.evals.forced``). One thread.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -17,6 +17,7 @@ from kvswap.layer_major import HeldLayer, LayerForward, LayerMajorCache
 from kvswap.models.adapter import LayerParts, cache_keyword
 
 Pair = tuple[torch.Tensor, torch.Tensor]
+Key = TypeVar("Key")
 
 
 class Panel(LayerMajorCache):
@@ -89,12 +90,12 @@ class _PanelLayer(HeldLayer):
 
 def force_together(
     model: Any,
-    caches: Mapping[str, Any],
+    caches: Mapping[Key, Any],
     ids: Sequence[int],
     row: torch.Tensor,
     *,
     on_step: Callable[[int, int], None] | None = None,
-) -> dict[str, ForcedRun]:
+) -> dict[Key, ForcedRun]:
     """Feed ``ids`` one by one to caches that hold the same prompt, after which it goes on as ``row`` ``[V]`` tells.
 
     The first cache is the reference. ``on_step`` is called with ``(steps done, steps in all)``. No times are taken.

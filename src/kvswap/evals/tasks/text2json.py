@@ -51,7 +51,7 @@ def text_samples(source: Source, context: int, text: int) -> list[Sample]:
             context=context,
             index=0,
             prompt=prompt,
-            forced=forced_answer(source, json.dumps(half).split(":", 1)[1]),
+            forced=forced_answer(source, json.dumps({name: int(code) for name, code in half.items()}).split(":", 1)[1]),
             answers=tuple(f"{name} {code}" for name, code in half.items()),
             max_new_tokens=NEW_TOKENS,
         )
