@@ -83,7 +83,7 @@ def test_samples_of_one_text_begin_alike(names, counts):
 
 
 def test_fewer_samples_are_the_first_ones():
-    for name in ASKING:
+    for name in ("ruler-mk1", "ruler-qa1", "text2json"):
         many, few = (list(find_task(name).make(source(), CONTEXT, count)) for count in (5, 3))
         assert many[:3] == few
 

@@ -99,18 +99,20 @@ def ask(source: Source, context_text: str, question: str, prefix: str) -> Prompt
     return tuple(encode(source.tokenizer, text, first=True))
 
 
-def fit(context: int, build: Callable[[int], list[Prompt]], most: int, least: int = 0) -> list[Prompt]:
+def fit(
+    context: int, build: Callable[[int], list[Prompt]], most: int, least: int = 0, piece_tokens: int = 16
+) -> list[Prompt]:
     """The prompts that ``build(n)`` makes from the most pieces of text, ``least <= n <= most``, that fit ``context``.
 
-    They are questions about one text, so they begin alike; the longest of them decides. Raises InputError where not
-    even the least text fits.
+    They are questions about one text, so they begin alike; the longest of them decides. ``piece_tokens`` is a first
+    guess. Raises InputError where not even the least text fits.
     """
     low, high = least, most
     best = build(least)
     if _longest(best) > context:
         alone = f"the question with {least} pieces of text" if least else "the question alone"
         raise InputError(f"context {context:,}: {alone} has {_longest(best):,} tokens", hint="use a longer context")
-    guess = min(most, least + context // 16 + 1)
+    guess = min(most, least + context // piece_tokens + 1)
     while low < high:
         prompts = build(guess)
         if _longest(prompts) <= context:

@@ -8,6 +8,7 @@ documents.
 
 from __future__ import annotations
 
+import itertools
 import random
 import re
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ PIECE_CHARACTERS = 900
 NEW_TOKENS = 24
 SENTENCE_WORDS = range(9, 30)
 QUESTIONS = 4  # of each kind, about the same documents
-LEAST_PIECES = 1
+LEAST_PIECES, PIECE_TOKENS = 4, 250
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,10 +64,11 @@ def _asked(pieces: list[_Piece], dice: random.Random) -> list[_Asked]:
         for number in range(QUESTIONS):
             start = int((number + dice.random()) / QUESTIONS * len(pieces))
             order = [*range(start, len(pieces)), *range(start)]
-            first = next((each for place in order if (each := ask_about(pieces, place, dice)) is not None), None)
+            able = (each for place in order if (each := ask_about(pieces, place, dice)) is not None)
+            first = next(able, None)
             if first is None:
                 raise InputError("the text has no sentences to ask about", hint="evaluate on more text")
-            found.append(first)
+            found.append(next((each for each in itertools.chain([first], able) if each not in found), first))
     return found
 
 
@@ -85,7 +87,7 @@ def _samples(kind: int, source: Source, context: int, count: int) -> Iterator[Sa
             asked.update(zip(prompts, questions, strict=True))
             return prompts
 
-        for question, prompt in enumerate(fit(context, build, min(len(pieces), context), LEAST_PIECES)):
+        for question, prompt in enumerate(fit(context, build, len(pieces), LEAST_PIECES, PIECE_TOKENS)):
             number, index = question - kind * QUESTIONS, text * QUESTIONS + question - kind * QUESTIONS
             if 0 <= number < QUESTIONS and index < count:
                 yield _sample(source, context, index, text, prompt, asked[prompt])
