@@ -31,7 +31,7 @@ from kvswap.sketch.transform import TransformSketch, transform_basis
 from kvswap.window import Window
 
 CONTEXTS = (2048, 7168)
-TEXTS, STEPS = 3, 24
+TEXTS, STEPS = 2, 24
 """Stretches of text, and steps after each context of each of them."""
 COMMON_GROUPS = (2, 8)
 """Group sizes at which every sketch is measured; the default sketch is measured at all."""

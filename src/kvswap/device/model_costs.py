@@ -29,7 +29,7 @@ from kvswap.device.profile import ModelFacts
 from kvswap.models.adapter import ModelParts, cache_keyword, inspect
 from kvswap.models.loading import LoadedModel
 from kvswap.predict.mass import top_groups
-from kvswap.sketch.basis import KeyCovariance
+from kvswap.sketch.basis import Basis, KeyCovariance, identity_basis
 from kvswap.sketch.codes import LayerSketch
 from kvswap.sketch.transform import TransformSketch, transform_basis
 from kvswap.trace import CacheStats
@@ -75,7 +75,7 @@ def measure_model(loaded: LoadedModel, kv_dir: str, *, on_progress: Progress | N
         predict=predict,
     )
     elements = parts.kv_heads * parts.head_dim
-    whole_s = bare.predict_s(tokens, elements, 2)  # without a calibration the sketch is whole keys in two bits
+    whole_s = _scoring_s(parts, tokens, LayerSketch, identity_basis(elements), 2)  # as the runs did, uncalibrated
     query_s = max(0.0, statistics.median(sample.parts_s["predict"] for sample in samples) - whole_s)
     costs = ModelCosts(**{**{name: getattr(bare, name) for name in ModelCosts.__slots__}, "query_s": query_s})
     return facts, costs
@@ -202,28 +202,32 @@ def _score_costs(parts: ModelParts, report: Callable[[], None]) -> list[PredictC
     settings = [(max(8, elements // 8), 4), (max(8, elements // 2), 4), (max(8, elements // 4), 2), (elements, 2)]
     found = []
     for tokens in SCORED_TOKENS:
-        keys = torch.randn(parts.kv_heads, tokens, parts.head_dim, generator=torch.Generator().manual_seed(0))
-        query = torch.randn(1, parts.query_heads, parts.head_dim).to(parts.device, parts.dtype)
         for rank, bits in settings:
-            sketches: list[LayerSketch] = [
-                TransformSketch(
-                    batch=1,
-                    kv_heads=parts.kv_heads,
-                    head_dim=parts.head_dim,
-                    basis=transform_basis(statistics, rank, bits),
-                    bits=bits,
-                    capacity_tokens=tokens,
-                    device=parts.device,
-                )
-                for _ in range(_COLD)
-            ]
-            for sketch in sketches:
-                sketch.append(0, keys.to(parts.device))
-            found.append(
-                PredictCost(tokens=tokens, rank=rank, bits=bits, cost_s=_time_scoring(sketches, query, parts.scaling))
-            )
+            cost_s = _scoring_s(parts, tokens, TransformSketch, transform_basis(statistics, rank, bits), bits)
+            found.append(PredictCost(tokens=tokens, rank=rank, bits=bits, cost_s=cost_s))
         report()
     return found
+
+
+def _scoring_s(parts: ModelParts, tokens: int, kind: type[LayerSketch], basis: Basis, bits: int) -> float:
+    """Time of scoring random keys and choosing from them."""
+    keys = torch.randn(parts.kv_heads, tokens, parts.head_dim, generator=torch.Generator().manual_seed(0))
+    query = torch.randn(1, parts.query_heads, parts.head_dim).to(parts.device, parts.dtype)
+    sketches = [
+        kind(
+            batch=1,
+            kv_heads=parts.kv_heads,
+            head_dim=parts.head_dim,
+            basis=basis,
+            bits=bits,
+            capacity_tokens=tokens,
+            device=parts.device,
+        )
+        for _ in range(_COLD)
+    ]
+    for sketch in sketches:
+        sketch.append(0, keys.to(parts.device))
+    return _time_scoring(sketches, query, parts.scaling)
 
 
 def _time_scoring(sketches: list[LayerSketch], query: torch.Tensor, scaling: float) -> float:
