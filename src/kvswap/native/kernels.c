@@ -8,7 +8,7 @@
 #include <stdint.h>
 #include <string.h>
 
-#define VERSION 1   /* of the functions' arguments; __init__.py must have the same */
+#define VERSION 2   /* of the functions' arguments; __init__.py must have the same */
 #define TILE 64     /* tokens; groups divide it, and rows of codes may be read up to its multiples */
 #define HEADS 4     /* query heads at once: their sums stay in vector registers */
 #define LEVELS 127  /* of a rounded query, either side of zero */
@@ -240,6 +240,54 @@ EXPORT int64_t kvswap_top_groups(const float *scores, int64_t first, int64_t end
     for (int64_t g = first; g < end; g++)
         if (scores[g] > limit || (scores[g] == limit && equals-- > 0)) picked[found++] = g;
     return found;
+}
+
+/* A float16 as float, without branches, so that a compiler makes vectors of it. */
+INLINE float half_to_float(uint16_t half) {
+    const uint32_t moved = (uint32_t)(half & 0x7fff) << 13, exponent = moved & 0x0f800000u;
+    const uint32_t one = 113u << 23;
+    uint32_t bits = moved + (112u << 23);
+    float value, smallest, small;
+    bits += exponent == 0x0f800000u ? 112u << 23 : 0u; /* infinite or not a number */
+    const uint32_t subnormal = moved + one;
+    memcpy(&smallest, &one, 4);
+    memcpy(&small, &subnormal, 4);
+    small -= smallest;
+    memcpy(&value, &bits, 4);
+    value = exponent == 0 ? small : value;
+    memcpy(&bits, &value, 4);
+    bits |= (uint32_t)(half & 0x8000) << 16;
+    memcpy(&value, &bits, 4);
+    return value;
+}
+
+INLINE float brain_to_float(uint16_t half) {
+    const uint32_t bits = (uint32_t)half << 16;
+    float value;
+    memcpy(&value, &bits, 4);
+    return value;
+}
+
+/* Groups in slots to K, V in order of tokens, as floats.
+ *
+ * slots  rows of `slot_elements` 16-bit elements, each a group [2, heads, run] and padding; run = group_tokens * head_dim
+ * index  [count] rows to take, in order
+ * brain  whether elements are bfloat16, else float16
+ * out    [2, heads, count * run]
+ */
+CLONES EXPORT void kvswap_gather(const uint16_t *slots, int64_t slot_elements, const int64_t *index, int64_t count,
+                                 int64_t heads, int64_t run, int64_t brain, float *out) {
+    for (int64_t n = 0; n < count; n++) {
+        const uint16_t *slot = slots + index[n] * slot_elements;
+        for (int64_t part = 0; part < 2 * heads; part++) {
+            const uint16_t *from = slot + part * run;
+            float *to = out + (part * count + n) * run;
+            if (brain)
+                for (int64_t i = 0; i < run; i++) to[i] = brain_to_float(from[i]);
+            else
+                for (int64_t i = 0; i < run; i++) to[i] = half_to_float(from[i]);
+        }
+    }
 }
 
 EXPORT int64_t kvswap_version(void) { return VERSION; }

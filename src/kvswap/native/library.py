@@ -6,7 +6,7 @@ import ctypes
 import importlib.util
 from functools import lru_cache
 
-VERSION = 1
+VERSION = 2
 """Of the functions' arguments; ``kernels.c`` must have the same."""
 
 _POINTER, _INT = ctypes.c_void_p, ctypes.c_int64
@@ -24,11 +24,13 @@ def library() -> ctypes.CDLL | None:
         version.argtypes, version.restype = (), _INT
         if version() != VERSION:
             return None
-        mass, top = found.kvswap_group_mass, found.kvswap_top_groups
+        mass, top, gather = found.kvswap_group_mass, found.kvswap_top_groups, found.kvswap_gather
     except (OSError, AttributeError):
         return None
     mass.argtypes = (_POINTER, _INT, _INT, _INT, _POINTER, _POINTER, _INT, _INT, _INT, _POINTER, _POINTER)
     mass.restype = None
     top.argtypes = (_POINTER, _INT, _INT, _INT, _POINTER, _POINTER)
     top.restype = _INT
+    gather.argtypes = (_POINTER, _INT, _POINTER, _INT, _INT, _INT, _INT, _POINTER)
+    gather.restype = None
     return found

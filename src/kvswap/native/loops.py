@@ -84,3 +84,41 @@ def top_groups(scores: torch.Tensor, first: int, end: int, picked: NDArray[np.in
         scores.data_ptr(), first, max(first, end), len(picked), scratch.data_ptr(), picked.ctypes.data
     )
     return found
+
+
+def gathers_here(stored: torch.dtype, wanted: torch.dtype, device: torch.device) -> bool:
+    """Whether ``gather`` can turn stored elements into what is wanted."""
+    known = stored in (torch.float16, torch.bfloat16) and wanted == torch.float32
+    return known and device.type == "cpu" and available()
+
+
+def gather(slots: torch.Tensor, index: NDArray[np.int64], shape: tuple[int, int, int, int]) -> torch.Tensor:
+    """Groups in slots as K, V in order of tokens, ``[2, H_kv, n * G, d]`` float32.
+
+    Parameters
+    ----------
+    slots
+        ``[slots, slot_elements]`` float16 or bfloat16 on the CPU, contiguous rows.
+    index
+        ``[n]``: slots to take, in order.
+    shape
+        ``(2, H_kv, G, d)`` of a group, which its slot begins with.
+    """
+    compiled = library()
+    assert compiled is not None
+    _, heads, group_tokens, head_dim = shape
+    assert slots.stride(1) == 1 and 2 * heads * group_tokens * head_dim <= slots.shape[1]
+    assert len(index) == 0 or (int(index.min()) >= 0 and int(index.max()) < len(slots))
+    index = np.ascontiguousarray(index)
+    result = torch.empty(2, heads, len(index) * group_tokens, head_dim)
+    compiled.kvswap_gather(
+        slots.data_ptr(),
+        slots.stride(0),
+        index.ctypes.data,
+        len(index),
+        heads,
+        group_tokens * head_dim,
+        int(slots.dtype == torch.bfloat16),
+        result.data_ptr(),
+    )
+    return result

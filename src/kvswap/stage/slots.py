@@ -22,6 +22,7 @@ import torch
 from numpy.typing import NDArray
 
 from kvswap.disk.slab import Slab
+from kvswap.native import loops
 from kvswap.store.layout import GroupLayout
 from kvswap.window import Window
 
@@ -251,6 +252,8 @@ class SlotPool:
         """Copy of slots ``[B, W]`` (int64) as ``[2, B, H_kv, W * G, d]`` of ``dtype``, in the order of the slots."""
         rows = self._rows[self.dtypes[layer]]
         batch, width = slots.shape
+        if batch == 1 and loops.gathers_here(rows.dtype, dtype, rows.device):
+            return loops.gather(rows, slots[0].numpy(), self.layout.group_shape)[:, None]
         picked = rows.index_select(0, slots.reshape(-1).to(rows.device))[:, : self.layout.group_elements]
         kv = picked.unflatten(1, self.layout.group_shape).unflatten(0, (batch, width)).permute(2, 0, 3, 1, 4, 5)
         gathered = torch.empty(kv.shape, dtype=dtype, device=kv.device)

@@ -21,6 +21,7 @@ from kvswap.disk.backend import ReadBackend
 from kvswap.disk.slab import Slab
 from kvswap.disk.write_behind import WriteBehind
 from kvswap.errors import DamagedError, DiskError
+from kvswap.native import loops
 from kvswap.store.layout import GroupLayout
 from kvswap.store.seal import Sealer, Seals
 from kvswap.store.segments import Segments
@@ -238,7 +239,11 @@ class TileReader:
         self._store.streamed_s += time.perf_counter() - started_s
         self._store.streamed_bytes += slots.nbytes
         raw = torch.from_numpy(slab.array)[: count * layout.slot_bytes].view(self._dtype)
-        groups = raw.view(count, layout.slot_elements)[:, : layout.group_elements].unflatten(1, layout.group_shape)
+        rows = raw.view(count, layout.slot_elements)
+        if loops.gathers_here(rows.dtype, torch.float32, rows.device):
+            keys, values = loops.gather(rows, np.arange(count), layout.group_shape)
+            return keys, values
+        groups = rows[:, : layout.group_elements].unflatten(1, layout.group_shape)
         keys, values = (groups[:, part].transpose(0, 1).flatten(1, 2) for part in (0, 1))
         return keys, values
 
