@@ -8,9 +8,9 @@ What is measured then, all in one process with the model loaded:
 * first token: from opening the session (reading it, comparing the model with it, attaching) to a token, with nothing
   new and with --question new tokens that attend to all that is stored. Prefilling is timed to its first token as well.
 * fork: seconds and bytes of new disk.
-* decode: --turns turns of --steps forced steps in each of three sessions, without verification, with checksums, and
-  encrypted, taking turns. Each turn is a fresh fork, so all begin alike. Beside the medians stands the time that
-  unsealing itself took, which the noise of a shared machine does not hide.
+* decode: --turns turns of forced steps on fresh forks, so that all begin alike: in the plain session every other step
+  compares groups with their checksums, --steps of each kind; then --steps in the encrypted one. Beside the medians
+  stands the time that unsealing itself took, which the noise of a shared machine does not hide.
 
 The files lie below --kv-dir and are removed.
 """
@@ -41,8 +41,7 @@ from kvswap.store.groups import GroupStore
 from kvswap.store.keys import ENVIRONMENT, new_key
 
 WARM_STEPS = 4
-KINDS = {"unverified": ("plain", False), "checksums": ("plain", True), "encrypted": ("secret", True)}
-"""Which session a turn of decode forks, and whether it verifies."""
+KINDS = ("unverified", "checksums", "encrypted")
 
 
 class Meter:
@@ -134,35 +133,44 @@ def measure_decode(loaded: LoadedModel, config: kvswap.Config, ids: list[int], a
     """Step times of each kind, turn by turn, and what unsealing took of them."""
     meter = Meter()
     found: dict[str, Any] = {kind: {"step_s": [], "unseal_s": [], "unsealed_groups": []} for kind in KINDS}
-    forced, names = ids[args.tokens :][: WARM_STEPS + args.steps - 1], list(KINDS)  # one token waits already
+    plain = ("unverified", "checksums")
     try:
         for turn in range(args.turns):
-            for kind in names[turn % 3 :] + names[: turn % 3]:
-                source, verify = KINDS[kind]
+            turns = [("plain", (plain[turn % 2], plain[1 - turn % 2])), ("secret", ("encrypted",))]
+            for source, kinds in turns if turn % 2 else turns[::-1]:
                 fork(config, source, "scratch")
-                with Session.open("scratch", loaded, config, verify=verify) as session:
-                    steps = decode(loaded, session, forced, meter)
+                with Session.open("scratch", loaded, config) as session:
+                    forced = [*session.token_ids[session.tokens :], *ids[args.tokens :]]
+                    forced = forced[: WARM_STEPS + args.steps * len(kinds)]
+                    steps = decode(loaded, session, forced, kinds, meter)
                 remove(config, "scratch")
-                found[kind]["step_s"].append([round(each, 6) for each in steps])
-                found[kind]["unseal_s"].append(round(meter.seconds, 6))
-                found[kind]["unsealed_groups"].append(meter.groups)
+                for kind in kinds:
+                    times = [step for step in steps if step["kind"] == kind]
+                    found[kind]["step_s"].append([round(each["step_s"], 6) for each in times])
+                    found[kind]["unseal_s"].append(round(sum(each["unseal_s"] for each in times), 6))
+                    found[kind]["unsealed_groups"].append(sum(each["groups"] for each in times))
     finally:
         meter.close()
     return found
 
 
 @torch.no_grad()
-def decode(loaded: LoadedModel, session: Session, forced: list[int], meter: Meter) -> list[float]:
-    """Seconds of each step after the warm ones."""
-    model, times = loaded.model, []
-    for number, token in enumerate([*session.token_ids[session.tokens :], *forced]):
-        if number == WARM_STEPS:
-            meter.reset()
+def decode(
+    loaded: LoadedModel, session: Session, forced: list[int], kinds: tuple[str, ...], meter: Meter
+) -> list[dict[str, Any]]:
+    """One record of each step after the warm ones; the kinds take turns step by step."""
+    model, records = loaded.model, []
+    for number, token in enumerate(forced):
+        kind = kinds[number % len(kinds)]
+        if number:  # the first one opens the store
+            session.cache._state.store.named.verify = kind != "unverified"
+        meter.reset()
         started_s = time.perf_counter()
         step = torch.tensor([[token]], device=model.device)
         model(input_ids=step, use_cache=True, **{cache_keyword(model): session.cache}).logits.float().cpu()
-        times.append(time.perf_counter() - started_s)
-    return times[WARM_STEPS:]
+        took_s = time.perf_counter() - started_s
+        records.append({"kind": kind, "step_s": took_s, "unseal_s": meter.seconds, "groups": meter.groups})
+    return records[WARM_STEPS:]
 
 
 def fork(config: kvswap.Config, name: str, new: str) -> None:
@@ -214,7 +222,7 @@ def main() -> None:
     parser.add_argument("--question", type=int, default=32, help="new tokens of a question to it")
     parser.add_argument("--repeat", type=int, default=5, help="how often first tokens and forks are timed")
     parser.add_argument("--turns", type=int, default=6)
-    parser.add_argument("--steps", type=int, default=24, help="steps of a turn")
+    parser.add_argument("--steps", type=int, default=24, help="steps of each kind in a turn")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--kv-memory", default="auto")
     parser.add_argument("--kv-dir", help="default: below the user's cache folder")
@@ -222,7 +230,7 @@ def main() -> None:
     args = parser.parse_args()
     os.environ[ENVIRONMENT] = new_key()
     loaded = load_model(args.model, dtype=args.dtype)
-    ids = prompt_ids(loaded, args.tokens + max(args.question, WARM_STEPS + args.steps) + 1)
+    ids = prompt_ids(loaded, args.tokens + max(args.question, WARM_STEPS + 2 * args.steps) + 1)
     place = Path(args.kv_dir or default_kv_dir()).absolute() / f"resume-{secrets.token_hex(4)}"
     config = kvswap.Config(kv_memory=args.kv_memory, kv_dir=str(place))
     try:

@@ -158,7 +158,7 @@ def resume_lines(content: Row) -> list[str]:
         f"Model {content['model']}, {options['dtype']}, {options['tokens']:,} tokens: resuming is {faster:.0f} times "
         f"faster than prefilling. A fork takes {fork}.",
         f"{machine['cpu']}, {machine['cores']} cores, {content['threads']} threads; medians of {options['repeat']} "
-        f"first tokens and forks, and of {options['turns']} turns of {options['steps']} steps.",
+        f"first tokens and forks, and of {options['turns']} turns of {options['steps']} steps of each kind.",
     ]
     lines = ["| | with checksums | encrypted |", "|---|--:|--:|", *(f"| {' | '.join(row)} |" for row in rows)]
     return ["", *lines, "", *about, ""]
