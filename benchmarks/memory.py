@@ -24,6 +24,7 @@ import kvswap
 from kvswap.corpus import evaluation_topics
 from kvswap.models.adapter import cache_keyword
 from kvswap.models.loading import load_model
+from kvswap.plan.budget import PROMPT_PARTS
 from kvswap.units import MIB
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
@@ -113,6 +114,7 @@ def measure(
         "after_prefill_growth_bytes": after_prefill - before,
         "decode_growth_bytes": decode.bytes - before,
         "decode_held_bytes": held_bytes - before,
+        "prompt_parts_bytes": sum(stats.memory_parts[part] for part in PROMPT_PARTS),
         "kv_memory_peak_bytes": stats.kv_memory_peak_bytes,
         "kv_memory_limit_bytes": stats.kv_memory_limit_bytes or 0,
         "sliding_kv_bytes": stats.sliding_kv_bytes,

@@ -69,4 +69,5 @@ def test_decode_takes_what_the_ledger_holds_and_stays_under_the_limit(
     assert result["kv_memory_peak_bytes"] <= result["kv_memory_limit_bytes"] == 8 * MIB
     held = result["kv_memory_peak_bytes"] + result["sliding_kv_bytes"]
     assert result["decode_held_bytes"] <= held + MIB // 2, result
-    assert result["decode_held_bytes"] >= 0.6 * held, result
+    filled = result["prompt_parts_bytes"] + result["sliding_kv_bytes"]  # whether steps fill all slots is theirs to say
+    assert result["decode_held_bytes"] >= 0.8 * filled, result
