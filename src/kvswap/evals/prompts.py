@@ -47,6 +47,7 @@ class PromptShelf:
         row = None if path is None else _read(path, full)
         if row is None:
             known = self._begin(full, ids)
+            self._ids, self._layers = (), []  # two prompts in memory would be one too many
             row = share_prompt(model, [full], ids[known:])
             if path is not None:
                 _write(path, full, row)
