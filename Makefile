@@ -1,6 +1,6 @@
 # make demo    set everything up and answer a question over a real document
 # make test    set everything up, lint, type-check, run the tests
-# make tables  make the tables in docs/benchmarks.md anew from benchmarks/results
+# make tables  make the tables in docs anew from benchmarks/results
 # make clean   remove what the two leave in this folder
 
 PYTHON ?= python3

@@ -16,8 +16,8 @@ def test_lines_and_means():
     ]
     lines = question_table(summarise(records))
     assert lines[0] == "| context | task | n (texts) | full | x tight |"
-    assert lines[2] == "| 100 | `ruler-mk1` | 4 (4) | 1.000 | 0.875 (-12.5 ± 12.5) |"
-    assert lines[4] == "| 100 | `ruler-s1` | 4 (4) | 1.000 | 1.000 (+0.0 ± 0.0) |"
+    assert lines[2] == "| 100 | `ruler-mk1` | 4 (4) | 1.000 | 0.875 (-12.5 ± 12.5), 0.088 |"
+    assert lines[4] == "| 100 | `ruler-s1` | 4 (4) | 1.000 | 1.000 (+0.0 ± 0.0), 0.100 |"
     assert lines[5] == "| 100 | several facts: score of full |  | 1.000 | **68.8%** ± 12.0 |"  # of 0.875 and 0.5
     assert lines[6] == "| 100 | all but the needle grid: score of full |  | 1.000 | **79.2%** ± 8.0 |"
 

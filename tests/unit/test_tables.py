@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 from kvswap.bench.tables import MARK, update_tables
 
 ROOT = Path(__file__).parents[2]
 
 
-def test_tables_of_the_docs_are_current() -> None:
-    page = (ROOT / "docs" / "benchmarks.md").read_text()
+@pytest.mark.parametrize("name", ["benchmarks.md", "evaluation.md"])
+def test_tables_of_the_docs_are_current(name: str) -> None:
+    page = (ROOT / "docs" / name).read_text()
     assert len(MARK.findall(page)) >= 1
     assert update_tables(page, ROOT / "benchmarks" / "results") == page, "run: make tables"
 

@@ -1,6 +1,7 @@
 """A results file of ``kvswap eval`` as a table in Markdown: a line a task, a column a method and setting.
 
-Cells hold the mean score, and in brackets the paired difference to full attention in points with its standard error.
+Cells hold the mean score, in brackets the paired difference to full attention in points with its standard error, and
+KL over the right answer.
 Lines of means weigh tasks alike; their errors take tasks as independent of each other.
 """
 
@@ -59,7 +60,8 @@ def _cell(row: Record | None) -> str:
     if row is None:
         return ""
     error = row["difference_stderr"]
-    return f"{row['score']:.3f} ({100 * row['difference']:+.1f}{'' if error is None else f' ± {100 * error:.1f}'})"
+    points = f"{100 * row['difference']:+.1f}{'' if error is None else f' ± {100 * error:.1f}'}"
+    return f"{row['score']:.3f} ({points}), {row['kl']:.3f}"
 
 
 def _line(cells: Sequence[str]) -> str:

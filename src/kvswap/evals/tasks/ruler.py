@@ -28,7 +28,7 @@ MANY = (
 ONE = MANY.replace("Some special magic numbers are", "A special magic number is").replace("the numbers", "the number")
 DEPTHS = 40
 CHAIN = 5
-NEW_TOKENS = 64
+NEW_TOKENS, MANY_NEW_TOKENS = 64, 128  # as RULER; small models say a sentence with each of several numbers
 # fmt: off
 FIRST = (
     "able", "ancient", "bold", "brave", "bright", "calm", "clever", "curious", "damp", "eager", "early", "fancy",
@@ -128,7 +128,7 @@ def text_samples(kind: Needles, source: Source, context: int, dice: random.Rando
             prompt=prompt,
             forced=forced_answer(source, f" {listed(own)}"),
             answers=tuple(own),
-            max_new_tokens=NEW_TOKENS,
+            max_new_tokens=NEW_TOKENS if len(own) == 1 else MANY_NEW_TOKENS,
         )
         for prompt, own in zip(fit(context, build, len(pieces)), answers, strict=True)
     ]
