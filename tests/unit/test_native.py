@@ -30,6 +30,12 @@ def noise(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
+def tiles_of(codes: torch.Tensor) -> torch.Tensor:
+    """Rows of codes ``[rows, C]`` as tiles with something between them."""
+    tiles = codes.unflatten(1, (-1, 64)).transpose(0, 1)
+    return torch.cat((tiles, torch.full_like(tiles, 0xA5)), 1)[:, : len(codes)]
+
+
 def expected_mass(query: torch.Tensor, codes: torch.Tensor, bits: int, tokens: int, group_tokens: int) -> torch.Tensor:
     """Softmax of rounded queries times codes in float64, over heads and groups."""
     step = query.abs().amax(1, keepdim=True) / 127
@@ -51,11 +57,11 @@ def expected_mass(query: torch.Tensor, codes: torch.Tensor, bits: int, tokens: i
 def test_mass_of_packed_codes(bits: int, heads: int, rank: int, tokens: int, group_tokens: int) -> None:
     capacity = (tokens + 255) // 256 * 256
     random = torch.Generator().manual_seed(1)
-    codes = torch.randint(0, 256, (2, rank * bits // 8, capacity), dtype=torch.uint8, generator=random)[1]
+    codes = torch.randint(0, 256, (rank * bits // 8, capacity), dtype=torch.uint8, generator=random)
     query = noise(heads, rank) * 0.2
     query[0] *= 40  # one head looks at a single token
     scales = noise(rank, seed=2).abs() + 0.1
-    found = loops.group_mass(codes, query, scales, bits, tokens, group_tokens)
+    found = loops.group_mass(tiles_of(codes), query, scales, bits, tokens, group_tokens)
     expected = expected_mass(query * scales, codes, bits, tokens, group_tokens)
     assert found.dtype == torch.float32 and found.shape == expected.shape
     assert torch.allclose(found.double(), expected, rtol=1e-4, atol=1e-6)
@@ -63,17 +69,42 @@ def test_mass_of_packed_codes(bits: int, heads: int, rank: int, tokens: int, gro
 
 
 @compiled
+def test_chosen_tiles_are_scored_as_if_there_were_no_others() -> None:
+    codes = torch.randint(0, 256, (24, 1024), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    query, scales, chosen = noise(9, 48), noise(48, seed=2).abs(), np.array([1, 2, 9, 13])
+    found = loops.group_mass(tiles_of(codes), query, scales, 4, 896, 4, chosen)
+    alone = torch.cat([codes[:, tile * 64 : tile * 64 + 64] for tile in chosen], 1)
+    assert torch.equal(found, loops.group_mass(tiles_of(alone), query, scales, 4, 256, 4))
+    short = loops.group_mass(tiles_of(codes), query, scales, 4, 880, 4, chosen)  # the last tile has 48 tokens
+    assert short.shape == (60,) and float(short.sum()) == pytest.approx(9, rel=1e-4)
+    with pytest.raises(AssertionError):
+        loops.group_mass(tiles_of(codes), query, scales, 4, 832, 4, chosen)
+
+
+@compiled
+@pytest.mark.parametrize("bits", [2, 4])
+def test_tiles_promise_what_their_best_token_does(bits: int) -> None:
+    codes = torch.randint(0, 256, (6, 640), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    query = noise(5, 48 // bits) * 0.3
+    found = loops.tile_mass(tiles_of(codes), query, torch.ones(48 // bits), bits, 640)
+    step = query.abs().amax(1, keepdim=True) / 127
+    levels = unpack(codes, bits).float() - (1 << (bits - 1))
+    best = ((query / step).round() @ levels * step).unflatten(1, (-1, 64)).amax(2)
+    assert torch.allclose(found, torch.softmax(best, -1).sum(0), rtol=1e-3, atol=1e-6)
+
+
+@compiled
 def test_what_lies_past_the_last_token_does_not_count() -> None:
     codes = torch.full((48, 256), 0x77, dtype=torch.uint8)
     codes[:, 72:] = 0xFF
-    found = loops.group_mass(codes, noise(3, 96).abs(), torch.ones(96), 4, 72, 4)
+    found = loops.group_mass(tiles_of(codes), noise(3, 96).abs(), torch.ones(96), 4, 72, 4)
     assert torch.allclose(found, torch.full((18,), 3 / 18))
 
 
 @compiled
 def test_a_query_of_zeros_sees_all_tokens_alike() -> None:
     codes = torch.randint(0, 256, (8, 256), dtype=torch.uint8)
-    found = loops.group_mass(codes, torch.zeros(2, 16), torch.ones(16), 4, 64, 4)
+    found = loops.group_mass(tiles_of(codes), torch.zeros(2, 16), torch.ones(16), 4, 64, 4)
     assert torch.allclose(found, torch.full((16,), 2 / 16))
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from kvswap.native import loops
+from kvswap.sketch import transform
 from kvswap.sketch.basis import TRANSFORM, Basis, KeyCovariance, rotation
 from kvswap.sketch.codes import LayerSketch
 from kvswap.sketch.transform import TransformSketch, basis_bytes, transform_basis
@@ -13,6 +14,7 @@ from kvswap.sketch.transform import TransformSketch, basis_bytes, transform_basi
 KV_HEADS, HEAD_DIM, TOKENS = 2, 16, 600
 ELEMENTS = KV_HEADS * HEAD_DIM
 CPU = torch.device("cpu")
+compiled = pytest.mark.skipif(not loops.available(), reason="no compiled loops: there was no C compiler")
 
 
 def noise(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -113,7 +115,7 @@ def test_dumped_codes_come_back():
     assert layer.nbytes == 8 * layer.logits(query, 1.0).shape[-1]
 
 
-@pytest.mark.skipif(not loops.available(), reason="no compiled loops: there was no C compiler")
+@compiled
 @pytest.mark.parametrize("bits", [2, 4])
 def test_compiled_mass_is_that_of_the_logits(bits, monkeypatch):
     basis = transform_basis(statistics(), 32, bits)
@@ -143,3 +145,53 @@ def test_a_basis_comes_back_from_one_matrix():
     assert basis.rows is not None and other.rows is not None
     assert torch.equal(other.matrix, basis.matrix) and torch.equal(other.rows, basis.rows)
     assert other.nbytes == basis.nbytes == basis_bytes(ELEMENTS, 32)
+
+
+def long_sketch(tokens, bits=4):
+    basis = transform_basis(statistics(), 32, bits)
+    layer = TransformSketch(
+        batch=1, kv_heads=KV_HEADS, head_dim=HEAD_DIM, basis=basis, bits=bits, capacity_tokens=tokens, device=CPU
+    )
+    layer.append(0, keys(tokens, seed=5))
+    return layer
+
+
+@compiled
+@pytest.mark.parametrize("bits", [2, 4])
+@pytest.mark.parametrize("tokens", [4096, 4096 + 36])
+def test_two_levels_find_nearly_all_mass_that_one_finds(bits, tokens, monkeypatch):
+    layer, found, best = long_sketch(tokens, bits), 0.0, 0.0
+    for seed in range(20):
+        query = 4 * queries(1, seed=seed)[None, :, 0]
+        flat = layer.group_mass(query, 1.0, 4)[0]
+        monkeypatch.setattr(transform, "FLAT_TOKENS", 2048)
+        monkeypatch.setattr(transform, "FINE_TOKENS", 1024)
+        two = layer.group_mass(query, 1.0, 4)[0]
+        monkeypatch.undo()
+        assert two.shape == flat.shape
+        scored = two.nonzero()[:, 0]
+        assert len(scored) <= (1024 + 64) // 4
+        found += float(flat[two.topk(8).indices].sum())
+        best += float(flat.topk(8).values.sum())
+    assert found > 0.9 * best
+
+
+@compiled
+def test_two_levels_with_all_tiles_are_one(monkeypatch):
+    layer, query = long_sketch(1000), queries(1, seed=8)[None, :, 0]
+    flat = layer.group_mass(query, 1.0, 4)
+    monkeypatch.setattr(transform, "FLAT_TOKENS", 512)
+    monkeypatch.setattr(transform, "FINE_TOKENS", 960)  # the 15 whole tiles, and the begun one besides
+    assert torch.allclose(layer.group_mass(query, 1.0, 4), flat, rtol=1e-4, atol=1e-7)
+
+
+@compiled
+def test_rows_of_most_weight_come_first_in_a_packed_token():
+    rows = transform_basis(statistics(), 32, 4).rows
+    assert rows is not None
+    weights = rows[1] * transform_basis(statistics(), 32, 4).matrix[ELEMENTS:].float().norm(dim=0)
+    assert weights.shape == (32,)
+    layer, query = long_sketch(2048), queries(1, seed=8)[None, :, 0]
+    low_rank = layer.low_rank(query, 1.0)[0] * rows[1]
+    spread = low_rank.square().mean(0).view(2, 16).sum(0)  # bytes: both their digits
+    assert spread[:4].mean() > 3 * spread[-8:].mean()

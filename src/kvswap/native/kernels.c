@@ -8,10 +8,11 @@
 #include <stdint.h>
 #include <string.h>
 
-#define VERSION 2   /* of the functions' arguments; __init__.py must have the same */
+#define VERSION 4   /* of the functions' arguments; __init__.py must have the same */
 #define TILE 64     /* tokens; groups divide it, and rows of codes may be read up to its multiples */
 #define HEADS 4     /* query heads at once: their sums stay in vector registers */
 #define LEVELS 127  /* of a rounded query, either side of zero */
+#define AHEAD 8     /* tiles */
 #define RUN 32      /* products of 4-bit codes and queries whose sum fits 16 bits: 8 * LEVELS * RUN < 2^15 */
 
 #if defined(_WIN32)
@@ -24,6 +25,12 @@
 #define CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
 #define CLONES
+#endif
+
+#if defined(__GNUC__)
+#define PREFETCH(address) __builtin_prefetch(address)
+#else
+#define PREFETCH(address)
 #endif
 
 #define INLINE static inline __attribute__((always_inline))
@@ -48,9 +55,9 @@ INLINE float exp_below_zero(float x) {
 }
 
 /* One tile of codes less their middle, row k * rows + r from the k-th bits of byte row r. */
-INLINE void unpack(const uint8_t *codes, int64_t stride, int64_t rows, const int bits, int16_t *out) {
+INLINE void unpack(const uint8_t *codes, int64_t rows, const int bits, int16_t *out) {
     for (int64_t r = 0; r < rows; r++) {
-        const uint8_t *row = codes + r * stride;
+        const uint8_t *row = codes + r * TILE;
         for (int k = 0; k < 8 / bits; k++) {
             int16_t *to = out + (k * rows + r) * TILE;
             for (int t = 0; t < TILE; t++)
@@ -80,23 +87,30 @@ INLINE void multiply(const int16_t *query, const float *steps, int64_t rank, con
         for (int t = 0; t < TILE; t++) out[h * TILE + t] = (float)sums[h][t] * steps[h];
 }
 
-/* Exponentials of one head's tile against its own peak, summed by group (known when compiled); returns the peak. */
-INLINE float exponentiate(float *logits, int64_t valid, const int group_tokens, float *sums) {
-    float peaks[16], weights[TILE];
-    if (valid < TILE)
-        for (int t = 0; t < TILE; t++) logits[t] = t < valid ? logits[t] : -INFINITY;
+/* The largest of a tile's values. */
+INLINE float largest(const float *logits) {
+    float peaks[16];
     for (int t = 0; t < 16; t++) peaks[t] = logits[t];
     for (int n = 16; n < TILE; n += 16)
         for (int t = 0; t < 16; t++) peaks[t] = logits[n + t] > peaks[t] ? logits[n + t] : peaks[t];
     for (int width = 8; width; width /= 2)
         for (int t = 0; t < width; t++) peaks[t] = peaks[t + width] > peaks[t] ? peaks[t + width] : peaks[t];
-    for (int t = 0; t < TILE; t++) weights[t] = exp_below_zero(logits[t] - peaks[0]);
+    return peaks[0];
+}
+
+/* Exponentials of one head's tile against its own peak, summed by group (known when compiled); returns the peak. */
+INLINE float exponentiate(float *logits, int64_t valid, const int group_tokens, float *sums) {
+    float weights[TILE];
+    if (valid < TILE)
+        for (int t = 0; t < TILE; t++) logits[t] = t < valid ? logits[t] : -INFINITY;
+    const float peak = largest(logits);
+    for (int t = 0; t < TILE; t++) weights[t] = exp_below_zero(logits[t] - peak);
     for (int g = 0; g < TILE / group_tokens; g++) {
         float sum = 0.0f;
         for (int t = 0; t < group_tokens; t++) sum += weights[g * group_tokens + t];
         sums[g] = sum;
     }
-    return peaks[0];
+    return peak;
 }
 
 #define BY_COUNT(count, call)                   \
@@ -160,27 +174,29 @@ INLINE void merge_tiles(float *sums, float *peaks, int64_t heads, int64_t tiles,
 
 /* Estimated attention mass of each group, summed over heads: what a softmax over all tokens gives them.
  *
- * codes    packed, [rows, stride] bytes; `tokens` of them count, what is read ends at a multiple of TILE
+ * codes    packed, by tiles `tile_bytes` apart, each [rows, TILE] bytes; `tokens` of them count
  * bits     2 or 4
  * query    [heads, rank], rank = rows * 8 / bits, and what its columns are multiplied by, [rank]
  * scratch  heads * (tiles * (TILE / group_tokens + 1) + 1) floats and (heads + TILE) * rank int16, in this order, where
  *          tiles = tokens / TILE rounded up
+ * which    the tiles to score, ascending, [tiles], or NULL for all of them; then `tokens` is what all the chosen hold
  * mass     [tokens / group_tokens]; group_tokens divides TILE and tokens
  */
-CLONES EXPORT void kvswap_group_mass(const uint8_t *codes, int64_t stride, int64_t rows, int64_t bits,
+CLONES EXPORT void kvswap_group_mass(const uint8_t *codes, int64_t tile_bytes, int64_t rows, int64_t bits,
                                      const float *query, const float *scales, int64_t heads, int64_t tokens,
-                                     int64_t group_tokens, float *scratch, float *mass) {
+                                     int64_t group_tokens, const int64_t *which, float *scratch, float *mass) {
     const int64_t rank = rows * (8 / bits), per_tile = TILE / group_tokens, tiles = (tokens + TILE - 1) / TILE;
     float *sums = scratch, *peaks = sums + heads * tiles * per_tile, *steps = peaks + heads * tiles;
     int16_t *rounded = (int16_t *)(steps + heads), *unpacked = rounded + heads * rank;
     float logits[HEADS * TILE];
     round_queries(query, scales, heads, rank, rounded, steps);
     for (int64_t b = 0; b < tiles; b++) {
-        const int64_t start = b * TILE, valid = tokens - start < TILE ? tokens - start : TILE;
+        const uint8_t *tile = codes + (which ? which[b] : b) * tile_bytes;
+        const int64_t valid = tokens - b * TILE < TILE ? tokens - b * TILE : TILE;
         if (bits == 2)
-            unpack(codes + start, stride, rows, 2, unpacked);
+            unpack(tile, rows, 2, unpacked);
         else
-            unpack(codes + start, stride, rows, 4, unpacked);
+            unpack(tile, rows, 4, unpacked);
         for (int64_t first = 0; first < heads; first += HEADS) {
             const int64_t count = heads - first < HEADS ? heads - first : HEADS;
             BY_COUNT(count, multiply(rounded + first * rank, steps + first, rank, unpacked, N, logits))
@@ -192,6 +208,54 @@ CLONES EXPORT void kvswap_group_mass(const uint8_t *codes, int64_t stride, int64
         }
     }
     merge_tiles(sums, peaks, heads, tiles, per_tile, tokens / group_tokens, mass);
+}
+
+/* The best product of one rounded query with the tokens of a tile; rank is at most RUN, so that 16 bits are enough. */
+INLINE int16_t best_product(const int16_t *query, int64_t rank, const int16_t *codes) {
+    int16_t sums[TILE];
+    memset(sums, 0, sizeof sums);
+    for (int64_t r = 0; r < rank; r++)
+        for (int t = 0; t < TILE; t++) sums[t] = (int16_t)(sums[t] + query[r] * codes[r * TILE + t]);
+    int16_t best = INT16_MIN;
+    for (int t = 0; t < TILE; t++) best = sums[t] > best ? sums[t] : best;
+    return best;
+}
+
+/* What tiles promise: each head's best logit in them, softmax over tiles, summed over heads. For coarse scores.
+ *
+ * The arguments are those of kvswap_group_mass; tokens is a multiple of TILE, rows * 8 / bits at most RUN.
+ *
+ * scratch  heads * (tiles + 1) floats and (heads + TILE) * rank int16, in this order
+ * mass     [tokens / TILE]
+ */
+CLONES EXPORT void kvswap_tile_mass(const uint8_t *codes, int64_t tile_bytes, int64_t rows, int64_t bits,
+                                    const float *query, const float *scales, int64_t heads, int64_t tokens,
+                                    float *scratch, float *mass) {
+    const int64_t rank = rows * (8 / bits), tiles = tokens / TILE;
+    float *peaks = scratch, *steps = peaks + heads * tiles;
+    int16_t *rounded = (int16_t *)(steps + heads), *unpacked = rounded + heads * rank;
+    round_queries(query, scales, heads, rank, rounded, steps);
+    for (int64_t b = 0; b < tiles; b++) {
+        const uint8_t *tile = codes + b * tile_bytes, *later = tile + AHEAD * tile_bytes;
+        if (b + AHEAD < tiles) /* what lies between is skipped, which the processor does not foresee */
+            for (int64_t r = 0; r < rows; r++) PREFETCH(later + r * TILE);
+        if (bits == 2)
+            unpack(tile, rows, 2, unpacked);
+        else
+            unpack(tile, rows, 4, unpacked);
+        for (int64_t h = 0; h < heads; h++)
+            peaks[h * tiles + b] = steps[h] * best_product(rounded + h * rank, rank, unpacked);
+    }
+    for (int64_t b = 0; b < tiles; b++) mass[b] = 0.0f;
+    for (int64_t h = 0; h < heads; h++) {
+        float *row = peaks + h * tiles, top = -INFINITY, all = 0.0f;
+        for (int64_t b = 0; b < tiles; b++) top = row[b] > top ? row[b] : top;
+        for (int64_t b = 0; b < tiles; b++) {
+            row[b] = exp_below_zero(row[b] - top);
+            all += row[b];
+        }
+        for (int64_t b = 0; b < tiles; b++) mass[b] += row[b] / all;
+    }
 }
 
 /* The value that `count` of `size` values are at least as large as; `values` are reordered. Hoare's selection. */

@@ -6,7 +6,7 @@ import ctypes
 import importlib.util
 from functools import lru_cache
 
-VERSION = 2
+VERSION = 4
 """Of the functions' arguments; ``kernels.c`` must have the same."""
 
 _POINTER, _INT = ctypes.c_void_p, ctypes.c_int64
@@ -27,8 +27,11 @@ def library() -> ctypes.CDLL | None:
         mass, top, gather = found.kvswap_group_mass, found.kvswap_top_groups, found.kvswap_gather
     except (OSError, AttributeError):
         return None
-    mass.argtypes = (_POINTER, _INT, _INT, _INT, _POINTER, _POINTER, _INT, _INT, _INT, _POINTER, _POINTER)
+    mass.argtypes = (_POINTER, _INT, _INT, _INT, _POINTER, _POINTER, _INT, _INT, _INT, _POINTER, _POINTER, _POINTER)
     mass.restype = None
+    coarse = found.kvswap_tile_mass
+    coarse.argtypes = (_POINTER, _INT, _INT, _INT, _POINTER, _POINTER, _INT, _INT, _POINTER, _POINTER)
+    coarse.restype = None
     top.argtypes = (_POINTER, _INT, _INT, _INT, _POINTER, _POINTER)
     top.restype = _INT
     gather.argtypes = (_POINTER, _INT, _POINTER, _INT, _INT, _INT, _INT, _POINTER)

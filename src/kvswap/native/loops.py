@@ -14,6 +14,7 @@ from kvswap.native.library import library
 
 TILE_TOKENS = 64
 MAX_CODE_BITS = 4
+COARSE_ROWS = 32
 
 
 def available() -> bool:
@@ -28,43 +29,87 @@ def scores_here(bits: int, group_tokens: int, device: torch.device) -> bool:
 
 def scratch_token_bytes(heads: int, group_tokens: int) -> int:
     """What ``group_mass`` takes for a token in passing, rounded up; what does not grow with tokens is below 64 KiB."""
-    return -(-4 * heads * (TILE_TOKENS // group_tokens + 1) // TILE_TOKENS)
+    return -(-4 * (heads * (TILE_TOKENS // group_tokens + 1) + TILE_TOKENS // group_tokens) // TILE_TOKENS)
 
 
 def group_mass(
-    codes: torch.Tensor, query: torch.Tensor, scales: torch.Tensor, bits: int, tokens: int, group_tokens: int
+    codes: torch.Tensor,
+    query: torch.Tensor,
+    scales: torch.Tensor,
+    bits: int,
+    tokens: int,
+    group_tokens: int,
+    tiles: NDArray[np.int64] | None = None,
 ) -> torch.Tensor:
     """Estimated attention mass of each group, as ``kvswap.predict.mass.group_mass`` has it, from packed codes.
 
     Parameters
     ----------
     codes
-        ``[R * bits / 8, C]`` uint8, C a multiple of 64; whole groups, ``tokens`` (a multiple of G) of them count.
+        ``[tiles, R * bits / 8, 64]`` uint8, rows contiguous; whole groups, ``tokens`` (a multiple of G) of them count.
     query, scales
         ``[H_q, R]`` and ``[R]`` float32: their product is rounded to 8 bits.
+    tiles
+        Score these runs of 64 tokens alone (ascending), as if there were no others.
 
     Returns
     -------
-    ``[tokens / G]`` float32.
+    ``[tokens / G]`` float32, or ``[n]`` for the groups of the ``tiles``.
     """
     heads, rank = query.shape
-    tiles = -(-tokens // TILE_TOKENS)
-    floats = heads * (tiles * (TILE_TOKENS // group_tokens + 1) + 1) + -(-(heads + TILE_TOKENS) * rank // 2)
+    count = -(-tokens // TILE_TOKENS)
+    assert codes.stride()[1:] == (TILE_TOKENS, 1) and len(codes) >= count
+    if tiles is not None:
+        assert len(tiles) and int(tiles[0]) >= 0 and int(tiles[-1]) < count
+        tiles = np.ascontiguousarray(tiles)
+        tokens = min((len(tiles) - 1) * TILE_TOKENS + tokens - int(tiles[-1]) * TILE_TOKENS, len(tiles) * TILE_TOKENS)
+        count = len(tiles)
+    floats = heads * (count * (TILE_TOKENS // group_tokens + 1) + 1) + -(-(heads + TILE_TOKENS) * rank // 2)
     scratch, mass = torch.empty(floats), torch.empty(tokens // group_tokens)
     compiled = library()
     assert compiled is not None
-    assert codes.stride(1) == 1 and codes.stride(0) >= tiles * TILE_TOKENS
     query, scales = query.contiguous(), scales.contiguous()
     compiled.kvswap_group_mass(
         codes.data_ptr(),
         codes.stride(0),
-        len(codes),
+        codes.shape[1],
         bits,
         query.data_ptr(),
         scales.data_ptr(),
         heads,
         tokens,
         group_tokens,
+        None if tiles is None else tiles.ctypes.data,
+        scratch.data_ptr(),
+        mass.data_ptr(),
+    )
+    return mass
+
+
+def tile_mass(codes: torch.Tensor, query: torch.Tensor, scales: torch.Tensor, bits: int, tokens: int) -> torch.Tensor:
+    """What tiles of 64 tokens promise, ``[tokens / 64]`` float32: every head's best logit, softmax over tiles, summed.
+
+    The arguments are those of ``group_mass``; ``tokens`` is a multiple of 64, R at most ``COARSE_ROWS``.
+    """
+    heads, rank = query.shape
+    tiles = tokens // TILE_TOKENS
+    assert rank <= COARSE_ROWS
+    assert tokens % TILE_TOKENS == 0
+    assert codes.stride()[1:] == (TILE_TOKENS, 1) and len(codes) >= tiles
+    scratch = torch.empty(heads * (tiles + 1) + -(-(heads + TILE_TOKENS) * rank // 2))
+    mass = torch.empty(tiles)
+    compiled = library()
+    assert compiled is not None
+    query, scales = query.contiguous(), scales.contiguous()
+    compiled.kvswap_tile_mass(
+        codes.data_ptr(),
+        codes.stride(0),
+        codes.shape[1],
+        bits,
+        query.data_ptr(),
+        scales.data_ptr(),
+        heads,
+        tokens,
         scratch.data_ptr(),
         mass.data_ptr(),
     )

@@ -1,7 +1,7 @@
 """Codes of one layer's keys for B sequences, and logits estimated from them.
 
 A token's key of D elements is projected to R, quantised to ``bits`` with a float16 scale and minimum of its own, and
-packed dimension-major: ``[B, R * bits / 8, capacity]`` bytes, so that scoring streams along tokens.
+packed (``packed.py``).
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from kvswap.predict.mass import group_mass
 from kvswap.sketch.basis import SCALE_BYTES, Basis
+from kvswap.sketch.packed import PackedCodes
 from kvswap.sketch.score import float_products, integer_products, middle, prefers_integers
 from kvswap.terms import round_up
 
@@ -40,14 +41,14 @@ class LayerSketch:
         self._integer = prefers_integers(bits, device)
         self._by_head = query_matrix.view(kv_heads, head_dim, self.rank)
         capacity = round_up(capacity_tokens, STEP_TOKENS)
-        self._codes = torch.zeros(batch, self.rank * bits // 8, capacity, dtype=torch.uint8, device=device)
+        self._codes = PackedCodes(batch, self.rank * bits // 8, capacity, device, step_tokens=STEP_TOKENS)
         self._scale = torch.zeros(batch, self.scale_rows, capacity, dtype=torch.float16, device=device)
         self.tokens: NDArray[np.int64] = np.zeros(batch, np.int64)
 
     @property
     def nbytes(self) -> int:
         """Bytes of codes, scales and minima."""
-        return self._codes.nbytes + self._scale.nbytes
+        return self._codes.tiles.nbytes + self._scale.nbytes
 
     @staticmethod
     def token_bytes(rank: int, bits: int) -> int:
@@ -56,8 +57,8 @@ class LayerSketch:
 
     @staticmethod
     def scratch_bytes(rank: int, bits: int, heads: int, device: torch.device, group_tokens: int) -> int:
-        """What scoring one token takes in passing: unpacked codes, products, logits and their softmax."""
-        return rank * (1 if prefers_integers(bits, device) else 5) + 3 * heads * 4
+        """What scoring one token takes in passing: codes in rows and unpacked, products, logits and their softmax."""
+        return rank * bits // 8 + rank * (1 if prefers_integers(bits, device) else 5) + 3 * heads * 4
 
     def append(self, sequence: int, keys: torch.Tensor) -> None:
         """Add keys ``[H_kv, n, d]`` of any float dtype to one sequence."""
@@ -68,7 +69,7 @@ class LayerSketch:
         codes, self._scale[sequence, :, start:stop] = self.encode(rows)
         packed = codes.T.unflatten(0, (8 // self.bits, -1))
         shifts = torch.arange(0, 8, self.bits, dtype=torch.uint8, device=codes.device)[:, None, None]
-        self._codes[sequence, :, start:stop] = (packed << shifts).sum(0, dtype=torch.uint8)
+        self._codes.put(sequence, start, (packed << shifts).sum(0, dtype=torch.uint8))
         self.tokens[sequence] = stop
 
     @staticmethod
@@ -97,7 +98,7 @@ class LayerSketch:
 
     def dump(self, sequence: int, start: int, stop: int) -> tuple[NDArray[np.uint8], NDArray[np.uint16]]:
         """Codes ``[R * bits / 8, n]`` and the bits of scales and minima ``[2, n]``, if any, of tokens; copies."""
-        codes = self._codes[sequence, :, start:stop].cpu().contiguous().numpy()
+        codes = self._codes.rows(sequence, start, stop).cpu().contiguous().numpy()
         scales = self._scale[sequence, :, start:stop].cpu().contiguous().view(torch.int16).numpy()
         return codes, scales.view(np.uint16)
 
@@ -105,7 +106,7 @@ class LayerSketch:
         """Put what ``dump`` gave of the first tokens of a sequence, which has none yet."""
         count = codes.shape[1]
         self._grow(count)
-        self._codes[sequence, :, :count] = torch.from_numpy(codes.copy()).to(self._codes.device)
+        self._codes.put(sequence, 0, torch.from_numpy(codes.copy()).to(self._scale.device))
         halves = torch.from_numpy(scales.view(np.int16).copy()).view(torch.float16)
         self._scale[sequence, :, :count] = halves.to(self._scale.device)
         self.tokens[sequence] = count
@@ -133,12 +134,12 @@ class LayerSketch:
         scale[:, 1] += middle(self.bits) * scale[:, 0]  # from the minimum to the value of the middle code
         logits = low_rank.new_empty(batch, heads, width)
         for sequence in range(batch):
-            products = multiply(low_rank[sequence], self._codes[sequence, :, :width], self.bits)
+            products = multiply(low_rank[sequence], self._codes.rows(sequence, 0, width), self.bits)
             torch.mul(products, scale[sequence, :1], out=logits[sequence])
         return logits.addcmul_(scale[:, 1:], low_rank.sum(-1, keepdim=True))
 
     def _grow(self, tokens: int) -> None:
-        extra = round_up(tokens, STEP_TOKENS) - self._codes.shape[2]
+        self._codes.grow(tokens)
+        extra = round_up(tokens, STEP_TOKENS) - self._scale.shape[2]
         if extra > 0:
-            self._codes = torch.nn.functional.pad(self._codes, (0, extra))
             self._scale = torch.nn.functional.pad(self._scale, (0, extra))

@@ -9,11 +9,16 @@ the same amount, which a softmax does not see.
 
 A code of several digits is kept as rows of equal width: the row of the k-th digit has ``2 ** (bits * k)`` times the
 weight. One kernel thus scores any mix of precisions.
+
+Contexts past ``FLAT_TOKENS`` are scored in two levels: every token by the few bytes that hold the directions of most
+weight, of which a tile of 64 tokens keeps the best, then the tokens of the best tiles in full, and of a begun one.
 """
 
 from __future__ import annotations
 
+import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from kvswap.native import loops
 from kvswap.sketch.basis import TRANSFORM, Basis, KeyCovariance
@@ -23,6 +28,9 @@ from kvswap.sketch.score import float_products, integer_products
 # Of a Gaussian of variance 1, by bits: error of the best uniform quantiser, and its step (Max, 1960).
 ERRORS = {0: 1.0, 2: 0.1188, 4: 0.01154, 6: 0.00104, 8: 0.000090}
 STEPS = {2: 0.9957, 4: 0.3352, 6: 0.1041, 8: 0.0308}
+FLAT_TOKENS = 32768  # up to here all tokens are scored in full at each step
+FINE_TOKENS = 16384  # of longer contexts, those scored in full after all were scored by a few bytes each
+COARSE_SHARE = 12  # of a token's bytes, one in so many: those with the directions of most weight, which come first
 SMALLEST_QUERY = 1e-3  # of the largest: directions that no query looked at in calibration still get some weight
 
 
@@ -40,6 +48,8 @@ def transform_basis(statistics: KeyCovariance, rows: int, bits: int) -> Basis:
     variances = variances.clamp(min=max(1e-12 * float(variances[-1]), 1e-20))
     directions, digits = _spend(variances, rows, bits)
     whole = bits * torch.bincount(directions, minlength=len(variances))[directions]
+    order = _by_weight(variances[directions].sqrt() * torch.exp2(bits * digits - whole), 8 // bits)
+    directions, digits, whole = directions[order], digits[order], whole[order]
     steps = torch.tensor([STEPS[int(each)] for each in whole], dtype=torch.float64) * variances[directions].sqrt()
     encode = (root @ vectors)[:, directions] / steps
     decode = (inverse @ vectors)[:, directions] * steps * 2.0 ** (bits * digits)
@@ -74,6 +84,18 @@ def _spend(variances: torch.Tensor, rows: int, bits: int) -> tuple[torch.Tensor,
     gains = variances[:, None] * -torch.diff(torch.tensor(levels, dtype=torch.float64))
     best = gains.flatten().topk(min(rows, gains.numel())).indices.sort().values
     return best // gains.shape[1], best % gains.shape[1]  # gains fall with each digit, so a code has its first digits
+
+
+def _by_weight(weights: torch.Tensor, parts: int) -> torch.Tensor:
+    """Order of rows so that those of most weight share the first bytes of a packed token.
+
+    Row ``k * n + r`` is in the k-th of ``parts`` of byte r of n. Coarse scores read a few bytes of each token.
+    """
+    order = weights.argsort(descending=True, stable=True)
+    if len(order) % parts:
+        return order
+    interleaved: torch.Tensor = order.view(-1, parts).T.flatten()
+    return interleaved
 
 
 def _roots(queries: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -124,15 +146,27 @@ class TransformSketch(LayerSketch):
         if not loops.scores_here(self.bits, group_tokens, query.device):
             return super().group_mass(query, scaling, group_tokens)
         low_rank = self.low_rank(query, scaling)
-        longest = int(self.tokens.max())
-        if len(low_rank) == 1:
-            return loops.group_mass(self._codes[0], low_rank[0], self._rows[1], self.bits, longest, group_tokens)[None]
-        mass = torch.zeros(len(low_rank), longest // group_tokens)
-        for sequence, tokens in enumerate(self.tokens.tolist()):
-            codes = self._codes[sequence]
-            found = loops.group_mass(codes, low_rank[sequence], self._rows[1], self.bits, tokens, group_tokens)
-            mass[sequence, : len(found)] = found
-        return mass
+        found = [self._group_mass(b, each, group_tokens) for b, each in enumerate(low_rank)]
+        return found[0][None] if len(found) == 1 else pad_sequence(found, batch_first=True)
+
+    def _group_mass(self, sequence: int, low_rank: torch.Tensor, group_tokens: int) -> torch.Tensor:
+        """Mass of one sequence's groups, ``[N]``; past ``FLAT_TOKENS`` only of those in the tiles that look best."""
+        codes, tokens = self._codes.tiles[sequence], int(self.tokens[sequence])
+        if tokens <= FLAT_TOKENS:
+            return loops.group_mass(codes, low_rank, self._rows[1], self.bits, tokens, group_tokens)
+        tile_tokens, parts = loops.TILE_TOKENS, 8 // self.bits
+        few = min(codes.shape[1], loops.COARSE_ROWS * self.bits // 8, max(2, codes.shape[1] // COARSE_SHARE))
+        columns = low_rank.unflatten(1, (parts, -1))[:, :, :few].flatten(1)
+        scales = self._rows[1].unflatten(0, (parts, -1))[:, :few].flatten()
+        whole, rest = divmod(tokens, tile_tokens)
+        coarse = loops.tile_mass(codes[:, :few], columns, scales, self.bits, whole * tile_tokens)
+        tiles = np.full(FINE_TOKENS // tile_tokens + (rest > 0), whole, np.int64)  # a begun tile is always in
+        loops.top_groups(coarse, 0, whole, tiles[: FINE_TOKENS // tile_tokens])
+        fine = loops.group_mass(codes, low_rank, self._rows[1], self.bits, tokens, group_tokens, tiles)
+        mass = torch.zeros(whole + (rest > 0), tile_tokens // group_tokens)
+        padded = torch.nn.functional.pad(fine, (0, -len(fine) % mass.shape[1]))
+        mass[torch.from_numpy(tiles)] = padded.view(len(tiles), -1)
+        return mass.flatten()[: tokens // group_tokens]
 
     def encode(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Digits ``[n, R]`` uint8 of projected keys ``[n, R]``; no scales, ``[0, n]``."""
@@ -147,5 +181,5 @@ class TransformSketch(LayerSketch):
         """Projected queries ``[B, H_q, R]`` times the keys that the first ``width`` codes stand for."""
         multiply = integer_products if self._integer else float_products
         low_rank = low_rank * self._rows[1]
-        pairs = zip(low_rank, self._codes[:, :, :width], strict=True)
+        pairs = ((query, self._codes.rows(sequence, 0, width)) for sequence, query in enumerate(low_rank))
         return torch.stack([multiply(query, codes, self.bits) for query, codes in pairs])
