@@ -30,7 +30,7 @@ ERRORS = {0: 1.0, 2: 0.1188, 4: 0.01154, 6: 0.00104, 8: 0.000090}
 STEPS = {2: 0.9957, 4: 0.3352, 6: 0.1041, 8: 0.0308}
 FLAT_TOKENS = 32768  # up to here all tokens are scored in full at each step
 FINE_TOKENS = 16384  # of longer contexts, those scored in full after all were scored by a few bytes each
-COARSE_SHARE = 12  # of a token's bytes, one in so many: those with the directions of most weight, which come first
+COARSE_SHARE = 24  # of a token's bytes, one in so many: those with the directions of most weight, which come first
 SMALLEST_QUERY = 1e-3  # of the largest: directions that no query looked at in calibration still get some weight
 
 
