@@ -166,7 +166,7 @@ def test_two_levels_find_nearly_all_mass_that_one_finds(bits, tokens, monkeypatc
         flat = layer.group_mass(query, 1.0, 4)[0]
         monkeypatch.setattr(transform, "FLAT_TOKENS", 2048)
         monkeypatch.setattr(transform, "FINE_TOKENS", 1024)
-        monkeypatch.setattr(transform, "COARSE_SHARE", 2)  # of 16 bytes; a twenty-fourth would be 4 digits for two heads
+        monkeypatch.setattr(transform, "COARSE_SHARE", 2)  # of 16 bytes, for two heads
         two = layer.group_mass(query, 1.0, 4)[0]
         monkeypatch.undo()
         assert two.shape == flat.shape
