@@ -121,6 +121,17 @@ def test_best_groups_with_many_equals(count: int) -> None:
 
 
 @compiled
+@pytest.mark.parametrize("count", [3, 5, 8])
+def test_best_groups_where_most_have_nothing(count: int) -> None:
+    scores = torch.zeros(100)
+    scores[[7, 31, 32, 90, 99]] = torch.tensor([0.5, 0.2, 0.9, 0.1, 0.4])
+    picked = np.full(count, -1, np.int64)
+    assert loops.top_groups(scores, 2, 100, picked) == count
+    best = sorted(range(2, 100), key=lambda group: (-scores[group], group))[:count]
+    assert picked.tolist() == sorted(best)
+
+
+@compiled
 def test_no_range_has_no_groups() -> None:
     assert loops.top_groups(torch.ones(4), 3, 2, np.zeros(2, np.int64)) == 0
 

@@ -292,13 +292,19 @@ INLINE float threshold(float *values, int64_t size, int64_t count) {
  */
 EXPORT int64_t kvswap_top_groups(const float *scores, int64_t first, int64_t end, int64_t count, float *scratch,
                                  int64_t *picked) {
-    const int64_t size = end - first;
-    int64_t found = 0, equals = 0;
-    if (size <= count) {
+    int64_t size = 0, found = 0, equals = 0;
+    if (end - first <= count) {
         for (int64_t g = first; g < end; g++) picked[found++] = g;
         return found;
     }
-    memcpy(scratch, scores + first, (size_t)size * sizeof *scratch);
+    for (int64_t g = first; g < end; g++) { /* most are zero after two levels: look among the others */
+        scratch[size] = scores[g];
+        size += scores[g] > 0.0f;
+    }
+    if (size < count) {
+        size = end - first;
+        memcpy(scratch, scores + first, (size_t)size * sizeof *scratch);
+    }
     const float limit = threshold(scratch, size, count);
     for (int64_t g = 0; g < count; g++) equals += scratch[g] == limit;  /* the best `count` come first now */
     for (int64_t g = first; g < end; g++)
