@@ -283,6 +283,19 @@ def test_an_impossible_layout_is_refused(whole, tmp_path, change) -> None:
     content(copy)
 
 
+def test_a_signature_of_other_characters_is_refused(secret, tmp_path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(secret, copy)
+    copy.chmod(0o700)
+    data = (copy / "manifest").read_bytes()
+    head, _, body = data.partition(b"\n")
+    assert body
+    signed = head.split()[-1]
+    (copy / "manifest").write_bytes(head[: -len(signed)] + "é".encode() + signed[2:] + b"\n" + body)
+    with pytest.raises(KVSwapError):
+        content(copy)
+
+
 @pytest.mark.slow
 def test_ten_thousand_changed_files(whole, tmp_path) -> None:
     run(whole, tmp_path, 10_000, seed=2)

@@ -166,7 +166,7 @@ def unlock(manifest: Manifest, body: bytes, signed: str, what: str) -> Sealer:
     if manifest.encryption is None:
         return Checksums()
     sealer = Cipher(master_key(what), manifest.encryption, what)
-    if not hmac.compare_digest(sealer.sign(body), signed):
+    if not hmac.compare_digest(sealer.sign(body).encode(), signed.encode()):  # text must be ASCII, damage need not be
         raise DamagedError(
             f"{what} is damaged: its manifest is not authentic", hint=f"try: kvswap sessions repair {what.split()[-1]}"
         )

@@ -122,7 +122,7 @@ class Cipher:
 
     def __init__(self, master: bytes, encryption: Encryption, what: str) -> None:
         self._session = _derive(master, bytes.fromhex(encryption.salt), b"kvswap session")
-        if not hmac.compare_digest(_check(self._session), encryption.check):
+        if not hmac.compare_digest(_check(self._session).encode(), encryption.check.encode()):
             raise SessionError(
                 f"{what} is encrypted with another key",
                 hint="set KVSWAP_SESSION_KEY to the key that it was made with; nothing was changed",
