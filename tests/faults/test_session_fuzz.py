@@ -269,6 +269,8 @@ def test_another_digit_anywhere_in_the_manifest_is_refused(whole, tmp_path) -> N
         {"layers": 3},
         {"dtypes": ["float16", "float32"]},
         {"dtypes": ["float64", "float64"]},
+        {"dtypes": [["float16"], ["float16"]]},
+        {"dtypes": [None, None]},
     ],
 )
 def test_an_impossible_layout_is_refused(whole, tmp_path, change) -> None:

@@ -186,7 +186,7 @@ def _layout(fields: _Fields) -> Layout:
     dtypes = tuple(fields.items("dtypes", layers))
     if len(dtypes) != layers or len({ITEMSIZES_BYTES.get(d) if isinstance(d, str) else None for d in dtypes}) != 1:
         raise _Bad("layout.dtypes are not one dtype a layer, of equal size")
-    if dtypes[0] not in ITEMSIZES_BYTES:
+    if not isinstance(dtypes[0], str) or dtypes[0] not in ITEMSIZES_BYTES:
         raise _Bad("layout.dtypes has an unknown dtype")
     layout = Layout(
         layers=layers,
