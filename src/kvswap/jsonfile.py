@@ -58,8 +58,12 @@ def read_json(path: str | Path, *, kind: str, version: int) -> dict[str, Any]:
     return values
 
 
-def read_results(file: Path, empty: dict[str, Any], *, kind: str) -> dict[str, Any]:
+def read_results(
+    file: Path, empty: dict[str, Any], *, kind: str, older: dict[str, Any] | None = None
+) -> dict[str, Any]:
     """The object in a results file that is to be continued; ``empty`` where there is no file.
+
+    ``older``: objects of the identity that may lack keys in files of before, with what such a key then meant.
 
     Raises ConfigError for a file of something else: where ``format`` or ``identity`` are not those of ``empty``.
     """
@@ -72,7 +76,13 @@ def read_results(file: Path, empty: dict[str, Any], *, kind: str) -> dict[str, A
         raise ConfigError(f"results file {file}: {error}", hint=hint) from error
     if not isinstance(content, dict) or content.get("format") != empty["format"] or set(empty) - set(content):
         raise ConfigError(f"results file {file}: not {kind} of this version", hint=hint)
-    other = [key for key, value in empty["identity"].items() if content["identity"].get(key) != value]
+    if not isinstance(content["identity"], dict):
+        raise ConfigError(f"results file {file}: damaged: identity", hint=hint)
+    known = dict(content["identity"])
+    for key, values in (older or {}).items():
+        if isinstance(known.get(key), dict):
+            known[key] = {**values, **known[key]}
+    other = [key for key, value in empty["identity"].items() if known.get(key) != value]
     if other:
         raise ConfigError(f"results file {file}: its {', '.join(other)} differ", hint=hint)
     return content

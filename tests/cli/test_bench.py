@@ -100,9 +100,38 @@ def test_broken_off_and_continued(base, tmp_path, monkeypatch):
     assert ours["decode_tokens_per_s"] == pytest.approx(statistics.median(rates))
 
 
+def test_a_method_with_another_configuration_stands_beside(base, tmp_path, capfd):
+    file, wide, picture = tmp_path / "bench.json", tmp_path / "wide.json", tmp_path / "bench.png"
+    wide.write_text(json.dumps({"select_tokens": 200, "recent_tokens": 16, "kv_memory": "6MiB"}))
+    assert run_command([*base, "--methods", "kvswap"]) == 0  # a file without variants goes on with one
+    words = [*base, "--methods", f"kvswap,kvswap@{wide}", "--share-prompt", "--plot", str(picture)]
+    assert run_command(words) == 2  # prompts are shared here and were not before
+    words.remove("--share-prompt")
+    capfd.readouterr()
+    assert run_command(words) == 0
+    assert [line.split()[2] for line in capfd.readouterr().out.splitlines()[1:]] == ["full", "kvswap", "kvswap@wide"]
+    assert picture.stat().st_size > 10_000
+    content = json.loads(file.read_text())
+    assert [record["method"] for record in content["records"]] == ["full", "kvswap", "kvswap@wide"]
+    _, ours, other = content["results"]
+    assert ours["config"] is None and other["config"] == json.loads(wide.read_text())
+    assert (ours["kv_memory_limit_bytes"], other["kv_memory_limit_bytes"]) == (4 << 20, 6 << 20)
+    assert other["kl"] < ours["kl"]  # twice the tokens
+    assert content["identity"]["variants"] == {"kvswap@wide": other["config"]}
+
+    before = file.read_text()
+    assert run_command([*words, "--kv-memory", "5MiB"]) == 2  # its limit is given, and is another
+    wide.write_text(json.dumps({"select_tokens": 150}))
+    assert run_command(words) == 2
+    assert "its kvswap@wide had another configuration; rename" in capfd.readouterr().err
+    assert file.read_text() == before
+    assert run_command([*base, "--methods", "kvswap"]) == 0  # without the variant it goes on
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
+        (["--methods", "kvswap@absent.json"], "--methods kvswap@absent.json: config file absent.json: "),
         (["--methods", "magic"], "method: got 'magic'; use one of kvswap, "),
         (["--context", "4k"], "--context: got '4k'; give whole numbers"),
         (["--batch", "0"], "--batch: got '0'"),

@@ -18,7 +18,7 @@ def plot_rows(rows: Sequence[dict[str, Any]], target: Path, title: str) -> None:
     for (speed, divergence), place in zip(axes, places, strict=True):
         own = [row for row in rows if (row["context"], row["batch"]) == place]
         names = [row["method"] for row in own]
-        colors = ["tab:orange" if name == "kvswap" else "tab:gray" for name in names]
+        colors = ["tab:orange" if name.partition("@")[0] == "kvswap" else "tab:gray" for name in names]
         rates = [row["decode_tokens_per_s"] for row in own]
         spread = [row["spread"]["decode_tokens_per_s"] for row in own]
         errors = [[rate - low for rate, (low, _) in zip(rates, spread, strict=True)]]

@@ -18,7 +18,7 @@ Record = dict[str, Any]
 
 
 def record_of(method: str, place: Record, run: MethodRun, full: MethodRun | None) -> Record:
-    """What is kept of one run. ``place``: context, batch, prompt, prompt_tokens."""
+    """What is kept of one run. ``place``: context, batch, prompt, prompt_tokens; ``config`` where it is a variant's."""
     stats = run.stats
     assert stats is not None
     return {
@@ -75,6 +75,7 @@ def _row(records: Sequence[Record]) -> Record:
         "context": first["context"],
         "prompts": len(records),
         "turns": len(turns),
+        "config": first.get("config"),
         "decode_tokens_per_s": statistics.median(rates),
         "decode_speed_of_full": statistics.median(ratios) if ratios else None,
         "prefill_tokens_per_s": batch * first["prompt_tokens"] / statistics.median(prefills) if prefills else None,

@@ -17,13 +17,16 @@ import torch
 from kvswap.attachment import attach_each
 from kvswap.bench.results import Record, record_of, summarise
 from kvswap.bench.turns import FULL, WARM_STEPS, run_turns
+from kvswap.bench.variants import Variant, changed
+from kvswap.calibrate import fingerprint
 from kvswap.config import Config
 from kvswap.device.disk_test import ReadTest, measure_reads
 from kvswap.device.machine import describe_machine
 from kvswap.disk import create_backend
 from kvswap.disk.files import default_kv_dir, filesystem_of, prepare_dir
-from kvswap.errors import InputError
+from kvswap.errors import ConfigError, InputError
 from kvswap.jsonfile import read_results, write_json
+from kvswap.models.adapter import inspect
 from kvswap.models.loading import LoadedModel
 
 FORMAT = 1
@@ -33,7 +36,10 @@ Place = dict[str, int]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """What to measure: ``repeat`` turns of ``new_tokens`` steps on each of ``prompts`` batches of prompts."""
+    """What to measure: ``repeat`` turns of ``new_tokens`` steps on each of ``prompts`` batches of prompts.
+
+    ``methods`` are names, some of them perhaps of ``variants``, which have a configuration of their own.
+    """
 
     methods: Sequence[str]
     contexts: Sequence[int]
@@ -43,6 +49,7 @@ class Plan:
     prompts: int
     share_prompt: bool
     label: str = ""
+    variants: Sequence[Variant] = ()
 
     @property
     def names(self) -> list[str]:
@@ -53,6 +60,11 @@ class Plan:
     def steps(self) -> int:
         """Decode steps of each method on each batch of prompts."""
         return WARM_STEPS + self.new_tokens * self.repeat
+
+    def choose(self, name: str, config: Config, place: Place) -> tuple[str, Config]:
+        """The method behind a name, and its configuration there; ``config`` is that of all but the variants."""
+        variant = next((each for each in self.variants if each.name == name), None)
+        return (name, config) if variant is None else (variant.method, variant.config(place))
 
     def places(self) -> Iterator[Place]:
         """Contexts, batches and prompts, short ones first."""
@@ -79,13 +91,12 @@ def bench(
     Raises
     ------
     ConfigError
-        When ``file`` holds results of another model, configuration, plan or disk.
+        When ``file`` holds results of another model, configuration, plan or disk, or a variant was tuned for another
+        model.
     InputError
         When a context is longer than the model's, or the text is too short.
     """
-    identity = _identity(loaded, config, plan)
-    empty = {"format": FORMAT, "identity": identity, "environment": [], "results": [], "records": []}
-    content = read_results(file, empty, kind="a benchmark")
+    content = _content(loaded, config, plan, file)
     records: list[Record] = content["records"]
     work = [(place, missing) for place in plan.places() if (missing := _missing(plan, records, place))]
     ids = encode(loaded.tokenizer, passages)
@@ -105,7 +116,7 @@ def bench(
             done += 1
             on_progress("bench", number * 100 + 100 * done // total, len(work) * 100)
 
-        wanted = [(name, config) for name in missing]
+        wanted = [plan.choose(name, config, place) for name in missing]
         with attach_each(loaded.model, wanted, tokenizer=loaded.tokenizer, on_notice=on_notice) as caches:
             runs = run_turns(
                 loaded.model,
@@ -118,7 +129,7 @@ def bench(
             )
         known = {"prompt_tokens": prompt_tokens, "environment": len(content["environment"]) - 1, **place}
         fresh = [name for name in missing if not _find(records, place, name)]
-        records += [record_of(name, known, runs[name], runs.get(FULL)) for name in fresh]
+        records += [record_of(name, {**known, **_own(plan, name, place)}, runs[name], runs.get(FULL)) for name in fresh]
         content["results"] = _with_ceiling(summarise(records), content["environment"][-1]["read_test"])
         write_json(file, content)
     return content
@@ -205,18 +216,51 @@ def _read_test(config: Config, on_notice: Callable[[str], None]) -> ReadTest:
     return measure_reads(create_backend(config.backend, folder, config.read_depth, on_notice=on_notice))
 
 
+def _content(loaded: LoadedModel, config: Config, plan: Plan, file: Path) -> dict[str, Any]:
+    """What the results file holds already, for this plan."""
+    identity = _identity(loaded, config, plan)
+    empty = {"format": FORMAT, "identity": identity, "environment": [], "results": [], "records": []}
+    content = read_results(file, empty, kind="a benchmark", older={"config": _settings(Config())})
+    _add_variants(loaded, content["identity"], plan.variants, file)
+    return content
+
+
 def _identity(loaded: LoadedModel, config: Config, plan: Plan) -> dict[str, Any]:
     """What must be the same for results to stand in one file."""
     return {
         "model": loaded.name,
         "dtype": str(loaded.model.dtype).removeprefix("torch."),
-        "config": {key: value for key, value in config.to_dict().items() if key != "kv_dir"},
+        "config": _settings(config),
         "new_tokens": plan.new_tokens,
         "repeat": plan.repeat,
         "prompts": plan.prompts,
         "share_prompt": plan.share_prompt,
         "label": plan.label,
     }
+
+
+def _settings(config: Config) -> dict[str, Any]:
+    return {key: value for key, value in config.to_dict().items() if key != "kv_dir"}
+
+
+def _add_variants(loaded: LoadedModel, identity: dict[str, Any], variants: Sequence[Variant], file: Path) -> None:
+    """Put the variants into the identity of a file. Raises ConfigError where a name stands for something else there."""
+    known = dict(identity.get("variants", {}))
+    for variant in variants:
+        variant.check_model(fingerprint(inspect(loaded.model)))
+        if known.setdefault(variant.name, variant.identity()) != variant.identity():
+            raise ConfigError(
+                f"results file {file}: its {variant.name} had another configuration",
+                hint="rename the configuration's file, or give another --json file",
+            )
+    if known:
+        identity["variants"] = known
+
+
+def _own(plan: Plan, name: str, place: Place) -> dict[str, Any]:
+    """What a record of a variant says about its configuration: the keys that are not the defaults."""
+    variant = next((each for each in plan.variants if each.name == name), None)
+    return {} if variant is None else {"config": changed(variant.config(place))}
 
 
 def _environment(config: Config, test: ReadTest) -> dict[str, Any]:

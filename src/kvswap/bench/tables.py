@@ -113,7 +113,26 @@ def bench_lines(content: Row) -> list[str]:
         f"{machine['cpu']}, {machine['cores']} cores, {environment['threads']} threads; {environment['filesystem']}; "
         f"random reads of 16 and 64 KiB at depth 64: {rates}. {versions}.",
     ]
-    return ["", *markdown_table(content["results"]), "", *about, ""]
+    return ["", *markdown_table(content["results"]), "", *about, *variant_lines(content["results"]), ""]
+
+
+def variant_lines(rows: Sequence[Row]) -> list[str]:
+    """One line for every configuration of its own that a method had, and where it had it if not everywhere."""
+    found: dict[str, dict[str, list[str]]] = {}
+    for row in rows:
+        if row.get("config") is not None:
+            settings = ", ".join(f"{key} {_setting(value)}" for key, value in row["config"].items()) or "all defaults"
+            places = found.setdefault(row["method"], {}).setdefault(settings, [])
+            places.append(f"{row['batch']} x {row['context']:,} tokens")
+    return [
+        f"`{method}`{' at ' + ' and '.join(places) if len(each) > 1 else ''}: {settings}."
+        for method, each in found.items()
+        for settings, places in each.items()
+    ]
+
+
+def _setting(value: Any) -> str:
+    return f"{min(value)} to {max(value)}" if isinstance(value, list) else str(value)
 
 
 def scale_lines(content: Row) -> list[str]:

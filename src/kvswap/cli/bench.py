@@ -22,10 +22,17 @@ Row = dict[str, Any]
     "--context", "contexts", default="4096", show_default=True, metavar="N,...", help="Tokens of each prompt."
 )
 @click.option(
-    "--methods", default="full,kvswap", show_default=True, metavar="M,...", help="Methods, or all; full is always run."
+    "--methods",
+    default="full,kvswap",
+    show_default=True,
+    metavar="M,...",
+    help="Methods, or all; full is always run. kvswap@FILE has the settings of a file, as --config or kvswap tune have "
+    "them, instead of those of --config.",
 )
 @click.option("--batch", "batches", default="1", show_default=True, metavar="B,...", help="Sequences decoded together.")
-@click.option("--kv-memory", metavar="SIZE", help="Memory limit of every method on disk.  [default: auto]")
+@click.option(
+    "--kv-memory", metavar="SIZE", help="Memory limit of every method on disk.  [default: that of FILE, or auto]"
+)
 @click.option("--kv-dir", metavar="DIR", help="Folder on a disk for KV files.  [default: the user's cache folder]")
 @click.option(
     "--new-tokens", default=64, show_default=True, type=click.IntRange(1), metavar="N", help="Steps of each turn."
@@ -81,6 +88,7 @@ def bench(
     \b
     Example:
       kvswap bench --model smollm2-135m --context 4096 --methods kvswap,window,mmap --json bench.json --plot bench.png
+      kvswap bench --model smollm2-135m --methods kvswap,kvswap@tuned.json --json tuned-or-not.json
     """
     from kvswap.bench.plot import plot_rows
     from kvswap.cli.files import check_writable
@@ -95,9 +103,9 @@ def bench(
         check_plots()
     config = plain_config(config_file, kv_dir=kv_dir, kv_memory=kv_memory)
     plan = _plan(
-        methods,
         contexts,
         batches,
+        **_methods(methods, kv_memory, config.kv_dir),
         new_tokens=new_tokens,
         repeat=repeat,
         prompts=prompts,
@@ -133,15 +141,20 @@ def _measure(
     return [rows[place] for place in wanted]
 
 
-def _plan(methods: str, contexts: str, batches: str, **options: Any) -> Plan:
-    from kvswap.baselines.registry import NAMES, check_name
+def _methods(methods: str, kv_memory: str | None, kv_dir: str | None) -> dict[str, Any]:
+    """Names, and the variants among them, as the plan takes both."""
+    from kvswap.baselines.registry import NAMES
+    from kvswap.bench.variants import read_variants
+
+    wanted = list(NAMES) if methods.strip() == "all" else split_list("--methods", methods)
+    names, variants = read_variants(wanted, kv_memory=kv_memory, kv_dir=kv_dir)
+    return {"methods": names, "variants": variants}
+
+
+def _plan(contexts: str, batches: str, **options: Any) -> Plan:
     from kvswap.bench.run import Plan
 
-    names = list(NAMES) if methods.strip() == "all" else split_list("--methods", methods)
-    for name in names:
-        check_name(name)
     return Plan(
-        methods=names,
         contexts=split_numbers("--context", contexts),
         batches=split_numbers("--batch", batches),
         **options,
