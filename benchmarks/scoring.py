@@ -1,6 +1,6 @@
 """What scoring and choosing costs in one layer, over the length of the context: random keys, one thread.
 
-    python benchmarks/scoring.py --tokens 8192,32768,131072,1048576 --json out.json
+python benchmarks/scoring.py --tokens 8192,32768,131072,1048576 --json out.json
 """
 
 from __future__ import annotations

@@ -22,7 +22,6 @@ from kvswap.state import BatchState
 Int = NDArray[np.int64]
 
 GAP_BYTES = 16 << 10  # reading through a gap this long costs less than another request, on eMMC as on NVMe
-FLOAT16_MAX = 65504.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,11 +153,7 @@ class Decode:
         assert step is not None
         state.trace.lap()
         self._flush(layer, step)
-        kv = torch.stack((keys[:, :, 0], values[:, :, 0]), dim=1)
-        if state.pool.dtypes[layer] == torch.float16 and kv.dtype != torch.float16:
-            kv = kv.clamp(-FLOAT16_MAX, FLOAT16_MAX)
-        home = torch.from_numpy(self._bases[layer] + step.tail)
-        state.pool.put_token(layer, home, torch.from_numpy(step.offset), kv)
+        state.pool.put_token(layer, self._bases[layer] + step.tail, step.offset, keys, values)
         state.trace.lap("slots_s")
 
     def attend(self, layer: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
@@ -181,7 +176,7 @@ class Decode:
         if state.batch == 1:
             slots, valid = slots[valid][None], valid[valid][None]
         slots = np.where(valid, slots, base)
-        kv = state.pool.gather(layer, torch.from_numpy(slots), state.shape.dtype)
+        kv = state.pool.gather(layer, slots, state.shape.dtype)
         if state.method.rebuilds_keys and fetch.chosen.size:
             keys = state.sketches[layer].keys(torch.from_numpy(fetch.chosen))  # type: ignore[attr-defined]
             start = int(step.sinks_valid[0].sum()) * state.window.group_tokens

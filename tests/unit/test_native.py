@@ -168,28 +168,3 @@ def test_codes_that_do_not_fit_are_left_to_torch() -> None:
     assert not loops.scores_here(8, 4, cpu)
     assert not loops.scores_here(4, 3, cpu)
     assert not loops.scores_here(4, 4, torch.device("meta"))
-
-
-@compiled
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_every_stored_value_becomes_the_same_float(dtype: torch.dtype) -> None:
-    every = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(dtype)
-    slots = every.view(32, 2048)
-    found = loops.gather(slots, np.arange(32), (2, 4, 4, 64))
-    groups = slots.float().view(32, 2, 4, 256)
-    for n in range(32):
-        piece = found.view(2, 4, 32, 256)[:, :, n]
-        assert torch.equal(piece.isnan(), groups[n].isnan())
-        assert torch.equal(piece.nan_to_num(7.0), groups[n].nan_to_num(7.0))
-
-
-@compiled
-def test_groups_are_gathered_in_the_order_asked_for() -> None:
-    slots = noise(10, 2 * 3 * 4 * 8 + 16).half()  # with padding
-    index = np.array([7, 0, 0, 3])
-    found = loops.gather(slots, index, (2, 3, 4, 8))
-    groups = slots[torch.from_numpy(index), : 2 * 3 * 4 * 8].float().view(4, 2, 3, 4, 8)
-    assert torch.equal(found, groups.permute(1, 2, 0, 3, 4).reshape(2, 3, 16, 8))
-    assert loops.gather(slots, np.zeros(0, np.int64), (2, 3, 4, 8)).shape == (2, 3, 0, 8)
-    with pytest.raises(AssertionError):
-        loops.gather(slots, np.array([10]), (2, 3, 4, 8))

@@ -5,35 +5,15 @@
  * whatever width the processor has.
  */
 #include <math.h>
-#include <stdint.h>
-#include <string.h>
 
-#define VERSION 4   /* of the functions' arguments; __init__.py must have the same */
+#include "common.h"
+
+#define VERSION 5   /* of the functions' arguments; __init__.py must have the same */
 #define TILE 64     /* tokens; groups divide it, and rows of codes may be read up to its multiples */
 #define HEADS 4     /* query heads at once: their sums stay in vector registers */
 #define LEVELS 127  /* of a rounded query, either side of zero */
 #define AHEAD 8     /* tiles */
 #define RUN 32      /* products of 4-bit codes and queries whose sum fits 16 bits: 8 * LEVELS * RUN < 2^15 */
-
-#if defined(_WIN32)
-#define EXPORT __declspec(dllexport)
-#else
-#define EXPORT __attribute__((visibility("default")))
-#endif
-
-#if defined(__x86_64__) && defined(__gnu_linux__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
-#define CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define CLONES
-#endif
-
-#if defined(__GNUC__)
-#define PREFETCH(address) __builtin_prefetch(address)
-#else
-#define PREFETCH(address)
-#endif
-
-#define INLINE static inline __attribute__((always_inline))
 
 /* exp(x) for x <= 0 to 2e-7 relative: 2^n by the exponent's bits, 2^f on [-1/2, 1/2] by its Taylor polynomial. */
 INLINE float exp_below_zero(float x) {
@@ -258,31 +238,6 @@ CLONES EXPORT void kvswap_tile_mass(const uint8_t *codes, int64_t tile_bytes, in
     }
 }
 
-/* The value that `count` of `size` values are at least as large as; `values` are reordered. Hoare's selection. */
-INLINE float threshold(float *values, int64_t size, int64_t count) {
-    int64_t low = 0, high = size - 1, place = count - 1;
-    while (low < high) {
-        const float middle = values[(low + high) / 2];
-        int64_t i = low, j = high;
-        while (i <= j) {
-            while (values[i] > middle) i++;
-            while (values[j] < middle) j--;
-            if (i <= j) {
-                const float other = values[i];
-                values[i++] = values[j];
-                values[j--] = other;
-            }
-        }
-        if (place <= j)
-            high = j;
-        else if (place >= i)
-            low = i;
-        else
-            break;
-    }
-    return values[place];
-}
-
 /* The `count` best groups of [first, end), in ascending order; of equals at the limit, the first ones. Returns how many
  * were found, which is less where the range is shorter.
  *
@@ -310,54 +265,6 @@ EXPORT int64_t kvswap_top_groups(const float *scores, int64_t first, int64_t end
     for (int64_t g = first; g < end; g++)
         if (scores[g] > limit || (scores[g] == limit && equals-- > 0)) picked[found++] = g;
     return found;
-}
-
-/* A float16 as float, without branches, so that a compiler makes vectors of it. */
-INLINE float half_to_float(uint16_t half) {
-    const uint32_t moved = (uint32_t)(half & 0x7fff) << 13, exponent = moved & 0x0f800000u;
-    const uint32_t one = 113u << 23;
-    uint32_t bits = moved + (112u << 23);
-    float value, smallest, small;
-    bits += exponent == 0x0f800000u ? 112u << 23 : 0u; /* infinite or not a number */
-    const uint32_t subnormal = moved + one;
-    memcpy(&smallest, &one, 4);
-    memcpy(&small, &subnormal, 4);
-    small -= smallest;
-    memcpy(&value, &bits, 4);
-    value = exponent == 0 ? small : value;
-    memcpy(&bits, &value, 4);
-    bits |= (uint32_t)(half & 0x8000) << 16;
-    memcpy(&value, &bits, 4);
-    return value;
-}
-
-INLINE float brain_to_float(uint16_t half) {
-    const uint32_t bits = (uint32_t)half << 16;
-    float value;
-    memcpy(&value, &bits, 4);
-    return value;
-}
-
-/* Groups in slots to K, V in order of tokens, as floats.
- *
- * slots  rows of `slot_elements` 16-bit elements, each a group [2, heads, run] and padding; run = group_tokens * head_dim
- * index  [count] rows to take, in order
- * brain  whether elements are bfloat16, else float16
- * out    [2, heads, count * run]
- */
-CLONES EXPORT void kvswap_gather(const uint16_t *slots, int64_t slot_elements, const int64_t *index, int64_t count,
-                                 int64_t heads, int64_t run, int64_t brain, float *out) {
-    for (int64_t n = 0; n < count; n++) {
-        const uint16_t *slot = slots + index[n] * slot_elements;
-        for (int64_t part = 0; part < 2 * heads; part++) {
-            const uint16_t *from = slot + part * run;
-            float *to = out + (part * count + n) * run;
-            if (brain)
-                for (int64_t i = 0; i < run; i++) to[i] = brain_to_float(from[i]);
-            else
-                for (int64_t i = 0; i < run; i++) to[i] = half_to_float(from[i]);
-        }
-    }
 }
 
 EXPORT int64_t kvswap_version(void) { return VERSION; }

@@ -6,10 +6,21 @@ import ctypes
 import importlib.util
 from functools import lru_cache
 
-VERSION = 4
+VERSION = 5
 """Of the functions' arguments; ``kernels.c`` must have the same."""
 
-_POINTER, _INT = ctypes.c_void_p, ctypes.c_int64
+_P, _I = ctypes.c_void_p, ctypes.c_int64  # a pointer, a number
+_SIGNATURES: dict[str, tuple[tuple[type, ...], type | None]] = {
+    "group_mass": ((_P, _I, _I, _I, _P, _P, _I, _I, _I, _P, _P, _P), None),
+    "tile_mass": ((_P, _I, _I, _I, _P, _P, _I, _I, _P, _P), None),
+    "top_groups": ((_P, _I, _I, _I, _P, _P), _I),
+    "lookup": ((_P, _I, _P, _P, _I, _I, _I, _P, _I, _P, _P, _P), None),
+    "plan_reads": ((_P, _P, _I, _I, _I, _P, _P, _P, _P, _P, _P), _I),
+    "admit": ((_P, _I, _P, _P, _P, _P, _I, _I, _I, _P, _I, _I, _P, _P, _I, _P, _P, _I, _I), _I),
+    "gather": ((_P, _I, _P, _I, _I, _I, _I, _P), None),
+    "put_tokens": ((_P, _I, _P, _P, _I, _I, _I, _I, _I, _P, _P, _P), None),
+}
+"""Arguments and result of each function, whose name begins with ``kvswap_`` there."""
 
 
 @lru_cache
@@ -21,19 +32,12 @@ def library() -> ctypes.CDLL | None:
     try:
         found = ctypes.CDLL(spec.origin)
         version = found.kvswap_version
-        version.argtypes, version.restype = (), _INT
+        version.argtypes, version.restype = (), _I
         if version() != VERSION:
             return None
-        mass, top, gather = found.kvswap_group_mass, found.kvswap_top_groups, found.kvswap_gather
+        for name, (arguments, result) in _SIGNATURES.items():
+            function = getattr(found, f"kvswap_{name}")
+            function.argtypes, function.restype = arguments, result
     except (OSError, AttributeError):
         return None
-    mass.argtypes = (_POINTER, _INT, _INT, _INT, _POINTER, _POINTER, _INT, _INT, _INT, _POINTER, _POINTER, _POINTER)
-    mass.restype = None
-    coarse = found.kvswap_tile_mass
-    coarse.argtypes = (_POINTER, _INT, _INT, _INT, _POINTER, _POINTER, _INT, _INT, _POINTER, _POINTER)
-    coarse.restype = None
-    top.argtypes = (_POINTER, _INT, _INT, _INT, _POINTER, _POINTER)
-    top.restype = _INT
-    gather.argtypes = (_POINTER, _INT, _POINTER, _INT, _INT, _INT, _INT, _POINTER)
-    gather.restype = None
     return found

@@ -1,7 +1,7 @@
-"""What callers see of the compiled loops.
+"""What callers see of the compiled loops over tensors: scoring, choosing, gathering.
 
 Each has a twin in plain torch, which is used on other devices and where nothing was compiled; callers ask first
-(``scores_here``, ``available``). Calls release the GIL.
+(``scores_here``, ``converts_here``, ``available``). Calls release the GIL.
 """
 
 from __future__ import annotations
@@ -131,8 +131,8 @@ def top_groups(scores: torch.Tensor, first: int, end: int, picked: NDArray[np.in
     return found
 
 
-def gathers_here(stored: torch.dtype, wanted: torch.dtype, device: torch.device) -> bool:
-    """Whether ``gather`` can turn stored elements into what is wanted."""
+def converts_here(stored: torch.dtype, wanted: torch.dtype, device: torch.device) -> bool:
+    """Whether ``gather`` and ``put_tokens`` can turn stored elements into those of the model and back."""
     known = stored in (torch.float16, torch.bfloat16) and wanted == torch.float32
     return known and device.type == "cpu" and available()
 
@@ -167,3 +167,36 @@ def gather(slots: torch.Tensor, index: NDArray[np.int64], shape: tuple[int, int,
         result.data_ptr(),
     )
     return result
+
+
+def put_tokens(
+    slots: torch.Tensor,
+    homes: NDArray[np.int64],
+    offsets: NDArray[np.int64],
+    shape: tuple[int, int, int, int],
+    keys: torch.Tensor,
+    values: torch.Tensor,
+) -> None:
+    """One token of each sequence into its group: K, V ``[B, H_kv, 1, d]`` float32, ``homes`` and ``offsets`` ``[B]``.
+
+    ``slots`` and ``shape`` are those of ``gather``. What float16 cannot hold becomes its largest or smallest.
+    """
+    compiled = library()
+    assert compiled is not None
+    _, heads, group_tokens, head_dim = shape
+    assert keys.dtype == values.dtype == torch.float32 and keys.stride(3) == values.stride(3) == 1
+    strides = np.array([*keys.stride()[:2], *values.stride()[:2]], np.int64)
+    compiled.kvswap_put_tokens(
+        slots.data_ptr(),
+        slots.stride(0),
+        homes.ctypes.data,
+        offsets.ctypes.data,
+        len(homes),
+        heads,
+        group_tokens,
+        head_dim,
+        int(slots.dtype == torch.bfloat16),
+        keys.data_ptr(),
+        values.data_ptr(),
+        strides.ctypes.data,
+    )

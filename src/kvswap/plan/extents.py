@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from kvswap.native import array_loops
+
 Int = NDArray[np.int64]
 
 
@@ -38,6 +40,13 @@ def plan_reads(files: Int, groups: Int, *, gap_groups: int, places: int) -> Read
     if len(groups) == 0:
         none = np.zeros(0, np.int64)
         return ReadPlan(none, none, none, none, none)
+    if array_loops.available():
+        extents, place = array_loops.plan_reads(files, groups, gap_groups, places - len(groups))
+        return ReadPlan(extents[0], extents[1], extents[2], extents[3], place)
+    return _plan_reads(files, groups, gap_groups, places)
+
+
+def _plan_reads(files: Int, groups: Int, gap_groups: int, places: int) -> ReadPlan:
     step = np.diff(groups)
     same_file = files[1:] == files[:-1]
     joined = same_file & (step <= 1 + gap_groups)

@@ -28,7 +28,8 @@ class PreviousSlots(SlotPool):
         """Keep groups that have just landed in slots ``staged`` in place of what this step did not select."""
         part = self._part(layer)
         victims = part.start + np.flatnonzero(self.worth[part] == 0)[: len(groups)]
-        self._replace(victims, layer, sequences, groups, staged)
+        count = len(victims)
+        self._replace(victims, layer, self._keys(layer, sequences[:count], groups[:count]), staged)
 
     def _part(self, layer: int) -> slice:
         """This layer's share of the reuse slots."""

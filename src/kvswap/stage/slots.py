@@ -22,14 +22,17 @@ import torch
 from numpy.typing import NDArray
 
 from kvswap.disk.slab import Slab
-from kvswap.native import loops
+from kvswap.native import array_loops, loops
+from kvswap.native.array_loops import SlotArrays
 from kvswap.store.layout import GroupLayout
 from kvswap.window import Window
 
 Int = NDArray[np.int64]
 
 WORTH_DECAY = 0.9
+FLOAT16_MAX = 65504.0
 LOOK_AT = 8  # slots looked at for every group that wants one
+POWERS = (WORTH_DECAY ** np.arange(256)).astype(np.float32)  # what is left after so many visits, the last for more
 
 
 class SlotPool:
@@ -76,6 +79,7 @@ class SlotPool:
         self.seen: NDArray[np.int32] = np.zeros(reuse_slots, np.int32)  # visit of its layer when worth was true
         self._visits: NDArray[np.int32] = np.zeros(layers, np.int32)
         self._hand = 0
+        self._arrays = self._locate()
 
     # ---- shape
 
@@ -92,6 +96,7 @@ class SlotPool:
         sequence, group = np.divmod(self.owner[owned], self.table.shape[1])
         self.owner[owned] = sequence * capacity_groups + group
         self.table = wider
+        self._arrays = self._locate()
 
     def shrink_reuse(self, reuse_slots: int) -> None:
         """Give up the last reuse slots and return their memory to the system (host slots)."""
@@ -99,6 +104,7 @@ class SlotPool:
         self.table.reshape(-1)[gone[gone >= 0]] = -1
         self.owner, self.worth = self.owner[:reuse_slots].copy(), self.worth[:reuse_slots].copy()
         self.seen, self._hand = self.seen[:reuse_slots].copy(), 0
+        self._arrays = self._locate()
         if self.host:
             self.slab.shrink((self.reuse_start + reuse_slots) * self.layout.slot_bytes)
 
@@ -140,74 +146,97 @@ class SlotPool:
                     slots.dtype
                 )
 
-    def put_token(self, layer: int, home: torch.Tensor, offset: torch.Tensor, kv: torch.Tensor) -> None:
-        """Put every sequence's newest token: ``kv`` ``[B, 2, H_kv, d]``, ``home`` and ``offset`` ``[B]`` int64."""
-        slots = self.groups(layer)
-        if self.batch == 1:
-            slots[int(home[0]), :, :, int(offset[0])] = kv[0]
-        else:
-            slots[home, :, :, offset] = kv.to(slots.dtype)
+    def put_token(self, layer: int, home: Int, offset: Int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Put every sequence's newest token: K, V ``[B, H_kv, 1, d]``, ``home`` and ``offset`` ``[B]``."""
+        rows = self._rows[self.dtypes[layer]]
+        if loops.converts_here(rows.dtype, keys.dtype, rows.device) and keys.stride(3) == values.stride(3) == 1:
+            loops.put_tokens(rows, home, offset, self.layout.group_shape, keys, values)
+            return
+        kv = torch.stack((keys[:, :, 0], values[:, :, 0]), dim=1)
+        if rows.dtype == torch.float16 and kv.dtype != torch.float16:
+            kv = kv.clamp(-FLOAT16_MAX, FLOAT16_MAX)
+        self.groups(layer)[torch.from_numpy(home), :, :, torch.from_numpy(offset)] = kv.to(rows.dtype)
 
     def read_home(self, layer: int, sequence: int, first: int, count: int) -> torch.Tensor:
         """Copy of ``count`` pinned groups from ``first`` on: ``[2, H_kv, count * G, d]`` in the stored dtype."""
         home = self.home_base(layer, sequence) + self.window.home(first + np.arange(count, dtype=np.int64))
-        return self.gather(layer, torch.from_numpy(home)[None], self.dtypes[layer])[:, 0]
+        return self.gather(layer, home[None], self.dtypes[layer])[:, 0]
 
     # ---- reuse
 
     def lookup(self, layer: int, sequences: Int, groups: Int) -> Int:
         """Slot of each group, or -1 where it must be read. Hits gain worth, the rest of the layer decays."""
         rows = layer * self.batch + sequences
+        self._visits[layer] += 1
+        if array_loops.available():
+            visit = int(self._visits[layer])
+            return array_loops.lookup(self._arrays, rows, groups, first=self.reuse_start, visit=visit)
         found = self.table[rows, groups].astype(np.int64)
-        if self.reuse_slots:
-            self._visits[layer] += 1
-            hits = found[found >= 0] - self.reuse_start
-            self.worth[hits] = self._worth_now(hits) + 1
-            self.seen[hits] = self._visits[layer]
+        hits = found[found >= 0] - self.reuse_start
+        self.worth[hits] = self._worth_now(hits) + 1
+        self.seen[hits] = self._visits[layer]
         return found
 
     def _worth_now(self, slots: Int) -> NDArray[np.float32]:
         """Worth with the decay since each was last touched: one step for every visit of its own layer."""
         layers = np.maximum(self.owner[slots], 0) // (self.batch * self.table.shape[1])
         idle = self._visits[layers] - self.seen[slots]
-        worth: NDArray[np.float32] = self.worth[slots] * np.float32(WORTH_DECAY) ** idle
+        worth: NDArray[np.float32] = self.worth[slots] * POWERS[np.minimum(idle, len(POWERS) - 1)]
         return worth
 
     def admit(self, layer: int, sequences: Int, groups: Int, staged: Int) -> None:
-        """Keep groups that have just landed in slots ``staged``, as far as something of less worth can go."""
+        """Keep groups that have just landed in slots ``staged``, as far as something of less worth can go.
+
+        Looking at all slots would cost more with every gigabyte of them; a hand goes round instead.
+        """
         room = min(len(groups), self.reuse_slots)
         if room == 0:
             return
-        victims = self._victims(room)
-        self._replace(victims, layer, sequences, groups, staged)
+        looked, hand = min(self.reuse_slots, room * LOOK_AT + 64), self._hand
+        self._hand = (hand + looked) % self.reuse_slots
+        keys = self._keys(layer, sequences[:room], groups[:room])
+        if self.host and array_loops.available():
+            array_loops.admit(
+                self._arrays,
+                layer=layer,
+                layer_keys=self.batch * self.table.shape[1],
+                hand=hand,
+                looked=looked,
+                keys=keys,
+                staged=staged,
+                memory=self.slab.address,
+                slot_bytes=self.layout.slot_bytes,
+                first=self.reuse_start,
+            )
+            return
+        candidates = (hand + np.arange(looked)) % self.reuse_slots
+        worth = np.where(self.owner[candidates] < 0, -1, self._worth_now(candidates))
+        least = np.sort(np.argsort(worth, kind="stable")[:room])
+        victims = candidates[least[worth[least] < 1]]
+        self._replace(victims, layer, keys, staged)
         self.seen[victims] = self._visits[layer]
 
-    def _replace(self, victims: Int, layer: int, sequences: Int, groups: Int, staged: Int) -> None:
-        """Give reuse slots ``victims`` to the first of the groups, with worth 1."""
+    def _keys(self, layer: int, sequences: Int, groups: Int) -> Int:
+        """Where in the flat table groups are found."""
+        keys: Int = (layer * self.batch + sequences) * self.table.shape[1] + groups
+        return keys
+
+    def _replace(self, victims: Int, layer: int, keys: Int, staged: Int) -> None:
+        """Give reuse slots ``victims`` to the first of the groups that ``keys`` find, with worth 1."""
         count = len(victims)
         if count == 0:
             return
         flat = self.table.reshape(-1)
         old = self.owner[victims]
         flat[old[old >= 0]] = -1
-        key = (layer * self.batch + sequences[:count]) * self.table.shape[1] + groups[:count]
-        self.owner[victims], self.worth[victims] = key, 1
+        self.owner[victims], self.worth[victims] = keys[:count], 1
         target = victims + self.reuse_start
-        flat[key] = target
+        flat[keys[:count]] = target
         rows = self._rows[self.dtypes[layer]]
         rows[torch.from_numpy(target)] = rows[torch.from_numpy(staged[:count])]
 
-    def _victims(self, room: int) -> Int:
-        """Up to ``room`` slots of least worth, below that of a fresh group, among the next ones in turn.
-
-        Looking at all slots would cost more with every gigabyte of them; a hand goes round instead.
-        """
-        count = min(self.reuse_slots, room * LOOK_AT + 64)
-        candidates = (self._hand + np.arange(count)) % self.reuse_slots
-        self._hand = (self._hand + count) % self.reuse_slots
-        worth = np.where(self.owner[candidates] < 0, -1, self._worth_now(candidates))
-        least = np.argpartition(worth, room - 1)[:room] if room < count else np.arange(count)
-        return candidates[least[worth[least] < 1]]
+    def _locate(self) -> SlotArrays:
+        return SlotArrays(self.table, self.owner, self.worth, self.seen, self._visits, POWERS)
 
     # ---- staging and gathering
 
@@ -248,13 +277,14 @@ class SlotPool:
         current.wait_stream(self._stream)
         self._stream.synchronize()  # the host half is overwritten by the reads after next
 
-    def gather(self, layer: int, slots: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """Copy of slots ``[B, W]`` (int64) as ``[2, B, H_kv, W * G, d]`` of ``dtype``, in the order of the slots."""
+    def gather(self, layer: int, slots: Int, dtype: torch.dtype) -> torch.Tensor:
+        """Copy of slots ``[B, W]`` as ``[2, B, H_kv, W * G, d]`` of ``dtype``, in the order of the slots."""
         rows = self._rows[self.dtypes[layer]]
         batch, width = slots.shape
-        if batch == 1 and loops.gathers_here(rows.dtype, dtype, rows.device):
-            return loops.gather(rows, slots[0].numpy(), self.layout.group_shape)[:, None]
-        picked = rows.index_select(0, slots.reshape(-1).to(rows.device))[:, : self.layout.group_elements]
+        if batch == 1 and loops.converts_here(rows.dtype, dtype, rows.device):
+            return loops.gather(rows, slots[0], self.layout.group_shape)[:, None]
+        index = torch.from_numpy(slots.reshape(-1)).to(rows.device)
+        picked = rows.index_select(0, index)[:, : self.layout.group_elements]
         kv = picked.unflatten(1, self.layout.group_shape).unflatten(0, (batch, width)).permute(2, 0, 3, 1, 4, 5)
         gathered = torch.empty(kv.shape, dtype=dtype, device=kv.device)
         gathered.copy_(kv)  # one pass: rearranges and converts

@@ -240,7 +240,7 @@ class TileReader:
         self._store.streamed_bytes += slots.nbytes
         raw = torch.from_numpy(slab.array)[: count * layout.slot_bytes].view(self._dtype)
         rows = raw.view(count, layout.slot_elements)
-        if loops.gathers_here(rows.dtype, torch.float32, rows.device):
+        if loops.converts_here(rows.dtype, torch.float32, rows.device):
             keys, values = loops.gather(rows, np.arange(count), layout.group_shape)
             return keys, values
         groups = rows[:, : layout.group_elements].unflatten(1, layout.group_shape)

@@ -1,0 +1,147 @@
+"""What callers see of the compiled loops over plain arrays: looking groups up, planning reads, keeping what was read.
+
+Each has a twin in NumPy, which is used where nothing was compiled; callers ask first (``available``).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvswap.native.library import library
+
+Int = NDArray[np.int64]
+
+
+def available() -> bool:
+    """Whether the compiled loops are there, and are those that this source expects."""
+    return library() is not None
+
+
+class SlotArrays:
+    """Where the arrays of a pool of slots begin, since asking each array each time would take longer than the loops.
+
+    ``table`` int32 ``[rows, columns]``, ``owner`` int64, ``worth`` float32 and ``seen`` int32 ``[slots]``,
+    ``visits`` int32 ``[layers]`` (``kvswap.stage.slots``); ``powers`` float32 ``[n]``: what is left of worth 1 after so
+    many visits.
+    """
+
+    def __init__(
+        self,
+        table: NDArray[np.int32],
+        owner: Int,
+        worth: NDArray[np.float32],
+        seen: NDArray[np.int32],
+        visits: NDArray[np.int32],
+        powers: NDArray[np.float32],
+    ) -> None:
+        self.held: tuple[NDArray[Any], ...] = table, owner, worth, seen, visits, powers
+        self.columns, self.slots, self.longest = table.shape[1], len(owner), len(powers) - 1
+        self.table, self.owner, self.worth, self.seen, self.visits, self.powers = [_at(each) for each in self.held]
+
+
+def lookup(arrays: SlotArrays, rows: Int, groups: Int, *, first: int, visit: int) -> Int:
+    """The slot of each group ``[n]``, or -1; those that were found gain worth.
+
+    ``first`` is the number of the first slot that has worth, ``visit`` the number of this visit of the layer.
+    """
+    compiled = library()
+    assert compiled is not None
+    found = np.empty(len(groups), np.int64)
+    compiled.kvswap_lookup(
+        arrays.table,
+        arrays.columns,
+        _at(rows),
+        _at(groups),
+        len(groups),
+        first,
+        visit,
+        arrays.powers,
+        arrays.longest,
+        arrays.worth,
+        arrays.seen,
+        _at(found),
+    )
+    return found
+
+
+def plan_reads(files: Int, groups: Int, gap_groups: int, spare: int) -> tuple[Int, Int]:
+    """Extents of wanted groups (``kvswap.plan.extents``).
+
+    Returns
+    -------
+    ``[4, extents]``: file, first group, groups, first landing place of each; ``[n]``: landing place of each group.
+    """
+    compiled = library()
+    assert compiled is not None
+    count = len(groups)
+    files, groups = np.ascontiguousarray(files), np.ascontiguousarray(groups)
+    joined, extents, place = np.empty(count, np.uint8), np.empty((4, count), np.int64), np.empty(count, np.int64)
+    start, row_bytes = _at(extents), 8 * count
+    found = compiled.kvswap_plan_reads(
+        _at(files),
+        _at(groups),
+        count,
+        gap_groups,
+        spare,
+        _at(joined),
+        start,
+        start + row_bytes,
+        start + 2 * row_bytes,
+        start + 3 * row_bytes,
+        _at(place),
+    )
+    return extents[:, :found], place
+
+
+def admit(
+    arrays: SlotArrays,
+    *,
+    layer: int,
+    layer_keys: int,
+    hand: int,
+    looked: int,
+    keys: Int,
+    staged: Int,
+    memory: int,
+    slot_bytes: int,
+    first: int,
+) -> int:
+    """Keep groups that have been read in slots of less worth, from slot ``hand`` on; returns how many.
+
+    ``keys`` ``[n]`` are their places in the flat table, ``staged`` ``[n]`` the slots they were read into; ``memory``
+    is the address of all slots, those that have worth from number ``first`` on.
+    """
+    compiled = library()
+    assert compiled is not None
+    staged, scratch = np.ascontiguousarray(staged), np.empty(2 * looked, np.float32)
+    kept: int = compiled.kvswap_admit(
+        arrays.table,
+        layer_keys,
+        arrays.owner,
+        arrays.worth,
+        arrays.seen,
+        arrays.visits,
+        arrays.slots,
+        hand,
+        looked,
+        arrays.powers,
+        arrays.longest,
+        layer,
+        _at(keys),
+        _at(staged),
+        len(keys),
+        _at(scratch),
+        memory,
+        slot_bytes,
+        first,
+    )
+    return kept
+
+
+def _at(array: NDArray[Any]) -> int:
+    """Address of the first element."""
+    address: int = array.ctypes.data
+    return address

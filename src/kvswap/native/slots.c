@@ -1,0 +1,207 @@
+/* Slots: looking groups up, planning reads, keeping what was read, and turning elements from and to 16 bits.
+ *
+ * Everything here has a plain twin in NumPy or torch that the tests hold it against.
+ */
+#include <math.h>
+
+#include "common.h"
+
+#define HALF_MAX 65504.0f
+
+/* What is left of worth after `idle` visits; `powers` holds factors for 0 to `longest`, the last stands for more. */
+INLINE float faded(float worth, int32_t idle, const float *powers, int64_t longest) {
+    return worth * powers[idle < longest ? idle : longest];
+}
+
+/* The slot of each group, or -1: what the table [rows, columns] has. Slots that were found gain worth.
+ *
+ * rows, groups  [count]
+ * first         number of the slot that worth[0] and seen[0] belong to
+ * visit         number of this visit of the layer
+ */
+EXPORT void kvswap_lookup(const int32_t *table, int64_t columns, const int64_t *rows, const int64_t *groups,
+                          int64_t count, int64_t first, int64_t visit, const float *powers, int64_t longest,
+                          float *worth, int32_t *seen, int64_t *found) {
+    for (int64_t i = 0; i < count; i++) {
+        const int32_t slot = table[rows[i] * columns + groups[i]];
+        found[i] = slot;
+        if (slot >= 0) {
+            const int64_t s = slot - first;
+            worth[s] = faded(worth[s], (int32_t)visit - seen[s], powers, longest) + 1.0f;
+            seen[s] = (int32_t)visit;
+        }
+    }
+}
+
+/* Extents of wanted groups, sorted by (file, group): neighbours are joined, and those with at most `gap` groups between
+ * them, the narrowest gaps first, as long as no more than `spare` groups are read in vain. Returns how many extents.
+ *
+ * joined         [count], working memory
+ * out_files ...  [count] each, as many as there are extents: file, first group, groups, landing place of the first
+ * place          [count]: landing place of each wanted group
+ */
+EXPORT int64_t kvswap_plan_reads(const int64_t *files, const int64_t *groups, int64_t count, int64_t gap,
+                                 int64_t spare, uint8_t *joined, int64_t *out_files, int64_t *out_first,
+                                 int64_t *out_count, int64_t *out_landing, int64_t *place) {
+    int64_t between = 0, extents = 0, landing = 0;
+    for (int64_t i = 1; i < count; i++) {
+        const int64_t step = groups[i] - groups[i - 1];
+        joined[i] = files[i] == files[i - 1] && step <= 1 + gap;
+        between += joined[i] ? step - 1 : 0;
+    }
+    for (int64_t size = 0, taken = 0; between > spare && size <= gap; size++)
+        for (int64_t i = 1; i < count; i++)
+            if (joined[i] && groups[i] - groups[i - 1] == 1 + size) {
+                taken += size;
+                joined[i] = taken <= spare;
+            }
+    for (int64_t i = 0; i < count; i++) {
+        if (i > 0 && joined[i]) {
+            landing += groups[i] - groups[i - 1];
+            out_count[extents - 1] += groups[i] - groups[i - 1];
+        } else {
+            landing += i > 0;
+            out_files[extents] = files[i];
+            out_first[extents] = groups[i];
+            out_count[extents] = 1;
+            out_landing[extents++] = landing;
+        }
+        place[i] = landing;
+    }
+    return extents;
+}
+
+/* Keep groups that have just been read in the slots of least worth below 1 among the next `looked` ones; of equals, the
+ * first ones. Returns how many were kept, the first ones of those given.
+ *
+ * table       [rows * columns] flat; owner [slots] has the place in it that each slot's group is found by, or -1
+ * layer_keys  places of one layer; visits [layers] counts the visits of each
+ * hand        the slot to begin looking at
+ * keys        [room] places of the groups in the table; staged [room] the slots that they were read into
+ * scratch     2 * looked floats
+ * memory      all slots, `slot_bytes` each, those of `owner` from number `first` on
+ */
+EXPORT int64_t kvswap_admit(int32_t *table, int64_t layer_keys, int64_t *owner, float *worth, int32_t *seen,
+                            const int32_t *visits, int64_t slots, int64_t hand, int64_t looked, const float *powers,
+                            int64_t longest, int64_t layer, const int64_t *keys, const int64_t *staged, int64_t room,
+                            float *scratch, uint8_t *memory, int64_t slot_bytes, int64_t first) {
+    float *now = scratch, *best = scratch + looked, limit = -INFINITY;
+    int64_t size = 0, equals = 0, kept = 0;
+    for (int64_t i = 0; i < looked; i++) {
+        const int64_t s = hand + i < slots ? hand + i : hand + i - slots;
+        now[i] = owner[s] < 0 ? -1.0f : faded(worth[s], visits[owner[s] / layer_keys] - seen[s], powers, longest);
+        best[size] = -now[i];
+        size += now[i] < 1.0f;
+    }
+    if (size > room) {
+        limit = threshold(best, size, room);
+        for (int64_t i = 0; i < room; i++) equals += best[i] == limit;
+    }
+    for (int64_t i = 0; i < looked && kept < room; i++) {
+        if (now[i] >= 1.0f || -now[i] < limit || (-now[i] == limit && equals-- <= 0)) continue;
+        const int64_t s = hand + i < slots ? hand + i : hand + i - slots;
+        if (owner[s] >= 0) table[owner[s]] = -1;
+        owner[s] = keys[kept];
+        worth[s] = 1.0f;
+        seen[s] = visits[layer];
+        table[keys[kept]] = (int32_t)(first + s);
+        memcpy(memory + (first + s) * slot_bytes, memory + staged[kept] * slot_bytes, (size_t)slot_bytes);
+        kept++;
+    }
+    return kept;
+}
+
+/* A float16 as float, without branches, so that a compiler makes vectors of it. */
+INLINE float half_to_float(uint16_t half) {
+    const uint32_t moved = (uint32_t)(half & 0x7fff) << 13, exponent = moved & 0x0f800000u;
+    const uint32_t one = 113u << 23;
+    uint32_t bits = moved + (112u << 23);
+    float value, smallest, small;
+    bits += exponent == 0x0f800000u ? 112u << 23 : 0u; /* infinite or not a number */
+    const uint32_t subnormal = moved + one;
+    memcpy(&smallest, &one, 4);
+    memcpy(&small, &subnormal, 4);
+    small -= smallest;
+    memcpy(&value, &bits, 4);
+    value = exponent == 0 ? small : value;
+    memcpy(&bits, &value, 4);
+    bits |= (uint32_t)(half & 0x8000) << 16;
+    memcpy(&value, &bits, 4);
+    return value;
+}
+
+INLINE float brain_to_float(uint16_t half) {
+    const uint32_t bits = (uint32_t)half << 16;
+    float value;
+    memcpy(&value, &bits, 4);
+    return value;
+}
+
+/* Groups in slots to K, V in order of tokens, as floats.
+ *
+ * slots  rows of `slot_elements` 16-bit elements, each a group [2, heads, run] and padding; run = group_tokens * head_dim
+ * index  [count] rows to take, in order
+ * brain  whether elements are bfloat16, else float16
+ * out    [2, heads, count * run]
+ */
+CLONES EXPORT void kvswap_gather(const uint16_t *slots, int64_t slot_elements, const int64_t *index, int64_t count,
+                                 int64_t heads, int64_t run, int64_t brain, float *out) {
+    for (int64_t n = 0; n < count; n++) {
+        const uint16_t *slot = slots + index[n] * slot_elements;
+        for (int64_t part = 0; part < 2 * heads; part++) {
+            const uint16_t *from = slot + part * run;
+            float *to = out + (part * count + n) * run;
+            if (brain)
+                for (int64_t i = 0; i < run; i++) to[i] = brain_to_float(from[i]);
+            else
+                for (int64_t i = 0; i < run; i++) to[i] = half_to_float(from[i]);
+        }
+    }
+}
+
+/* A float as float16, to nearest, ties to even; what is larger than the largest becomes that. No branches. */
+INLINE uint16_t float_to_half(float value) {
+    const float lowest = 6.103515625e-05f; /* of the normal ones */
+    uint32_t bits, half, magic = 126u << 23; /* 0.5, whose last bit is the smallest float16 */
+    memcpy(&bits, &value, 4);
+    const uint32_t sign = bits >> 16 & 0x8000u;
+    float size = fabsf(value);
+    size = size > HALF_MAX ? HALF_MAX : size;
+    const float shifted = size + 0.5f;
+    memcpy(&bits, &shifted, 4);
+    const uint32_t small = bits - magic;
+    memcpy(&bits, &size, 4);
+    half = (bits + 0xfffu + (bits >> 13 & 1u) - (112u << 23)) >> 13;
+    half = size < lowest ? small : half;
+    half = value != value ? 0x7e00u : half;
+    return (uint16_t)(half | sign);
+}
+
+INLINE uint16_t float_to_brain(float value) {
+    uint32_t bits;
+    memcpy(&bits, &value, 4);
+    const uint32_t rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
+    return (uint16_t)(value != value ? 0x7fc0u : rounded);
+}
+
+/* One token of each sequence into its group: the inverse of kvswap_gather.
+ *
+ * homes, offsets  [batch]: the slot, and the token's place in the group
+ * strides         [4]: of keys by sequence and head, of values by sequence and head; elements of a head are contiguous
+ */
+CLONES EXPORT void kvswap_put_tokens(uint16_t *slots, int64_t slot_elements, const int64_t *homes,
+                                     const int64_t *offsets, int64_t batch, int64_t heads, int64_t group_tokens,
+                                     int64_t head_dim, int64_t brain, const float *keys, const float *values,
+                                     const int64_t *strides) {
+    for (int64_t b = 0; b < batch; b++)
+        for (int64_t part = 0; part < 2; part++)
+            for (int64_t h = 0; h < heads; h++) {
+                const float *from = (part ? values : keys) + b * strides[2 * part] + h * strides[2 * part + 1];
+                uint16_t *to = slots + homes[b] * slot_elements;
+                to += ((part * heads + h) * group_tokens + offsets[b]) * head_dim;
+                if (brain)
+                    for (int64_t i = 0; i < head_dim; i++) to[i] = float_to_brain(from[i]);
+                else
+                    for (int64_t i = 0; i < head_dim; i++) to[i] = float_to_half(from[i]);
+            }
+}
