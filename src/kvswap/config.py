@@ -33,6 +33,7 @@ class _Fields:
     backend: str = "auto"
     chunk_tokens: int = 512
     read_depth: int = 64
+    read_gap_bytes: int = 16 << 10
 
 
 class Config(_Fields):
@@ -65,6 +66,8 @@ class Config(_Fields):
         Tokens that prefill takes through a layer at a time, a multiple of 512.
     read_depth
         Most reads in flight at a time.
+    read_gap_bytes
+        Longest gap of groups nobody asked for that is read through, so that two reads become one.
     """
 
     __slots__ = ()
@@ -91,6 +94,7 @@ class Config(_Fields):
         _integer("sink_tokens", self.sink_tokens, low=0)
         _integer("recent_tokens", self.recent_tokens, low=0)
         _integer("read_depth", self.read_depth, low=1, high=1024)
+        _integer("read_gap_bytes", self.read_gap_bytes, low=0, high=16 << 20)
         _integer("chunk_tokens", self.chunk_tokens, low=512)
         if self.chunk_tokens % 512:
             raise ConfigError(f"chunk_tokens: {self.chunk_tokens} is not a multiple of 512", hint="use 512 or 1024")

@@ -21,8 +21,6 @@ from kvswap.state import BatchState
 
 Int = NDArray[np.int64]
 
-GAP_BYTES = 16 << 10  # reading through a gap this long costs less than another request, on eMMC as on NVMe
-
 
 @dataclass(frozen=True, slots=True)
 class Step:
@@ -70,7 +68,7 @@ class Decode:
         self._fetches: dict[int, Fetch] = {}
         self.latest: dict[int, Fetch] = {}  # what each layer attended to in its last step
         self._half = 0
-        self._gap_groups, self._skip_bytes = GAP_BYTES // state.layout.slot_bytes, 0
+        self._gap_groups, self._skip_bytes = state.config.read_gap_bytes // state.layout.slot_bytes, 0
         if state.method.rebuilds_keys:  # V alone is read, group by group, from the last aligned place before it
             alignment_bytes = state.layout.alignment_bytes
             self._gap_groups = -1

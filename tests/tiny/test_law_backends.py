@@ -44,6 +44,19 @@ def test_residency_never_changes_the_result(tmp_path: Path) -> None:
     assert low < high > 0.5
 
 
+def test_gaps_that_are_read_through_change_reads_and_nothing_else(tmp_path: Path) -> None:
+    seen = []
+    for gap_bytes in (0, 2048, 1 << 20):
+        model = tiny_model("llama")
+        with attach(model, selecting(tmp_path, kv_memory=1_750_000, read_gap_bytes=gap_bytes)) as cache:
+            logits = forced_logits(model, tokens(2, PROMPT_TOKENS), tokens(2, 12, seed=1), cache)
+            seen.append((logits, cache.stats.disk_reads, cache.stats.disk_read_bytes))
+    (first, *_), (second, *_), (third, *_) = seen
+    assert torch.equal(first, second) and torch.equal(first, third)
+    reads, read_bytes = [each[1] for each in seen], [each[2] for each in seen]
+    assert reads[0] > reads[1] > reads[2] and read_bytes[0] < read_bytes[1] < read_bytes[2]
+
+
 def test_selection_matters_here(tmp_path: Path) -> None:
     """Otherwise the tests above would hold without any selection."""
     config = selecting(tmp_path, kv_memory="8MiB")

@@ -31,6 +31,7 @@ def valid_values(draw: st.DrawFn) -> dict[str, Any]:
         "backend": draw(st.sampled_from(BACKENDS)),
         "chunk_tokens": 512 * draw(st.integers(1, 8)),
         "read_depth": draw(st.integers(1, 1024)),
+        "read_gap_bytes": draw(st.integers(0, 1 << 24)),
         "select_tokens": 1000 + draw(st.integers(0, 5000)),
         "layer_select_tokens": draw(st.none() | st.lists(st.integers(1000, 5000), min_size=1).map(tuple)),
     }
@@ -97,6 +98,9 @@ def test_only_keywords() -> None:
         ("recent_tokens", -1),
         ("read_depth", 0),
         ("read_depth", 1025),
+        ("read_gap_bytes", -1),
+        ("read_gap_bytes", (1 << 24) + 1),
+        ("read_gap_bytes", "16KiB"),
         ("chunk_tokens", 256),
         ("chunk_tokens", 768),
         ("sketch_token_bytes", 0),
@@ -120,7 +124,8 @@ def test_out_of_range_is_refused_with_key_and_value(key: str, value: object) -> 
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [("group_tokens", 64), ("read_depth", 1024), ("sink_tokens", 0), ("recent_tokens", 0)]
+    ("key", "value"),
+    [("group_tokens", 64), ("read_depth", 1024), ("read_gap_bytes", 0), ("sink_tokens", 0), ("recent_tokens", 0)],
 )
 def test_ends_of_the_ranges_are_allowed(key: str, value: int) -> None:
     assert getattr(Config(**{key: value}), key) == value

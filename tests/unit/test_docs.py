@@ -42,7 +42,7 @@ def test_configuration_lists_every_key_with_its_default() -> None:
     assert all(len(meaning) > 20 for _, _, meaning in rows)
 
 
-@pytest.mark.parametrize("key", ["group_tokens", "read_depth"])
+@pytest.mark.parametrize("key", ["group_tokens", "read_depth", "read_gap_bytes"])
 def test_configuration_tells_the_true_range(key: str) -> None:
     meaning = next(row[2] for row in table("configuration.md", "| key | default | meaning |") if row[0] == f"`{key}`")
     found = re.search(r"(\d+) to (\d+)", meaning)

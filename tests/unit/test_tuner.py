@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from kvswap.config import Config
 from kvswap.device.cost import DiskCosts
 from kvswap.device.explain import reasons
 from kvswap.device.profile import ModelFacts, Profile, stamp_of
-from kvswap.device.tuner import KL_SLACK, TIME_SLACK, Candidate, Pricing, Request, search
+from kvswap.device.tuner import FINALISTS, KL_SLACK, LEAST_GAIN, TIME_SLACK, Candidate, Pricing, Request, search
 from kvswap.errors import MemoryBudgetError
 from kvswap.units import MIB
 from tests.unit.test_cost import disk, model
@@ -93,3 +94,37 @@ def test_a_batch_needs_more_and_is_slower(tmp_path: Path) -> None:
         for batch in (1, 2)
     )
     assert two.cost.step_s > one.cost.step_s and two.memory_parts["sketch"] > 0
+
+
+def costly_requests(request_s: float) -> DiskCosts:
+    """A disk of 250 MB/s where each request takes so long beside its bytes."""
+    points = [
+        dataclasses.replace(point, burst_s=1e-4 + point.depth * (request_s + point.read_bytes / 250e6))
+        for point in disk().bursts
+    ]
+    return dataclasses.replace(disk(), bursts=points)
+
+
+def test_reads_go_through_longer_gaps_where_requests_are_expensive(tmp_path: Path) -> None:
+    cheap, costly = costly_requests(10e-6), costly_requests(500e-6)
+    default = Config().read_gap_bytes
+    assert found(tmp_path, cheap).config.read_gap_bytes == default
+    request = Request(limit_bytes=12 * MIB, context_tokens=8192, batch=1, select_tokens=400)
+    prices = pricing(tmp_path, costly)
+    chosen, every = search(prices, request, prefer="quality", on_step=lambda done, total: None)
+    assert chosen.config.read_gap_bytes > default
+    same = prices.price(chosen.config.replace(read_gap_bytes=default), request)
+    assert same is not None and same.kl == chosen.kl and same.memory_parts == chosen.memory_parts
+    assert chosen.cost.step_s <= (1 - LEAST_GAIN) * same.cost.step_s
+    assert chosen.cost.reads < same.cost.reads and chosen.cost.read_bytes > same.cost.read_bytes
+    line = next(line for line in reasons(chosen, every, costly, LAYERS) if line.startswith("gap: "))
+    assert "64.0 KiB" in line and "with 16.0 KiB" in line
+    assert f"{same.cost.step_s / chosen.cost.step_s - 1:+.0%} time" in line
+
+
+def test_only_the_best_few_are_priced_again(tmp_path: Path) -> None:
+    """A knob more must not multiply the time of the search."""
+    request = Request(limit_bytes=12 * MIB, context_tokens=8192, batch=1, select_tokens=400)
+    _, every = search(pricing(tmp_path, costly_requests(500e-6)), request, prefer="speed", on_step=lambda *_: None)
+    longer = [each for each in every if each.config.read_gap_bytes != Config().read_gap_bytes]
+    assert 1 <= len(longer) <= FINALISTS < len(every) / 5

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from kvswap.config import Config
 from kvswap.device.cost import DiskCosts
 from kvswap.device.tuner import Candidate
 from kvswap.units import KIB, format_bytes, format_us
 
 
 def reasons(chosen: Candidate, found: list[Candidate], disk: DiskCosts, layers: int) -> list[str]:
-    """Lines for sketch, group size, layers, reuse and disk."""
+    """Lines for sketch, group size, layers, a gap that is not the default, reuse and disk."""
+    gap_bytes = Config().read_gap_bytes
+    plain = [other for other in found if other.config.read_gap_bytes == gap_bytes]
     return [
-        _sketch(chosen, found),
-        _group(chosen, found, layers),
-        _layers(chosen, found),
+        _sketch(chosen, plain),
+        _group(chosen, plain, layers),
+        _layers(chosen, plain),
+        *([_gap(chosen, plain, layers)] if chosen.config.read_gap_bytes != gap_bytes else []),
         _reuse(chosen, layers),
         _disk(chosen, disk),
     ]
@@ -62,6 +66,17 @@ def _layers(chosen: Candidate, found: list[Candidate]) -> str:
         return f"M = {mean} in every layer{tail}"
     tail = f"; {mean} in every layer would have {_against(same[0], chosen)}" if same else ""
     return f"M from {min(counts)} to {max(counts)} by layer, {mean} in the mean{tail}"
+
+
+def _gap(chosen: Candidate, plain: list[Candidate], layers: int) -> str:
+    wanted = chosen.config.replace(read_gap_bytes=Config().read_gap_bytes)
+    other = next(each for each in plain if each.config == wanted)
+    size = format_bytes(other.cost.read_bytes / max(1.0, other.cost.reads))
+    return (
+        f"gap: reads go through up to {format_bytes(chosen.config.read_gap_bytes)} that nobody asked for; with "
+        f"{format_bytes(wanted.read_gap_bytes)}, as in the comparisons above, {other.cost.reads / layers:.0f} reads of "
+        f"{size} a layer would take {other.cost.step_s / chosen.cost.step_s - 1:+.0%} time"
+    )
 
 
 def _reuse(chosen: Candidate, layers: int) -> str:

@@ -30,7 +30,8 @@ from kvswap.models.loading import LoadedModel
 
 FORMAT = 2
 UNITS = 100  # of progress, a sample
-MACHINE_SETTINGS = ("kv_memory", "kv_dir", "backend", "read_depth")  # change no result, or are told apart in records
+MACHINE_SETTINGS = ("kv_memory", "kv_dir", "backend", "read_depth", "read_gap_bytes")
+"""These change no result, or are told apart in records."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
