@@ -103,9 +103,9 @@ def show(console: Console, solution: Solution) -> None:
         f"{name.removesuffix('_s')} {format_us(getattr(promise, name))}"
         for name in ("compute_s", "predict_s", "slots_s", "submit_s", "wait_s")
     )
-    memory = promise.memory_parts
+    memory, each = promise.memory_parts, " of each sequence" if solution.batch > 1 else ""
     for line in (
-        f"expected: {promise.tokens_per_s:.1f} tokens/s ({parts}); KL to full attention {promise.kl:.4f}",
+        f"expected: {promise.tokens_per_s:.1f} tokens/s{each} ({parts}); KL to full attention {promise.kl:.4f}",
         f"memory: {format_bytes(sum(memory.values()))}: {format_parts(memory)}",
     ):
         console.print(f"  {line}", markup=False, soft_wrap=True)
