@@ -35,8 +35,7 @@ Prefer = Literal["quality", "speed"]
 TIME_SLACK = 1.05
 """Preferring quality: the best one among those that are at most this much slower than the fastest."""
 KL_SLACK = 2.5
-"""Preferring speed: the fastest among those whose KL is at most so many times the best, which G = 1 has; the defaults have
-about 1.7 times."""
+"""Preferring speed: the fastest among those whose KL is at most so many times the best; the defaults have about 1.7."""
 GAPS_BYTES = (32 * KIB, 64 * KIB)
 """Gaps to read through that are tried beside the default, where a request may cost as much as many bytes."""
 FINALISTS = 4
