@@ -134,7 +134,7 @@ def test_files_of_before_a_setting_existed_meant_its_default(tmp_path: Path) -> 
 def test_tables_say_what_was_changed_and_where() -> None:
     content = json.loads((ROOT / "benchmarks" / "results" / "bench-smollm2-4k-batch8-emmc.json").read_text())
     ours = next(record for record in content["records"] if record["method"] == "kvswap")
-    assert variant_lines(summarise(content["records"])) == []
+    assert variant_lines(summarise([each for each in content["records"] if "@" not in each["method"]])) == []
     wide = {**ours, "method": "kvswap@wide", "config": {"group_tokens": 8}}
     plain = {**ours, "method": "kvswap@plain", "config": {}}
     layers = {**wide, "context": 8192, "config": {"layer_select_tokens": [200, 600, 400]}}
