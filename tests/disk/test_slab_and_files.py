@@ -46,6 +46,36 @@ def test_shrink_gives_memory_back() -> None:
     slab.close()
 
 
+def vm_flags(address: int) -> list[str]:
+    """What the kernel notes of the mapping that holds an address."""
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        head = line.split()[0]
+        if "-" in head and not head.endswith(":"):
+            low, high = (int(each, 16) for each in head.split("-"))
+            inside = low <= address < high
+        elif inside and head == "VmFlags:":
+            return line.split()[1:]
+    raise AssertionError("no such mapping")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_slab_asks_for_huge_pages_and_does_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    def flags() -> list[str]:
+        slab = Slab(4 << 20)
+        slab.array[:] = 1
+        found = vm_flags(slab.address)
+        slab.close()
+        return found
+
+    asked = Path("/sys/kernel/mm/transparent_hugepage").exists()
+    assert ("hg" in flags()) == asked
+    monkeypatch.setattr(mmap, "MADV_HUGEPAGE", 12345)  # a kernel that does not know it
+    assert "hg" not in flags()
+    monkeypatch.delattr(mmap, "MADV_HUGEPAGE")  # a system that does not
+    assert "hg" not in flags()
+
+
 def test_close_leaves_views_alive() -> None:
     slab = Slab(4096)
     view = slab.array[:10]

@@ -18,7 +18,8 @@ from pathlib import Path
 from kvswap.errors import DiskFullError, DiskWriteError, StorageError
 from kvswap.units import format_bytes
 
-_IN_MEMORY = ("tmpfs", "ramfs", "devtmpfs", "hugetlbfs")
+IN_MEMORY = ("tmpfs", "ramfs", "devtmpfs", "hugetlbfs")
+"""File systems that are no place for KV files."""
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # glibc falls back to writing a byte per block, which a direct descriptor answers with EINVAL.
 _NO_FALLOCATE = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
@@ -47,7 +48,7 @@ def prepare_dir(path: str | Path) -> Path:
         raise StorageError(f"KV folder {path}: {error}", hint=hint) from error
     existing = next(parent for parent in (folder, *folder.parents) if os.path.exists(parent))
     filesystem = filesystem_of(existing)
-    if filesystem in _IN_MEMORY:
+    if filesystem in IN_MEMORY:
         raise StorageError(
             f"KV folder {folder} is in memory ({filesystem}), so the cache would fill the memory it is meant to save",
             hint="choose a folder on a disk with kv_dir",
