@@ -129,3 +129,20 @@ def test_slots_are_given_away_as_by_arrays(reuse_slots: int, monkeypatch: pytest
                 assert np.array_equal(getattr(ours, name), getattr(twin, name)), (step, layer, name)
             assert torch.equal(ours.groups(layer)[ours.reuse_start :], twin.groups(layer)[twin.reuse_start :])
     assert kept > 30  # there was something to find
+
+
+def test_what_lies_outside_is_refused_before_anything_is_touched() -> None:
+    pool, layer, one = _pool(8), 1, np.ones(1, np.int64)
+    before = pool.table.copy(), pool.worth.copy(), pool.groups(layer).clone()
+    for sequences, groups in ((0 * one, 40 * one), (0 * one, -one), (8 * one, one), (-9 * one, one)):
+        with pytest.raises(AssertionError, match="does not have"):
+            pool.lookup(layer, sequences, groups)
+    for groups, staged in ((300 * one, 60 * one), (one, 5000 * one), (one, pool.reuse_start * one), (one, -one)):
+        with pytest.raises(AssertionError, match="does not have"):
+            pool.admit(layer, 0 * one, groups, staged)
+    token = torch.ones(1, 1, 1, 8)
+    for home, offset in ((5000 * one, one), (-one, one), (one, 4 * one)):
+        with pytest.raises(AssertionError, match="not there"):
+            pool.put_token(layer, home, offset, token, token)
+    for old, new in zip(before, (pool.table, pool.worth, pool.groups(layer)), strict=True):
+        assert np.array_equal(old, new)

@@ -61,9 +61,13 @@ class Plan:
         """Decode steps of each method on each batch of prompts."""
         return WARM_STEPS + self.new_tokens * self.repeat
 
+    def variant(self, name: str) -> Variant | None:
+        """What has a configuration of its own under this name."""
+        return next((each for each in self.variants if each.name == name), None)
+
     def choose(self, name: str, config: Config, place: Place) -> tuple[str, Config]:
         """The method behind a name, and its configuration there; ``config`` is that of all but the variants."""
-        variant = next((each for each in self.variants if each.name == name), None)
+        variant = self.variant(name)
         return (name, config) if variant is None else (variant.method, variant.config(place))
 
     def places(self) -> Iterator[Place]:
@@ -259,7 +263,7 @@ def _add_variants(loaded: LoadedModel, identity: dict[str, Any], variants: Seque
 
 def _own(plan: Plan, name: str, place: Place) -> dict[str, Any]:
     """What a record of a variant says about its configuration: the keys that are not the defaults."""
-    variant = next((each for each in plan.variants if each.name == name), None)
+    variant = plan.variant(name)
     return {} if variant is None else {"config": changed(variant.config(place))}
 
 

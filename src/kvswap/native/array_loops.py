@@ -10,14 +10,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from kvswap.native.library import available as available
 from kvswap.native.library import library
 
 Int = NDArray[np.int64]
-
-
-def available() -> bool:
-    """Whether the compiled loops are there, and are those that this source expects."""
-    return library() is not None
 
 
 class SlotArrays:
@@ -38,7 +34,8 @@ class SlotArrays:
         powers: NDArray[np.float32],
     ) -> None:
         self.held: tuple[NDArray[Any], ...] = table, owner, worth, seen, visits, powers
-        self.columns, self.slots, self.longest = table.shape[1], len(owner), len(powers) - 1
+        self.rows, self.columns = table.shape
+        self.slots, self.longest = len(owner), len(powers) - 1
         self.table, self.owner, self.worth, self.seen, self.visits, self.powers = [_at(each) for each in self.held]
 
 
@@ -50,8 +47,9 @@ def lookup(arrays: SlotArrays, rows: Int, groups: Int, *, first: int, visit: int
     compiled = library()
     assert compiled is not None
     found = np.empty(len(groups), np.int64)
-    compiled.kvswap_lookup(
+    known = compiled.kvswap_lookup(
         arrays.table,
+        arrays.rows,
         arrays.columns,
         _at(rows),
         _at(groups),
@@ -64,6 +62,7 @@ def lookup(arrays: SlotArrays, rows: Int, groups: Int, *, first: int, visit: int
         arrays.seen,
         _at(found),
     )
+    assert known, "rows and groups that the table does not have"
     return found
 
 
@@ -116,9 +115,11 @@ def admit(
     """
     compiled = library()
     assert compiled is not None
+    assert len(staged) >= len(keys) and 0 <= hand < arrays.slots >= looked
     staged, scratch = np.ascontiguousarray(staged), np.empty(2 * looked, np.float32)
     kept: int = compiled.kvswap_admit(
         arrays.table,
+        arrays.rows * arrays.columns,
         layer_keys,
         arrays.owner,
         arrays.worth,
@@ -138,6 +139,7 @@ def admit(
         slot_bytes,
         first,
     )
+    assert kept >= 0, "keys that the table does not have, or slots that are not for staging"
     return kept
 
 

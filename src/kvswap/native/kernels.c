@@ -8,7 +8,7 @@
 
 #include "common.h"
 
-#define VERSION 5   /* of the functions' arguments; __init__.py must have the same */
+#define VERSION 6   /* of the functions' arguments; library.py must have the same */
 #define TILE 64     /* tokens; groups divide it, and rows of codes may be read up to its multiples */
 #define HEADS 4     /* query heads at once: their sums stay in vector registers */
 #define LEVELS 127  /* of a rounded query, either side of zero */

@@ -6,7 +6,7 @@ import ctypes
 import importlib.util
 from functools import lru_cache
 
-VERSION = 5
+VERSION = 6
 """Of the functions' arguments; ``kernels.c`` must have the same."""
 
 _P, _I = ctypes.c_void_p, ctypes.c_int64  # a pointer, a number
@@ -14,11 +14,11 @@ _SIGNATURES: dict[str, tuple[tuple[type, ...], type | None]] = {
     "group_mass": ((_P, _I, _I, _I, _P, _P, _I, _I, _I, _P, _P, _P), None),
     "tile_mass": ((_P, _I, _I, _I, _P, _P, _I, _I, _P, _P), None),
     "top_groups": ((_P, _I, _I, _I, _P, _P), _I),
-    "lookup": ((_P, _I, _P, _P, _I, _I, _I, _P, _I, _P, _P, _P), None),
+    "lookup": ((_P, _I, _I, _P, _P, _I, _I, _I, _P, _I, _P, _P, _P), _I),
     "plan_reads": ((_P, _P, _I, _I, _I, _P, _P, _P, _P, _P, _P), _I),
-    "admit": ((_P, _I, _P, _P, _P, _P, _I, _I, _I, _P, _I, _I, _P, _P, _I, _P, _P, _I, _I), _I),
+    "admit": ((_P, _I, _I, _P, _P, _P, _P, _I, _I, _I, _P, _I, _I, _P, _P, _I, _P, _P, _I, _I), _I),
     "gather": ((_P, _I, _P, _I, _I, _I, _I, _P), None),
-    "put_tokens": ((_P, _I, _P, _P, _I, _I, _I, _I, _I, _P, _P, _P), None),
+    "put_tokens": ((_P, _I, _I, _P, _P, _I, _I, _I, _I, _I, _P, _P, _P), _I),
 }
 """Arguments and result of each function, whose name begins with ``kvswap_`` there."""
 
@@ -41,3 +41,8 @@ def library() -> ctypes.CDLL | None:
     except (OSError, AttributeError):
         return None
     return found
+
+
+def available() -> bool:
+    """Whether the compiled functions are there, and are those that this source expects."""
+    return library() is not None

@@ -10,16 +10,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from kvswap.native.library import available as available
 from kvswap.native.library import library
 
 TILE_TOKENS = 64
 MAX_CODE_BITS = 4
 COARSE_ROWS = 32
-
-
-def available() -> bool:
-    """Whether the compiled loops are there, and are those that this source expects."""
-    return library() is not None
 
 
 def scores_here(bits: int, group_tokens: int, device: torch.device) -> bool:
@@ -186,8 +182,9 @@ def put_tokens(
     _, heads, group_tokens, head_dim = shape
     assert keys.dtype == values.dtype == torch.float32 and keys.stride(3) == values.stride(3) == 1
     strides = np.array([*keys.stride()[:2], *values.stride()[:2]], np.int64)
-    compiled.kvswap_put_tokens(
+    known = compiled.kvswap_put_tokens(
         slots.data_ptr(),
+        len(slots),
         slots.stride(0),
         homes.ctypes.data,
         offsets.ctypes.data,
@@ -200,3 +197,4 @@ def put_tokens(
         values.data_ptr(),
         strides.ctypes.data,
     )
+    assert known, "slots or places in a group that are not there"

@@ -13,15 +13,24 @@ INLINE float faded(float worth, int32_t idle, const float *powers, int64_t longe
     return worth * powers[idle < longest ? idle : longest];
 }
 
-/* The slot of each group, or -1: what the table [rows, columns] has. Slots that were found gain worth.
+/* Whether all of `count` numbers lie in [0, end): nothing is read or written elsewhere. */
+INLINE int64_t all_within(const int64_t *numbers, int64_t count, int64_t end) {
+    uint64_t largest = 0; /* a negative number is a very large one */
+    for (int64_t i = 0; i < count; i++) largest = (uint64_t)numbers[i] > largest ? (uint64_t)numbers[i] : largest;
+    return count == 0 || largest < (uint64_t)end;
+}
+
+/* The slot of each group, or -1: what the table [table_rows, columns] has. Slots that were found gain worth. Returns
+ * whether all rows and groups are in the table; otherwise nothing was done.
  *
  * rows, groups  [count]
  * first         number of the slot that worth[0] and seen[0] belong to
  * visit         number of this visit of the layer
  */
-EXPORT void kvswap_lookup(const int32_t *table, int64_t columns, const int64_t *rows, const int64_t *groups,
-                          int64_t count, int64_t first, int64_t visit, const float *powers, int64_t longest,
-                          float *worth, int32_t *seen, int64_t *found) {
+EXPORT int64_t kvswap_lookup(const int32_t *table, int64_t table_rows, int64_t columns, const int64_t *rows,
+                             const int64_t *groups, int64_t count, int64_t first, int64_t visit, const float *powers,
+                             int64_t longest, float *worth, int32_t *seen, int64_t *found) {
+    if (!all_within(rows, count, table_rows) || !all_within(groups, count, columns)) return 0;
     for (int64_t i = 0; i < count; i++) {
         const int32_t slot = table[rows[i] * columns + groups[i]];
         found[i] = slot;
@@ -31,6 +40,7 @@ EXPORT void kvswap_lookup(const int32_t *table, int64_t columns, const int64_t *
             seen[s] = (int32_t)visit;
         }
     }
+    return 1;
 }
 
 /* Extents of wanted groups, sorted by (file, group): neighbours are joined, and those with at most `gap` groups between
@@ -72,21 +82,23 @@ EXPORT int64_t kvswap_plan_reads(const int64_t *files, const int64_t *groups, in
 }
 
 /* Keep groups that have just been read in the slots of least worth below 1 among the next `looked` ones; of equals, the
- * first ones. Returns how many were kept, the first ones of those given.
+ * first ones. Returns how many were kept, the first ones of those given, or -1 where a key or slot is none, and nothing
+ * was done.
  *
- * table       [rows * columns] flat; owner [slots] has the place in it that each slot's group is found by, or -1
+ * table       [places] flat; owner [slots] has the place in it that each slot's group is found by, or -1
  * layer_keys  places of one layer; visits [layers] counts the visits of each
  * hand        the slot to begin looking at
  * keys        [room] places of the groups in the table; staged [room] the slots that they were read into
  * scratch     2 * looked floats
- * memory      all slots, `slot_bytes` each, those of `owner` from number `first` on
+ * memory      all slots, `slot_bytes` each, those of `owner` from number `first` on, the staged ones before it
  */
-EXPORT int64_t kvswap_admit(int32_t *table, int64_t layer_keys, int64_t *owner, float *worth, int32_t *seen,
+EXPORT int64_t kvswap_admit(int32_t *table, int64_t places, int64_t layer_keys, int64_t *owner, float *worth, int32_t *seen,
                             const int32_t *visits, int64_t slots, int64_t hand, int64_t looked, const float *powers,
                             int64_t longest, int64_t layer, const int64_t *keys, const int64_t *staged, int64_t room,
                             float *scratch, uint8_t *memory, int64_t slot_bytes, int64_t first) {
     float *now = scratch, *best = scratch + looked, limit = -INFINITY;
     int64_t size = 0, equals = 0, kept = 0;
+    if (!all_within(keys, room, places) || !all_within(staged, room, first)) return -1;
     for (int64_t i = 0; i < looked; i++) {
         const int64_t s = hand + i < slots ? hand + i : hand + i - slots;
         now[i] = owner[s] < 0 ? -1.0f : faded(worth[s], visits[owner[s] / layer_keys] - seen[s], powers, longest);
@@ -184,15 +196,18 @@ INLINE uint16_t float_to_brain(float value) {
     return (uint16_t)(value != value ? 0x7fc0u : rounded);
 }
 
-/* One token of each sequence into its group: the inverse of kvswap_gather.
+/* One token of each sequence into its group: the inverse of kvswap_gather. Returns whether all places exist; otherwise
+ * nothing was done.
  *
+ * slots           [count] of them
  * homes, offsets  [batch]: the slot, and the token's place in the group
  * strides         [4]: of keys by sequence and head, of values by sequence and head; elements of a head are contiguous
  */
-CLONES EXPORT void kvswap_put_tokens(uint16_t *slots, int64_t slot_elements, const int64_t *homes,
-                                     const int64_t *offsets, int64_t batch, int64_t heads, int64_t group_tokens,
-                                     int64_t head_dim, int64_t brain, const float *keys, const float *values,
-                                     const int64_t *strides) {
+CLONES EXPORT int64_t kvswap_put_tokens(uint16_t *slots, int64_t count, int64_t slot_elements, const int64_t *homes,
+                                        const int64_t *offsets, int64_t batch, int64_t heads, int64_t group_tokens,
+                                        int64_t head_dim, int64_t brain, const float *keys, const float *values,
+                                        const int64_t *strides) {
+    if (!all_within(homes, batch, count) || !all_within(offsets, batch, group_tokens)) return 0;
     for (int64_t b = 0; b < batch; b++)
         for (int64_t part = 0; part < 2; part++)
             for (int64_t h = 0; h < heads; h++) {
@@ -204,4 +219,5 @@ CLONES EXPORT void kvswap_put_tokens(uint16_t *slots, int64_t slot_elements, con
                 else
                     for (int64_t i = 0; i < head_dim; i++) to[i] = float_to_half(from[i]);
             }
+    return 1;
 }
