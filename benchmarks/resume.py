@@ -79,6 +79,16 @@ def prompt_ids(loaded: LoadedModel, tokens: int) -> list[int]:
     raise SystemExit(f"there are {len(ids):,} tokens of text here, {tokens:,} are wanted")
 
 
+def evict(folder: Path) -> None:
+    """See that what is read of a session's files comes from the disk: they were written a moment ago."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            fd = os.open(path, os.O_RDONLY)
+            os.fsync(fd)  # what is not on the disk yet stays in memory
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.close(fd)
+
+
 def first_token_s(session: Session, new: list[int], started_s: float) -> float:
     """Seconds from ``started_s`` until a token is there, after appending ``new``."""
     if new:
@@ -93,6 +103,8 @@ def first_token_s(session: Session, new: list[int], started_s: float) -> float:
 
 def measure_first_tokens(loaded: LoadedModel, config: kvswap.Config, ids: list[int], args: Any) -> dict[str, Any]:
     """Prefilled and resumed, plain and encrypted."""
+    from kvswap.store.shelf import session_path
+
     found: dict[str, Any] = {}
     context, question = ids[: args.tokens], ids[args.tokens : args.tokens + args.question]
     for kind, encrypt in (("plain", False), ("secret", True)):
@@ -104,6 +116,7 @@ def measure_first_tokens(loaded: LoadedModel, config: kvswap.Config, ids: list[i
         for _ in range(args.repeat):
             for name, new in (("resume_s", []), ("question_s", question)):
                 fork(config, kind, "scratch")
+                evict(session_path(config.kv_dir, "scratch").parent)
                 started_s = time.perf_counter()
                 with Session.open("scratch", loaded, config) as session:
                     resumed[name].append(first_token_s(session, new, started_s))

@@ -1,6 +1,8 @@
-"""What scoring and choosing costs in one layer, over the length of the context: random keys, one thread.
+"""What scoring and choosing costs in one layer, over the length of the context.
 
-python benchmarks/scoring.py --tokens 8192,32768,131072,1048576 --json out.json
+    python benchmarks/scoring.py --tokens 8192,32768,131072,1048576 --json out.json
+
+Keys are random; one thread, the fastest of some calls.
 """
 
 from __future__ import annotations
