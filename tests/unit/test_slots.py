@@ -88,6 +88,18 @@ def test_groups_that_are_no_longer_selected_make_room() -> None:
     assert not any(holds(slots, 0, group) for group in (1, 2, 3, 4))
 
 
+def test_fresh_slots_are_taken_in_order_before_any_is_taken_away() -> None:
+    """Memory that was never touched costs when it first is, so it is touched piece by piece."""
+    slots = pool(reuse_slots=40)
+    for round_ in range(10):
+        visit(slots, round_ % LAYERS, list(range(4 * round_, 4 * round_ + 4)))
+        assert (slots.owner >= 0).tolist() == [True] * (4 * round_ + 4) + [False] * (36 - 4 * round_)
+    visit(slots, 0, [50, 51])
+    slots.shrink_reuse(30)
+    visit(slots, 1, [60, 61])
+    assert (slots.owner >= 0).sum() <= 30
+
+
 def test_a_layer_that_is_visited_more_does_not_wear_out_the_others() -> None:
     slots = pool(reuse_slots=8)
     visit(slots, 0, [1, 2, 3, 4])

@@ -78,7 +78,7 @@ class SlotPool:
         self.worth: NDArray[np.float32] = np.full(reuse_slots, -1, np.float32)
         self.seen: NDArray[np.int32] = np.zeros(reuse_slots, np.int32)  # visit of its layer when worth was true
         self._visits: NDArray[np.int32] = np.zeros(layers, np.int32)
-        self._hand = 0
+        self._hand, self._used = 0, 0  # where to look next; slots that were ever given
         self._arrays = self._locate()
 
     # ---- shape
@@ -104,6 +104,7 @@ class SlotPool:
         self.table.reshape(-1)[gone[gone >= 0]] = -1
         self.owner, self.worth = self.owner[:reuse_slots].copy(), self.worth[:reuse_slots].copy()
         self.seen, self._hand = self.seen[:reuse_slots].copy(), 0
+        self._used = min(self._used, reuse_slots)
         self._arrays = self._locate()
         if self.host:
             self.slab.shrink((self.reuse_start + reuse_slots) * self.layout.slot_bytes)
@@ -187,13 +188,18 @@ class SlotPool:
     def admit(self, layer: int, sequences: Int, groups: Int, staged: Int) -> None:
         """Keep groups that have just landed in slots ``staged``, as far as something of less worth can go.
 
-        Looking at all slots would cost more with every gigabyte of them; a hand goes round instead.
+        Looking at all slots would cost more with every gigabyte of them; a hand goes round instead. Slots that were never
+        used come first, in order: the system clears memory when it is first touched, huge page by huge page.
         """
         room = min(len(groups), self.reuse_slots)
         if room == 0:
             return
-        looked, hand = min(self.reuse_slots, room * LOOK_AT + 64), self._hand
-        self._hand = (hand + looked) % self.reuse_slots
+        if self._used < self.reuse_slots:
+            hand, room = self._used, min(room, self.reuse_slots - self._used)
+            looked, self._used = room, hand + room
+        else:
+            looked, hand = min(self.reuse_slots, room * LOOK_AT + 64), self._hand
+            self._hand = (hand + looked) % self.reuse_slots
         keys = self._keys(layer, sequences[:room], groups[:room])
         if self.host and array_loops.available():
             array_loops.admit(
