@@ -188,8 +188,8 @@ class SlotPool:
     def admit(self, layer: int, sequences: Int, groups: Int, staged: Int) -> None:
         """Keep groups that have just landed in slots ``staged``, as far as something of less worth can go.
 
-        Looking at all slots would cost more with every gigabyte of them; a hand goes round instead. Slots that were never
-        used come first, in order: the system clears memory when it is first touched, huge page by huge page.
+        Looking at all slots would cost more with every gigabyte of them; a hand goes round instead. Slots that were
+        never used come first, in order: the system clears memory when it is first touched, huge page by huge page.
         """
         room = min(len(groups), self.reuse_slots)
         if room == 0:
