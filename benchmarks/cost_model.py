@@ -67,7 +67,7 @@ def row(config: kvswap.Config, tokens: int, price: Candidate, found: Measured) -
         "reads": [cost.reads, found.reads],
         "read_mb": [cost.read_bytes / 1e6, found.read_bytes / 1e6],
         "reuse_rate": [price.traffic.reuse_rate, found.reuse_rate],
-        "kl": [price.kl, found.kl],
+        "kl": [price.expected_kl, found.kl],
     }
 
 

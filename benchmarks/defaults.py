@@ -4,34 +4,43 @@
 
 Writes ``results/tables-NAME.json`` for each model, what was measured without the rankings, and prints the table of
 docs/tuning.md from these files. KL to full attention on calibration text, relative to the defaults, geometric means
-over contexts; what is compared differs from the defaults in one thing.
+over texts and contexts; what is compared differs from the defaults in one thing. Below it stands how steady ratios are.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from kvswap.config import Config
 from kvswap.device.model_costs import model_facts
 from kvswap.device.tables import GROUPS, SELECTED, cached_tables, load_tables
 from kvswap.models.adapter import inspect
 from kvswap.models.loading import load_model
 
 RESULTS = Path(__file__).parent / "results"
+KEY = ("tokens", "rank", "bits", "group_tokens", "select_tokens", "by_layer")
 Choice = Callable[[dict[str, Any]], bool]
 
 
 def ratio(facts: dict[str, Any], choice: Choice, than: Choice) -> float:
-    """KL of one choice over that of another, geometric mean over the contexts and what else both were measured at."""
+    """KL of one choice over another's, geometric mean over texts, contexts and what else both were measured at."""
 
-    def kl(wanted: Choice) -> dict[tuple[int, int], float]:
+    def kl(wanted: Choice) -> dict[tuple[int, int, int], float]:
         found = [each for each in facts["qualities"] if wanted(each)]
-        return {(each["tokens"], each["group_tokens"] if free else 0): each["kl"] for each in found}
+        return {
+            (each["tokens"], each["group_tokens"] if free else 0, text): kl
+            for each in found
+            for text, kl in enumerate(each["kl_by_text"])
+        }
 
     sizes = {each["group_tokens"] for each in facts["qualities"] if choice(each)}
     free = len(sizes) > 1
@@ -70,6 +79,28 @@ def comparisons(facts: dict[str, Any]) -> dict[str, float]:
     return found
 
 
+def unsteadiness(facts: dict[str, Any]) -> tuple[float, float]:
+    """How far two halves of the texts differ in what a setting's KL is beside the reference's, as standard deviations.
+
+    Of the logarithm of the ratio, over all ways to halve the texts and all settings: as a quotient of mean KLs, and as
+    the geometric mean of the texts' own ratios, which is what the tuner uses.
+    """
+    kl = {tuple(each[name] for name in KEY): np.array(each["kl_by_text"]) for each in facts["qualities"]}
+    first = facts["qualities"][0]
+    plain, paired = [], []
+    for key, values in kl.items():
+        base = kl[key[0], first["rank"], first["bits"], Config().group_tokens, 400, False]
+        if values is base:
+            continue
+        for chosen in itertools.combinations(range(1, facts["texts"]), facts["texts"] // 2):
+            half = np.isin(np.arange(facts["texts"]), chosen)
+            means = [math.log(values[each].mean() / base[each].mean()) for each in (half, ~half)]
+            logs = [float(np.log(values[each] / base[each]).mean()) for each in (half, ~half)]
+            plain.append(means[0] - means[1])
+            paired.append(logs[0] - logs[1])
+    return float(np.std(plain)), float(np.std(paired))
+
+
 def load_results() -> list[dict[str, Any]]:
     """The committed tables, in the order of their names."""
     return [json.loads(path.read_text()) for path in sorted(RESULTS.glob("tables-*.json"))]
@@ -100,7 +131,11 @@ def main() -> None:
         lines = ",\n".join(json.dumps(each) for each in values.pop("qualities"))
         head = json.dumps(values)[:-1]
         (RESULTS / f"tables-{short}.json").write_text(f'{head}, "qualities": [\n{lines}\n]}}\n')
-    print("\n".join(markdown(load_results())))
+    models = load_results()
+    print("\n".join(markdown(models)))
+    for facts in models:
+        plain, paired = unsteadiness(facts)
+        print(f"{facts['model']}: ratios from half the texts differ by {plain:.2f} (means), {paired:.2f} (by text)")
 
 
 if __name__ == "__main__":

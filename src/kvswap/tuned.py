@@ -15,14 +15,16 @@ from kvswap.config import Config
 from kvswap.errors import ConfigError
 from kvswap.jsonfile import build, read_json, save_json
 
-FORMAT, VERSION = "kvswap-tuned", 1
+FORMAT, VERSION = "kvswap-tuned", 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Promise:
     """What a solution is expected to do, by the cost model and the tables. Times of one step in seconds.
 
-    ``kl`` is KL(full || kvswap) of the next-token distribution in nats, in the mean over steps.
+    KL is KL(full || kvswap) of the next-token distribution in nats, in the mean over the steps of a text:
+    ``expected_kl`` in the mean over texts, ``promised_kl`` what nine of ten texts are to stay below, since texts differ
+    up to five times.
     """
 
     tokens_per_s: float
@@ -34,7 +36,8 @@ class Promise:
     reads: float
     read_bytes: float
     reuse_rate: float
-    kl: float
+    expected_kl: float
+    promised_kl: float
     memory_parts: dict[str, int]
 
     @property

@@ -23,7 +23,7 @@ def quick(monkeypatch):
     """Everything is measured, but in seconds."""
     measure = functools.partial(disk_curve.measure_disk, point_s=0.001, file_bytes=16 * MIB)
     monkeypatch.setattr(profile, "measure_disk", measure)
-    tables = functools.partial(make_tables.make_tables, contexts=(512, 1024), steps=2)
+    tables = functools.partial(make_tables.make_tables, contexts=(512, 1024), texts=2, steps=2)
     monkeypatch.setattr(tune_module, "make_tables", tables)
     monkeypatch.setattr(verify, "STEPS", 10)
 
@@ -40,8 +40,13 @@ def test_tuned_file_says_why_and_run_keeps_its_promise(tiny, tmp_path, capfd):
     out = capfd.readouterr().out
     for text in ("1 x 1,500 tokens", "1 x 600 tokens", "sketch: rank", "G = ", "M ", "reuse:", "disk:", "expected:"):
         assert text in out, text
-    assert "  memory: " in out and "promised" in out and "KL" in out
+    assert "  memory: " in out and "KL, 9 of 10 texts below" in out and "KL, mean over texts" in out
     tuned = load_tuned(tmp_path / "tuned.json")
+    for each in tuned.solutions:
+        promise = each.promise
+        assert promise.promised_kl > promise.expected_kl > 0
+        assert f"KL to full attention {promise.expected_kl:.4f} expected in the mean over texts" in out
+        assert f"promised: 9 of 10 texts stay below {promise.promised_kl:.4f}" in out
     assert [each.context_tokens for each in tuned.solutions] == [1500, 600] and tables.exists()
 
     document, stats = tmp_path / "story.txt", tmp_path / "stats.json"

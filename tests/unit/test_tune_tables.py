@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +14,22 @@ from safetensors.numpy import load_file, save_file
 
 from kvswap.device.machine import version_of
 from kvswap.device.make_tables import settings
-from kvswap.device.tables import GROUPS, Quality, Sketching, Tables, TablesFacts, load_tables, sketchings
+from kvswap.device.tables import (
+    GROUPS,
+    Quality,
+    Sketching,
+    Tables,
+    TablesFacts,
+    load_tables,
+    prediction_bound,
+    sketchings,
+)
 from kvswap.errors import ConfigError
 
 D, LAYERS, CONTEXTS = 192, 4, (1024, 8192)
 DEFAULT = sketchings(D)[0]
+TEXT_FACTORS = (0.5, 1.5)
+"""How much of the law's KL each text has; 1 in the mean."""
 
 
 def true_kl(tokens: int, sketch: Sketching, group: int, select: int, by_layer: bool) -> float:
@@ -34,8 +47,10 @@ def tables(**changes: object) -> Tables:
             group_tokens=each.group_tokens,
             select_tokens=each.select_tokens,
             by_layer=each.by_layer,
-            kl=true_kl(tokens, each.sketch, each.group_tokens, each.select_tokens, each.by_layer),
-            kl_error=0.001,
+            kl_by_text=[
+                factor * true_kl(tokens, each.sketch, each.group_tokens, each.select_tokens, each.by_layer)
+                for factor in TEXT_FACTORS
+            ],
         )
         for tokens in CONTEXTS
         for each in settings(D)
@@ -69,11 +84,55 @@ def tables(**changes: object) -> Tables:
 def test_quality_is_interpolated(tokens: int, sketch: Sketching, group: int) -> None:
     for select, by_layer in ((200, False), (300, True), (400, False), (800, True)):
         found = tables().kl(tokens, sketch, group, select, by_layer=by_layer)
-        assert found == pytest.approx(true_kl(tokens, sketch, group, select, by_layer), rel=1e-6)
+        assert found.expected == pytest.approx(true_kl(tokens, sketch, group, select, by_layer), rel=1e-6)
 
 
 def test_quality_beyond_the_contexts_is_that_of_the_nearest() -> None:
     assert tables().kl(32768, DEFAULT, 4, 400, by_layer=False) == tables().kl(8192, DEFAULT, 4, 400, by_layer=False)
+
+
+def changed(found: Tables, change: Callable[[Quality], list[float]]) -> Tables:
+    """The same tables with other KLs."""
+    qualities = [dataclasses.replace(each, kl_by_text=change(each)) for each in found.facts.qualities]
+    facts = dataclasses.replace(found.facts, qualities=qualities, texts=len(qualities[0].kl_by_text))
+    return dataclasses.replace(found, facts=facts)
+
+
+def test_no_text_dominates_a_ratio() -> None:
+    """One text has a hundred times the KL of the others and knows no difference between group sizes."""
+
+    def change(each: Quality) -> list[float]:
+        ordinary = 0.01 * each.group_tokens**0.4
+        return [ordinary, ordinary, ordinary, 1.0]
+
+    odd = changed(tables(), change)
+    four, sixteen = (odd.kl(8192, DEFAULT, group, 400, by_layer=False).expected for group in (4, 16))
+    assert sixteen / four == pytest.approx(4 ** (0.4 * 3 / 4), rel=1e-6)
+    assert four == pytest.approx((3 * 0.01 * 4**0.4 + 1.0) / 4, rel=1e-6)  # the level is the mean over texts
+    plain = (3 * 0.01 * 16**0.4 + 1.0) / (3 * 0.01 * 4**0.4 + 1.0)
+    assert sixteen / four > 1.4 > plain
+
+
+def test_nine_of_ten_new_texts_stay_below_what_is_promised() -> None:
+    """Texts from a log-normal distribution: six in the tables, one nobody has seen, a thousand times over."""
+    random, kept = np.random.default_rng(1), 0
+    for _ in range(1000):
+        *seen, new = np.exp(random.normal(-4.5, 0.7, 7))
+        kept += new < math.exp(prediction_bound(np.log(seen)))
+    assert 0.87 <= kept / 1000 <= 0.93
+    logs = np.log([0.005, 0.01, 0.02, 0.03])
+    one_text_more = changed(tables(), lambda each: [math.exp(each) for each in logs])
+    found = one_text_more.kl(4096, DEFAULT, 4, 400, by_layer=False)
+    assert found.promised == pytest.approx(math.exp(prediction_bound(logs)))
+    assert found.expected == pytest.approx(np.exp(logs).mean()) and found.promised > 2 * found.expected
+
+
+@pytest.mark.parametrize(("count", "t"), [(2, 3.078), (3, 1.886), (6, 1.476), (11, 1.372), (31, 1.310)])
+def test_the_bound_is_that_of_student(count: int, t: float) -> None:
+    values = np.random.default_rng(count).normal(0, 1, count)
+    wanted = values.mean() + t * values.std(ddof=1) * math.sqrt(1 + 1 / count)
+    within = 0.05 if count == 2 else 0.004
+    assert prediction_bound(values) - values.mean() == pytest.approx(wanted - values.mean(), rel=within)
 
 
 def test_sketches_go_from_tight_to_rich_within_their_bytes() -> None:
@@ -108,7 +167,7 @@ def test_damaged_tables_are_refused_in_a_sentence(tmp_path: Path) -> None:
     file = tmp_path / "t.safetensors"
     tables().save(file)
     content, tensors = file.read_bytes(), load_file(file)
-    about = {"format": "kvswap-tables", "version": 2, **dataclasses.asdict(tables().facts)}
+    about = {"format": "kvswap-tables", "version": 4, **dataclasses.asdict(tables().facts)}
 
     def write(about: object, tensors: dict[str, np.ndarray]) -> None:
         save_file(tensors, file, metadata={"kvswap": json.dumps(about)})
@@ -120,8 +179,11 @@ def test_damaged_tables_are_refused_in_a_sentence(tmp_path: Path) -> None:
         load_tables(tmp_path / "absent", "abc", LAYERS)
     for changed, words in (
         ({**about, "format": "x"}, "not a kvswap-tables file"),
-        ({**about, "version": 9}, "version 9, this kvswap reads 2"),
+        ({**about, "version": 2}, "version 2, this kvswap reads 4"),
+        ({**about, "version": 3}, "version 3, this kvswap reads 4"),
         ({**about, "qualities": []}, "nothing was measured"),
+        ({**about, "qualities": [{**about["qualities"][0], "kl_by_text": [0.1]}]}, "KL of 1 texts"),
+        ({**about, "qualities": [{**about["qualities"][0], "kl_by_text": [0.1, float("nan")]}]}, "KL of 2 texts"),
         ({**about, "steps": "many"}, "steps"),
         (None, "not a kvswap-tables file"),
     ):

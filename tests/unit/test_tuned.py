@@ -23,7 +23,8 @@ def solution(batch: int, tokens: int, **values: Any) -> Solution:
         reads=100.0,
         read_bytes=1e6,
         reuse_rate=0.5,
-        kl=0.01,
+        expected_kl=0.01,
+        promised_kl=0.02,
         memory_parts={"sketch": 1000},
     )
     values = {"group_tokens": 4, "layer_select_tokens": [200, 400], **values}
@@ -69,7 +70,7 @@ def test_damaged_files_are_refused(tuned: TunedConfig, tmp_path: Path) -> None:
         ({"solutions": [bad_value]}, "group_tokens"),
         ({"solutions": [bad_key]}, "unknown config key"),
         ({"solutions": [stopped]}, "tokens_per_s"),
-        ({"version": 2}, "version 2"),
+        ({"version": 1}, "version 1, this kvswap reads 2"),
         ({"made": None}, "made"),
     ):
         file.write_text(json.dumps({**whole, **changes}))

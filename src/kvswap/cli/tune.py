@@ -49,11 +49,14 @@ if TYPE_CHECKING:
     help="Tables to use, or where to keep them when the file is not there yet.  [default: in the cache folder]",
 )
 @click.option("--force", is_flag=True, help="Use a profile or tables of another machine, model or version.")
-@click.option("--verify", is_flag=True, help="Also run the first solution and compare what it does with the promise.")
+@click.option("--verify", is_flag=True, help="Also run the first solution on a text and compare with the promise.")
 def tune(model: str, out: str, contexts: tuple[int, ...], verify: bool, **options: Any) -> None:
     """Find the parameters for a memory limit: sketch, group size, selection of each layer, room for reuse.
 
     The first time it measures the machine (a minute) and the model (some minutes on calibration text); both are kept.
+
+    The KL to full attention that is promised is one that nine of ten texts stay below, since texts differ a lot in it.
+    What is expected in the mean over texts is said beside it; settings are compared by that.
 
     \b
     Example:
@@ -105,7 +108,9 @@ def show(console: Console, solution: Solution) -> None:
     )
     memory, each = promise.memory_parts, " of each sequence" if solution.batch > 1 else ""
     for line in (
-        f"expected: {promise.tokens_per_s:.1f} tokens/s{each} ({parts}); KL to full attention {promise.kl:.4f}",
+        f"expected: {promise.tokens_per_s:.1f} tokens/s{each} ({parts})",
+        f"quality: KL to full attention {promise.expected_kl:.4f} expected in the mean over texts; promised: 9 of 10 "
+        f"texts stay below {promise.promised_kl:.4f}",
         f"memory: {format_bytes(sum(memory.values()))}: {format_parts(memory)}",
     ):
         console.print(f"  {line}", markup=False, soft_wrap=True)

@@ -33,7 +33,7 @@ def _sketch(chosen: Candidate, found: list[Candidate]) -> str:
     ]
     if not others:
         return f"{text}: no other fits the limit"
-    best = min(others, key=lambda other: other.kl)
+    best = min(others, key=lambda other: other.expected_kl)
     return f"{text}; {best.sketch} would have {_against(best, chosen)}"
 
 
@@ -108,6 +108,7 @@ def _like(chosen: Candidate, found: list[Candidate], key: Callable[[Candidate], 
 
 
 def _against(other: Candidate, chosen: Candidate) -> str:
-    """In words: the other's KL and time as shares of the chosen one's."""
-    kl, time = other.kl / max(chosen.kl, 1e-12) - 1, other.cost.step_s / chosen.cost.step_s - 1
+    """In words: the other's expected KL and time as shares of the chosen one's."""
+    kl = other.expected_kl / max(chosen.expected_kl, 1e-12) - 1
+    time = other.cost.step_s / chosen.cost.step_s - 1
     return f"{kl:+.0%} KL and take {time:+.0%} time"

@@ -31,8 +31,8 @@ from kvswap.sketch.transform import TransformSketch, transform_basis
 from kvswap.window import Window
 
 CONTEXTS = (2048, 7168)
-TEXTS, STEPS = 2, 24
-"""Stretches of text, and steps after each context of each of them."""
+TEXTS, STEPS = 6, 16
+"""Stretches of text, and steps after each context of each. KL differs between texts up to five times."""
 COMMON_GROUPS = (2, 8)
 """Group sizes at which every sketch is measured; the default sketch is measured at all."""
 SINKS, RECENT = Config().sink_tokens, Config().recent_tokens
@@ -68,13 +68,17 @@ def make_tables(
     loaded: LoadedModel,
     *,
     contexts: tuple[int, ...] = CONTEXTS,
+    texts: int = TEXTS,
     steps: int = STEPS,
     on_progress: Progress | None = None,
 ) -> Tables:
-    """Compute tables on calibration text. Raises ModelError, and InputError when the text is too short."""
+    """Compute tables on ``texts`` (at least 2) stretches of calibration text.
+
+    Raises ModelError, and InputError when the text is too short.
+    """
     attachment = Attachment(loaded.model)
     try:
-        return _Maker(attachment, loaded, contexts, steps, on_progress).make()
+        return _Maker(attachment, loaded, contexts, texts, steps, on_progress).make()
     finally:
         attachment.restore()
 
@@ -85,6 +89,7 @@ class _Maker:
         attachment: Attachment,
         loaded: LoadedModel,
         contexts: tuple[int, ...],
+        texts: int,
         steps: int,
         on_progress: Progress | None,
     ) -> None:
@@ -93,17 +98,24 @@ class _Maker:
         self._on_progress = on_progress or (lambda stage, done, total: None)
         longest = int(getattr(self.parts.config, "max_position_embeddings", 0) or max(contexts) + steps)
         self.contexts = sorted({min(each, (longest - steps) // 16 * 16) for each in contexts})
-        text = "\n\n".join(text for _, text in calibration_topics())
-        ids: list[int] = loaded.tokenizer(text, add_special_tokens=False)["input_ids"]
-        # The basis of the sketch was learned from the first tokens, so that they would flatter it.
-        each = self.contexts[-1] + steps
-        self.texts = [
-            ids[start : start + each] for start in range(CALIBRATION_TOKENS, CALIBRATION_TOKENS + TEXTS * each, each)
-        ]
-        if len(self.texts[-1]) < each:
-            needed = CALIBRATION_TOKENS + TEXTS * each
-            raise InputError(f"the calibration text has {len(ids):,} tokens, {needed:,} are needed")
+        self.texts = self._stretches(texts)
         self.settings = settings(self.parts.kv_heads * self.parts.head_dim)
+
+    def _stretches(self, count: int) -> list[list[int]]:
+        """Tokens of each text: behind the first ones, from which the basis of the sketch was learned.
+
+        Prompts overlap where the calibration text is short; the steps after them do not. Raises InputError.
+        """
+        text = "\n\n".join(text for _, text in calibration_topics())
+        ids: list[int] = self.loaded.tokenizer(text, add_special_tokens=False)["input_ids"]
+        each = self.contexts[-1] + self.steps
+        spare = len(ids) - CALIBRATION_TOKENS - each
+        stride = min(each, spare // (count - 1))
+        if stride < self.steps:
+            needed = CALIBRATION_TOKENS + each + (count - 1) * self.steps
+            raise InputError(f"the calibration text has {len(ids):,} tokens, {needed:,} are needed")
+        starts = range(CALIBRATION_TOKENS, len(ids), stride)[:count]
+        return [ids[start : start + each] for start in starts]
 
     def make(self) -> Tables:
         """All texts, in each all contexts from short to long: each goes on with the prompt of the one before."""
@@ -132,7 +144,7 @@ class _Maker:
                 tick()
                 rows = [_selection(each, sketches[each.sketch], mass[each.group_tokens]) for each in self.settings]
                 for setting, found in zip(self.settings, self._rows(cache, rows, forced, tick), strict=True):
-                    kl.setdefault((context, setting), []).extend(_kl(exact, found))
+                    kl.setdefault((context, setting), []).append(_kl(exact, found))
         facts = TablesFacts(
             model=self.loaded.name,
             fingerprint=fingerprint(self.parts),
@@ -141,7 +153,7 @@ class _Maker:
             texts=len(self.texts),
             steps=self.steps,
             contexts=list(self.contexts),
-            qualities=[_quality(context, setting, np.array(found)) for (context, setting), found in kl.items()],
+            qualities=[_quality(context, setting, found) for (context, setting), found in kl.items()],
         )
         return Tables(
             facts,
@@ -217,7 +229,7 @@ def _selection(setting: Setting, sketches: list[LayerSketch], kept: NDArray[np.f
     return Selection(window, layer_groups(kept, window.select_groups) if setting.by_layer else uniform, sketches)
 
 
-def _quality(context: int, setting: Setting, kl: NDArray[np.float64]) -> Quality:
+def _quality(context: int, setting: Setting, kl_by_text: list[float]) -> Quality:
     return Quality(
         tokens=context,
         rank=setting.sketch.rank,
@@ -225,15 +237,13 @@ def _quality(context: int, setting: Setting, kl: NDArray[np.float64]) -> Quality
         group_tokens=setting.group_tokens,
         select_tokens=setting.select_tokens,
         by_layer=setting.by_layer,
-        kl=float(kl.mean()),
-        kl_error=float(kl.std(ddof=1) / np.sqrt(len(kl))),
+        kl_by_text=kl_by_text,
     )
 
 
-def _kl(exact: torch.Tensor, other: torch.Tensor) -> NDArray[np.float64]:
-    """KL(exact || other) in nats of each step."""
-    found: NDArray[np.float64] = (exact.exp() * (exact - other)).sum(-1).double().numpy()
-    return found
+def _kl(exact: torch.Tensor, other: torch.Tensor) -> float:
+    """KL(exact || other) in nats, mean over steps."""
+    return float((exact.exp() * (exact - other)).sum(-1).double().mean())
 
 
 @torch.no_grad()

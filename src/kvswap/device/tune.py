@@ -144,7 +144,8 @@ def promise_of(chosen: Candidate) -> Promise:
         reads=cost.reads,
         read_bytes=cost.read_bytes,
         reuse_rate=chosen.traffic.reuse_rate,
-        kl=chosen.kl,
+        expected_kl=chosen.expected_kl,
+        promised_kl=chosen.promised_kl,
         memory_parts=chosen.memory_parts,
     )
 

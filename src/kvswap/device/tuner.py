@@ -46,7 +46,7 @@ LEAST_GAIN = 0.01
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Candidate:
-    """One combination with its price."""
+    """One combination with its price: step, KL expected in the mean over texts and promised of a text, memory."""
 
     config: Config
     sketch: Sketching
@@ -54,7 +54,8 @@ class Candidate:
     reuse_slots: int
     traffic: Traffic
     cost: StepCost
-    kl: float
+    expected_kl: float
+    promised_kl: float
     memory_parts: dict[str, int]
 
 
@@ -139,7 +140,8 @@ class Pricing:
             reuse_slots=slots,
             traffic=traffic,
             cost=cost,
-            kl=kl,
+            expected_kl=kl.expected,
+            promised_kl=kl.promised,
             memory_parts=parts,
         )
 
@@ -220,14 +222,14 @@ def _with_longer_gaps(
 
 
 def choose(found: list[Candidate], prefer: Prefer) -> Candidate:
-    """The best by what is preferred; the other decides among equals."""
+    """The best by what is preferred; the other decides among equals. Compared are expected KLs, not promised ones."""
     if prefer == "quality":
         fastest_s = min(each.cost.step_s for each in found)
         within = [each for each in found if each.cost.step_s <= TIME_SLACK * fastest_s]
-        return min(within, key=lambda each: (each.kl, each.cost.step_s))
-    best = min(each.kl for each in found)
-    within = [each for each in found if each.kl <= KL_SLACK * best]
-    return min(within, key=lambda each: (each.cost.step_s, each.kl))
+        return min(within, key=lambda each: (each.expected_kl, each.cost.step_s))
+    best = min(each.expected_kl for each in found)
+    within = [each for each in found if each.expected_kl <= KL_SLACK * best]
+    return min(within, key=lambda each: (each.cost.step_s, each.expected_kl))
 
 
 def _configs(pricing: Pricing, request: Request) -> Iterator[Config]:
