@@ -5,9 +5,10 @@
 Texts are those of ``kvswap eval --task agreement --samples 8``: never calibrated on. For every text the prompt is
 computed once, then full attention and all variants take the same tokens of the text one by one, as rows of one batch.
 Relaxed is a sketch of D/8 x 2 bytes a token and layer, tight D/32 x 2, for both methods, with everything that grows
-with tokens counted; one memory limit for all. A file that is there is continued; texts are taken from both ends
-inwards, so that a run that is broken off has spread them too. KL is KL(full || variant) of the next-token distribution,
-in nats.
+with tokens counted; one memory limit for all. ``--tuned FILE`` takes instead what ``kvswap tune`` found for this
+context, beside both methods' tight setting with G = 8 in the same memory. A file that is there is continued; texts are
+taken from both ends inwards, so that a run that is broken off has spread them too. KL is KL(full || variant) of the
+next-token distribution, in nats.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any
 
 from kvswap import Config
 from kvswap.attachment import attach_each
+from kvswap.calibrate import fingerprint
 from kvswap.evals.panel import force_together
 from kvswap.evals.prompts import PromptShelf
 from kvswap.evals.samples import Sample, Source
@@ -29,6 +31,7 @@ from kvswap.evals.text import evaluation_text
 from kvswap.jsonfile import write_json
 from kvswap.models.adapter import inspect
 from kvswap.models.loading import load_model
+from kvswap.tuned import Solution, load_tuned
 
 METHODS = ("kvswap", "kvswap-paper")
 TEXTS, MOST_STEPS = 8, 64  # texts are cut for these, whatever part of them is used
@@ -43,6 +46,13 @@ def variants(elements: int, kv_memory: str) -> dict[str, tuple[str, Config]]:
                 values = Setting(setting, group_tokens).apply(config, elements)
                 found[f"{method} {setting} G{group_tokens}"] = (method, values)
     return found
+
+
+def beside_tuned(elements: int, solution: Solution) -> dict[str, tuple[str, Config]]:
+    """A tuned configuration, then both methods' tight setting with G = 8 under its limit."""
+    tuned = solution.config
+    tight = Setting("tight", 8).apply(Config(kv_memory=tuned.kv_memory), elements)
+    return {"kvswap tuned": ("kvswap", tuned), **{f"{method} tight G8": (method, tight) for method in METHODS}}
 
 
 def run_text(
@@ -98,11 +108,17 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=MOST_STEPS, help=f"at most {MOST_STEPS}")
     parser.add_argument("--kv-memory", default="24MiB")
     parser.add_argument("--prompts", type=Path, help="keep computed prompts there")
+    parser.add_argument("--tuned", type=Path, metavar="FILE", help="a file of kvswap tune instead of the settings")
     parser.add_argument("--json", type=Path, required=True)
     args = parser.parse_args()
     loaded = load_model(args.model, dtype="float32")
     parts = inspect(loaded.model)
-    wanted = variants(parts.kv_heads * parts.head_dim, args.kv_memory)
+    elements = parts.kv_heads * parts.head_dim
+    wanted = variants(elements, args.kv_memory)
+    if args.tuned is not None:
+        tuned = load_tuned(args.tuned)
+        tuned.check_model(fingerprint(parts))
+        wanted = beside_tuned(elements, tuned.nearest(context_tokens=args.context))
     source = Source(tokenizer=loaded.tokenizer, passages=evaluation_text(), seed=0, steps=MOST_STEPS)
     shelf = PromptShelf(args.prompts)
     rows = json.loads(args.json.read_text()) if args.json.exists() else []

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import statistics
 from pathlib import Path
 
 import pytest
 
-from benchmarks.defaults import comparisons, load_results, markdown
+from benchmarks import promises
+from benchmarks.defaults import comparisons, load_results, markdown, unsteadiness
 from kvswap.config import Config
 from kvswap.device.tables import sketchings
 
@@ -33,7 +35,6 @@ def test_group_size_is_the_last_that_doubles_cheaply(means: dict[str, float]) ->
     assert chosen == Config().group_tokens
 
 
-@pytest.mark.xfail(strict=True, reason="0.907 where 0.909 is wanted; an eighth of the cache has no room for it")
 def test_sketch_is_as_good_as_one_of_twice_the_bytes(means: dict[str, float]) -> None:
     assert RICHER * means["sketch: twice the bytes"] >= 1
 
@@ -51,6 +52,24 @@ def test_budgets_by_layer_are_no_default_because_they_gain_little(means: dict[st
     assert means["budgets by layer"] > 0.9
 
 
+def test_ratios_by_text_are_steadier_than_those_of_means() -> None:
+    """Which is why the tuner compares settings text by text. Over all models; a single one may be an exception."""
+    plain, paired = zip(*(unsteadiness(facts) for facts in load_results()), strict=True)
+    assert math.hypot(*paired) < 0.95 * math.hypot(*plain)
+
+
+def test_evaluation_texts_keep_what_is_promised() -> None:
+    """Of texts nobody has seen, nine of ten should stay below; with 8 of each model, one in eight is the step."""
+    found = list(promises.compare())
+    for model in promises.RUNS:
+        own = [each for each in found if each.model == model]
+        assert len(own) >= 4
+        assert sum(each.below for each in own) >= 0.8 * sum(len(each.kl_by_text) for each in own), model
+        for each in own:  # the mean over texts misses the expected one by no more than a promise allows
+            assert each.said.expected < each.said.promised and statistics.fmean(each.kl_by_text) <= each.said.promised
+
+
 def test_docs_show_the_tables() -> None:
     page = (ROOT / "docs" / "tuning.md").read_text()
     assert "\n".join(markdown(load_results())) in page, "run: python benchmarks/defaults.py"
+    assert "\n".join(promises.markdown(list(promises.compare()))) in page, "run: python benchmarks/promises.py"

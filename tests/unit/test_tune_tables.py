@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from kvswap.calibrate import CALIBRATION_TOKENS
 from kvswap.device.machine import version_of
-from kvswap.device.make_tables import settings
+from kvswap.device.make_tables import settings, stretches
 from kvswap.device.tables import (
     GROUPS,
     Quality,
@@ -24,7 +25,7 @@ from kvswap.device.tables import (
     prediction_bound,
     sketchings,
 )
-from kvswap.errors import ConfigError
+from kvswap.errors import ConfigError, InputError
 
 D, LAYERS, CONTEXTS = 192, 4, (1024, 8192)
 DEFAULT = sketchings(D)[0]
@@ -139,6 +140,22 @@ def test_sketches_go_from_tight_to_rich_within_their_bytes() -> None:
     found = sketchings(1024)
     assert [each.token_bytes <= 1024 // share * 2 for each, share in zip(found, (8, 4, 16, 32, 8, 16, 32), strict=True)]
     assert len(set(found)) == len(found) == 7
+
+
+@pytest.mark.parametrize("spare", [0, 300, 100_000])
+def test_texts_lie_behind_the_basis_and_are_forced_over_different_tokens(spare: int) -> None:
+    ids = list(range(CALIBRATION_TOKENS + 1008 + 3 * 8 + spare))
+    texts = stretches(ids, 4, prompt_tokens=1000, steps=8)
+    assert [len(each) for each in texts] == [1008] * 4 and texts[0][0] == CALIBRATION_TOKENS
+    forced = [token for each in texts for token in each[1000:]]
+    assert len(set(forced)) == 4 * 8
+    assert (len(set().union(*texts)) == 4 * 1008) == (spare == 100_000)  # nothing overlaps where there is room
+
+
+def test_too_little_text_for_tables_is_said() -> None:
+    ids = [0] * (CALIBRATION_TOKENS + 1008 + 3 * 8 - 1)
+    with pytest.raises(InputError, match=f"has {len(ids):,} tokens, {len(ids) + 1:,} are needed"):
+        stretches(ids, 4, prompt_tokens=1000, steps=8)
 
 
 def test_round_trip(tmp_path: Path) -> None:

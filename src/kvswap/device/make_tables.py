@@ -83,6 +83,20 @@ def make_tables(
         attachment.restore()
 
 
+def stretches(ids: list[int], count: int, *, prompt_tokens: int, steps: int) -> list[list[int]]:
+    """``count`` texts of ``prompt_tokens`` and ``steps`` more, spread over ``ids`` behind what the basis is from.
+
+    The basis of the sketch was learned from the first tokens, so that they would flatter it. Prompts overlap where
+    there is not enough text; the steps after them do not. Raises InputError.
+    """
+    each = prompt_tokens + steps
+    stride = min(each, (len(ids) - CALIBRATION_TOKENS - each) // (count - 1))
+    if stride < steps:
+        needed = CALIBRATION_TOKENS + each + (count - 1) * steps
+        raise InputError(f"the calibration text has {len(ids):,} tokens, {needed:,} are needed")
+    return [ids[start : start + each] for start in range(CALIBRATION_TOKENS, len(ids), stride)[:count]]
+
+
 class _Maker:
     def __init__(
         self,
@@ -98,24 +112,10 @@ class _Maker:
         self._on_progress = on_progress or (lambda stage, done, total: None)
         longest = int(getattr(self.parts.config, "max_position_embeddings", 0) or max(contexts) + steps)
         self.contexts = sorted({min(each, (longest - steps) // 16 * 16) for each in contexts})
-        self.texts = self._stretches(texts)
-        self.settings = settings(self.parts.kv_heads * self.parts.head_dim)
-
-    def _stretches(self, count: int) -> list[list[int]]:
-        """Tokens of each text: behind the first ones, from which the basis of the sketch was learned.
-
-        Prompts overlap where the calibration text is short; the steps after them do not. Raises InputError.
-        """
         text = "\n\n".join(text for _, text in calibration_topics())
-        ids: list[int] = self.loaded.tokenizer(text, add_special_tokens=False)["input_ids"]
-        each = self.contexts[-1] + self.steps
-        spare = len(ids) - CALIBRATION_TOKENS - each
-        stride = min(each, spare // (count - 1))
-        if stride < self.steps:
-            needed = CALIBRATION_TOKENS + each + (count - 1) * self.steps
-            raise InputError(f"the calibration text has {len(ids):,} tokens, {needed:,} are needed")
-        starts = range(CALIBRATION_TOKENS, len(ids), stride)[:count]
-        return [ids[start : start + each] for start in starts]
+        ids: list[int] = loaded.tokenizer(text, add_special_tokens=False)["input_ids"]
+        self.texts = stretches(ids, texts, prompt_tokens=self.contexts[-1], steps=steps)
+        self.settings = settings(self.parts.kv_heads * self.parts.head_dim)
 
     def make(self) -> Tables:
         """All texts, in each all contexts from short to long: each goes on with the prompt of the one before."""
