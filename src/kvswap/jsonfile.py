@@ -42,18 +42,21 @@ def save_json(path: str | Path, content: dict[str, Any]) -> None:
         ) from error
 
 
-def read_json(path: str | Path, *, kind: str, version: int) -> dict[str, Any]:
-    """The object in a file of ``write_json`` with ``format`` and ``version`` as wanted. Raises ConfigError."""
+def read_json(path: str | Path, *, kind: str, version: int, command: str) -> dict[str, Any]:
+    """The object in a file of ``write_json`` with ``format`` and ``version`` as wanted. Raises ConfigError.
+
+    ``command`` is what makes such a file.
+    """
     try:
         values = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else f"damaged JSON: {error}"
-        raise ConfigError(f"{path}: {reason}", hint=f"give a file that {_maker(kind)} wrote") from error
+        raise ConfigError(f"{path}: {reason}", hint=f"give a file that `{command}` wrote") from error
     if not isinstance(values, dict) or values.get("format") != kind:
-        raise ConfigError(f"{path}: not a {kind} file", hint=f"give a file that {_maker(kind)} wrote")
+        raise ConfigError(f"{path}: not a {kind} file", hint=f"give a file that `{command}` wrote")
     if values.get("version") != version:
         raise ConfigError(
-            f"{path}: version {values.get('version')!r}, this kvswap reads {version}", hint=f"run {_maker(kind)} again"
+            f"{path}: version {values.get('version')!r}, this kvswap reads {version}", hint=f"run `{command}` again"
         )
     return values
 
@@ -123,7 +126,3 @@ def _value(wanted: Any, value: Any, where: str) -> Any:
 
 def _damaged(where: str, what: str) -> ConfigError:
     return ConfigError(f"{where}: damaged: {what}", hint="make the file anew")
-
-
-def _maker(kind: str) -> str:
-    return f"`{kind.replace('-', ' ', 1)}`"

@@ -101,7 +101,7 @@ class TunedConfig:
 
 def load_tuned(path: str | Path) -> TunedConfig:
     """Read what ``save`` wrote. Raises ConfigError for anything else."""
-    values = read_json(path, kind=FORMAT, version=VERSION)
+    values = read_json(path, kind=FORMAT, version=VERSION, command="kvswap tune")
     fields = {key: value for key, value in values.items() if key not in ("format", "version")}
     tuned = build(TunedConfig, fields, str(path))
     if not tuned.solutions:

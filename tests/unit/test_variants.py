@@ -96,7 +96,7 @@ def test_identity_covers_every_setting_and_no_folder(tmp_path: Path) -> None:
         ("kvswap@{}", "{", "config file"),
         ("kvswap@{}", "[]", "not a JSON object"),
         ("kvswap@{}", '{"group_token": 4}', "x.json: unknown config key 'group_token'; did you mean 'group_tokens'"),
-        ("kvswap@{}", '{"format": "kvswap-tuned", "version": 1}', "damaged"),
+        ("kvswap@{}", '{"format": "kvswap-tuned", "version": 2}', "damaged"),
     ],
 )
 def test_mistakes_are_told(method: str, content: str, words: str, tmp_path: Path) -> None:

@@ -135,7 +135,7 @@ def load_profile(
 
     Raises ConfigError for a damaged file, and for one of elsewhere unless ``force``.
     """
-    values = read_json(path, kind=FORMAT, version=VERSION)
+    values = read_json(path, kind=FORMAT, version=VERSION, command="kvswap profile")
     fields = {key: value for key, value in values.items() if key not in ("format", "version")}
     profile = build(Profile, fields, str(path))
     if not profile.disks or any(not disk.bursts for disk in profile.disks):
