@@ -32,7 +32,7 @@ class _Fields:
     store_dtype: str = "auto"
     backend: str = "auto"
     chunk_tokens: int = 512
-    read_depth: int = 64
+    read_depth: int = 1024
     read_gap_bytes: int = 16 << 10
 
 

@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
-from kvswap.native import library, loops
+from kvswap.native import library, loops, threads
 from kvswap.sketch.score import unpack
 
 compiled = pytest.mark.skipif(not loops.available(), reason="no compiled loops: there was no C compiler")
@@ -61,7 +62,7 @@ def test_mass_of_packed_codes(bits: int, heads: int, rank: int, tokens: int, gro
     query = noise(heads, rank) * 0.2
     query[0] *= 40  # one head looks at a single token
     scales = noise(rank, seed=2).abs() + 0.1
-    found = loops.group_mass(tiles_of(codes), query, scales, bits, tokens, group_tokens)
+    found = loops.group_mass(tiles_of(codes)[None], query[None], scales, bits, np.array([tokens]), group_tokens)[0]
     expected = expected_mass(query * scales, codes, bits, tokens, group_tokens)
     assert found.dtype == torch.float32 and found.shape == expected.shape
     assert torch.allclose(found.double(), expected, rtol=1e-4, atol=1e-6)
@@ -72,13 +73,70 @@ def test_mass_of_packed_codes(bits: int, heads: int, rank: int, tokens: int, gro
 def test_chosen_tiles_are_scored_as_if_there_were_no_others() -> None:
     codes = torch.randint(0, 256, (24, 1024), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
     query, scales, chosen = noise(9, 48), noise(48, seed=2).abs(), np.array([1, 2, 9, 13])
-    found = loops.group_mass(tiles_of(codes), query, scales, 4, 896, 4, chosen)
+
+    def score(codes: torch.Tensor, tokens: int, tiles: NDArray[np.int64] | None = None) -> torch.Tensor:
+        return loops.group_mass(tiles_of(codes)[None], query[None], scales, 4, np.array([tokens]), 4, tiles)[0]
+
     alone = torch.cat([codes[:, tile * 64 : tile * 64 + 64] for tile in chosen], 1)
-    assert torch.equal(found, loops.group_mass(tiles_of(alone), query, scales, 4, 256, 4))
-    short = loops.group_mass(tiles_of(codes), query, scales, 4, 880, 4, chosen)  # the last tile has 48 tokens
+    assert torch.equal(score(codes, 896, chosen), score(alone, 256))
+    short = score(codes, 880, chosen)  # the last tile has 48 tokens
     assert short.shape == (60,) and float(short.sum()) == pytest.approx(9, rel=1e-4)
     with pytest.raises(AssertionError):
-        loops.group_mass(tiles_of(codes), query, scales, 4, 832, 4, chosen)
+        score(codes, 832, chosen)
+
+
+@compiled
+@pytest.mark.parametrize("bits", [2, 4])
+@pytest.mark.parametrize("rows", [1, 6, 7, 40])
+def test_all_ways_to_multiply_give_the_same(bits: int, rows: int) -> None:
+    codes = torch.randint(0, 256, (1, 5, rows, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    codes[0, 2] = 255  # the largest codes and queries of one sign: sums of 16 bits are as large as they get
+    query, scales = noise(1, 7, rows * 8 // bits), torch.ones(rows * 8 // bits)
+    query[0, 3] = 0.3
+    found = []
+    for kind in (1, 2, 3):
+        try:
+            found.append(loops.group_mass(codes, query, scales, bits, np.array([300]), 4, kind=kind))
+        except AssertionError as error:
+            assert "this processor has not" in str(error) and kind > 1
+    assert all(torch.equal(each, found[0]) for each in found)
+    assert torch.equal(loops.group_mass(codes, query, scales, bits, np.array([300]), 4), found[0])
+
+
+@compiled
+@pytest.mark.parametrize("threads", [1, 3])
+def test_sequences_of_a_batch_are_scored_as_if_alone(threads: int) -> None:
+    codes = torch.randint(0, 256, (3, 8, 24, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    query, scales, tokens = noise(3, 9, 48), noise(48, seed=2).abs() * 0.1, np.array([512, 20, 300])
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        found = loops.group_mass(codes, query, scales, 4, tokens, 4)
+        torch.set_num_threads(1)
+        one = [slice(b, b + 1) for b in range(3)]
+        alone = [loops.group_mass(codes[b], query[b], scales, 4, tokens[b], 4) for b in one]
+    finally:
+        torch.set_num_threads(before)
+    assert found.shape == (3, 128)
+    for row, each in zip(found, alone, strict=True):
+        assert torch.allclose(row[: each.shape[1]], each[0], rtol=1e-5, atol=1e-12) and not row[each.shape[1] :].any()
+
+
+@compiled
+def test_threads_are_those_of_pytorch() -> None:
+    if "OpenMP" not in torch.__config__.parallel_info().split("ATen parallel backend:")[1]:
+        pytest.skip("this PyTorch computes without OpenMP")
+    assert threads.openmp() is not None
+
+
+@compiled
+@pytest.mark.parametrize("shape", [(1, 9, 3, 64, 96), (3, 4, 2, 16, 600), (2, 8, 8, 32, 5)])
+def test_queries_are_projected_by_the_matrix_of_their_head(shape: tuple[int, ...]) -> None:
+    batch, heads, kv_heads, elements, rank = shape
+    query, matrix = noise(batch, heads, elements), noise(kv_heads, elements, rank, seed=1).half()
+    found = loops.project(query, matrix, 0.25)
+    by_head = (query * 0.25).view(batch, kv_heads, -1, elements) @ matrix.float()
+    assert torch.allclose(found, by_head.view(batch, heads, rank), rtol=1e-4, atol=1e-4)
 
 
 @compiled
@@ -97,14 +155,15 @@ def test_tiles_promise_what_their_best_token_does(bits: int) -> None:
 def test_what_lies_past_the_last_token_does_not_count() -> None:
     codes = torch.full((48, 256), 0x77, dtype=torch.uint8)
     codes[:, 72:] = 0xFF
-    found = loops.group_mass(tiles_of(codes), noise(3, 96).abs(), torch.ones(96), 4, 72, 4)
+    query = noise(1, 3, 96).abs()
+    found = loops.group_mass(tiles_of(codes)[None], query, torch.ones(96), 4, np.array([72]), 4)[0]
     assert torch.allclose(found, torch.full((18,), 3 / 18))
 
 
 @compiled
 def test_a_query_of_zeros_sees_all_tokens_alike() -> None:
     codes = torch.randint(0, 256, (8, 256), dtype=torch.uint8)
-    found = loops.group_mass(tiles_of(codes), torch.zeros(2, 16), torch.ones(16), 4, 64, 4)
+    found = loops.group_mass(tiles_of(codes)[None], torch.zeros(1, 2, 16), torch.ones(16), 4, np.array([64]), 4)[0]
     assert torch.allclose(found, torch.full((16,), 2 / 16))
 
 
@@ -112,12 +171,10 @@ def test_a_query_of_zeros_sees_all_tokens_alike() -> None:
 @pytest.mark.parametrize("count", [1, 7, 50, 200])
 def test_best_groups_with_many_equals(count: int) -> None:
     scores = torch.randint(0, 12, (150,), generator=torch.Generator().manual_seed(3)).float()
-    picked = np.full(count, -1, np.int64)
-    found = loops.top_groups(scores, 20, 140, picked)
-    assert found == min(count, 120)
+    picked = loops.top_groups(torch.stack((scores.flip(0), scores)), 20, [30, 140], count)
     best = sorted(range(20, 140), key=lambda group: (-scores[group], group))[:count]
-    assert picked[:found].tolist() == sorted(best)
-    assert (picked[found:] == -1).all()
+    assert picked[1].tolist() == sorted(best) + [150] * (count - len(best))
+    assert picked.shape == (2, count) and (picked[0, 10:] == 150).all()
 
 
 @compiled
@@ -125,15 +182,13 @@ def test_best_groups_with_many_equals(count: int) -> None:
 def test_best_groups_where_most_have_nothing(count: int) -> None:
     scores = torch.zeros(100)
     scores[[7, 31, 32, 90, 99]] = torch.tensor([0.5, 0.2, 0.9, 0.1, 0.4])
-    picked = np.full(count, -1, np.int64)
-    assert loops.top_groups(scores, 2, 100, picked) == count
     best = sorted(range(2, 100), key=lambda group: (-scores[group], group))[:count]
-    assert picked.tolist() == sorted(best)
+    assert loops.top_groups(scores[None], 2, [100], count)[0].tolist() == sorted(best)
 
 
 @compiled
 def test_no_range_has_no_groups() -> None:
-    assert loops.top_groups(torch.ones(4), 3, 2, np.zeros(2, np.int64)) == 0
+    assert loops.top_groups(torch.ones(1, 4), 3, [2], 1).tolist() == [[4]]
 
 
 @pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")

@@ -27,7 +27,7 @@ def noise(*shape: int) -> torch.Tensor:
 
 
 def gathered(slots: torch.Tensor, index: list[int], shape: tuple[int, int, int, int] = SHAPE) -> torch.Tensor:
-    return loops.gather(slots, np.array(index, np.int64), shape)
+    return loops.gather(slots, np.array(index, np.int64)[None], shape)[:, 0]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -50,6 +50,15 @@ def test_groups_are_gathered_in_the_order_asked_for() -> None:
     assert gathered(slots, []).shape == (2, 3, 0, 8)
     with pytest.raises(AssertionError):
         gathered(slots, [10])
+
+
+def test_a_batch_is_gathered_sequence_by_sequence() -> None:
+    slots = noise(40, 2 * 3 * 4 * 8).half()
+    index = np.random.default_rng(0).integers(0, 40, (5, 7))
+    found = loops.gather(slots, index, SHAPE)
+    assert found.shape == (2, 5, 3, 28, 8)
+    for b, row in enumerate(index):
+        assert torch.equal(found[:, b], gathered(slots, row.tolist()))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -26,6 +26,25 @@
 
 #define INLINE static inline __attribute__((always_inline))
 
+/* A float16 as float, without branches, so that a compiler makes vectors of it. */
+INLINE float half_to_float(uint16_t half) {
+    const uint32_t moved = (uint32_t)(half & 0x7fff) << 13, exponent = moved & 0x0f800000u;
+    const uint32_t one = 113u << 23;
+    uint32_t bits = moved + (112u << 23);
+    float value, smallest, small;
+    bits += exponent == 0x0f800000u ? 112u << 23 : 0u; /* infinite or not a number */
+    const uint32_t subnormal = moved + one;
+    memcpy(&smallest, &one, 4);
+    memcpy(&small, &subnormal, 4);
+    small -= smallest;
+    memcpy(&value, &bits, 4);
+    value = exponent == 0 ? small : value;
+    memcpy(&bits, &value, 4);
+    bits |= (uint32_t)(half & 0x8000) << 16;
+    memcpy(&value, &bits, 4);
+    return value;
+}
+
 /* The value that `count` of `size` values are at least as large as; `values` are reordered, the largest `count` of them
  * to the front. Hoare's selection. */
 INLINE float threshold(float *values, int64_t size, int64_t count) {

@@ -6,65 +6,30 @@
  */
 #include <math.h>
 
-#include "common.h"
+#include "products.h"
+#include "workers.h"
 
-#define VERSION 6   /* of the functions' arguments; library.py must have the same */
-#define TILE 64     /* tokens; groups divide it, and rows of codes may be read up to its multiples */
-#define HEADS 4     /* query heads at once: their sums stay in vector registers */
-#define LEVELS 127  /* of a rounded query, either side of zero */
-#define AHEAD 8     /* tiles */
-#define RUN 32      /* products of 4-bit codes and queries whose sum fits 16 bits: 8 * LEVELS * RUN < 2^15 */
+#define VERSION 7    /* of the functions' arguments; library.py must have the same */
+#define AHEAD 8      /* tiles */
+#define WIDEST 512   /* columns of a matrix that are worked on at a time */
+#define NOTHING 20.f /* logits this far below one that was seen count as none: e^-20 of its weight */
 
-/* exp(x) for x <= 0 to 2e-7 relative: 2^n by the exponent's bits, 2^f on [-1/2, 1/2] by its Taylor polynomial. */
+/* exp(x) for x <= 0 to 3e-6 relative: 2^n by the exponent's bits, 2^f on [-1/2, 1/2] by the polynomial of degree 4 whose
+ * largest error is least. */
 INLINE float exp_below_zero(float x) {
     float t = (x < -87.0f ? -87.0f : x) * 1.44269504f;
     float n = (t + 12582912.0f) - 12582912.0f;
     float f = t - n;
-    float p = 1.54035304e-4f;
-    p = p * f + 1.33335581e-3f;
-    p = p * f + 9.61812911e-3f;
-    p = p * f + 5.55041087e-2f;
-    p = p * f + 2.40226507e-1f;
-    p = p * f + 6.93147181e-1f;
-    p = p * f + 1.0f;
+    float p = 9.5701e-3f;
+    p = p * f + 5.591786e-2f;
+    p = p * f + 2.4024745e-1f;
+    p = p * f + 6.9312181e-1f;
+    p = p * f + 9.9999926e-1f;
     int32_t bits;
     memcpy(&bits, &p, 4);
     bits += (int32_t)n << 23;
     memcpy(&p, &bits, 4);
     return p;
-}
-
-/* One tile of codes less their middle, row k * rows + r from the k-th bits of byte row r. */
-INLINE void unpack(const uint8_t *codes, int64_t rows, const int bits, int16_t *out) {
-    for (int64_t r = 0; r < rows; r++) {
-        const uint8_t *row = codes + r * TILE;
-        for (int k = 0; k < 8 / bits; k++) {
-            int16_t *to = out + (k * rows + r) * TILE;
-            for (int t = 0; t < TILE; t++)
-                to[t] = (int16_t)(((row[t] >> (k * bits)) & ((1 << bits) - 1)) - (1 << (bits - 1)));
-        }
-    }
-}
-
-/* Products of `heads` (known when compiled) rounded queries with one tile: [heads, TILE], times each head's step. */
-INLINE void multiply(const int16_t *query, const float *steps, int64_t rank, const int16_t *codes, const int heads,
-                     float *out) {
-    int32_t sums[HEADS][TILE];
-    memset(sums, 0, sizeof sums);
-    for (int64_t first = 0; first < rank; first += RUN) {
-        const int64_t stop = first + RUN < rank ? first + RUN : rank;
-        int16_t part[HEADS][TILE];
-        memset(part, 0, sizeof part);
-        for (int64_t r = first; r < stop; r++)
-            for (int h = 0; h < heads; h++) {
-                const int16_t q = query[h * rank + r];
-                for (int t = 0; t < TILE; t++) part[h][t] = (int16_t)(part[h][t] + q * codes[r * TILE + t]);
-            }
-        for (int h = 0; h < heads; h++)
-            for (int t = 0; t < TILE; t++) sums[h][t] += part[h][t];
-    }
-    for (int h = 0; h < heads; h++)
-        for (int t = 0; t < TILE; t++) out[h * TILE + t] = (float)sums[h][t] * steps[h];
 }
 
 /* The largest of a tile's values. */
@@ -78,28 +43,16 @@ INLINE float largest(const float *logits) {
     return peaks[0];
 }
 
-/* Exponentials of one head's tile against its own peak, summed by group (known when compiled); returns the peak. */
-INLINE float exponentiate(float *logits, int64_t valid, const int group_tokens, float *sums) {
+/* Exponentials of one head's tile against its own peak, summed by group (known when compiled). */
+INLINE void exponentiate(const float *logits, float peak, const int group_tokens, float *sums) {
     float weights[TILE];
-    if (valid < TILE)
-        for (int t = 0; t < TILE; t++) logits[t] = t < valid ? logits[t] : -INFINITY;
-    const float peak = largest(logits);
     for (int t = 0; t < TILE; t++) weights[t] = exp_below_zero(logits[t] - peak);
     for (int g = 0; g < TILE / group_tokens; g++) {
         float sum = 0.0f;
         for (int t = 0; t < group_tokens; t++) sum += weights[g * group_tokens + t];
         sums[g] = sum;
     }
-    return peak;
 }
-
-#define BY_COUNT(count, call)                   \
-    switch (count) {                            \
-    case 1: { enum { N = 1 }; call; break; }    \
-    case 2: { enum { N = 2 }; call; break; }    \
-    case 3: { enum { N = 3 }; call; break; }    \
-    default: { enum { N = HEADS }; call; break; } \
-    }
 
 #define BY_POWER(count, call)                   \
     switch (count) {                            \
@@ -112,26 +65,60 @@ INLINE float exponentiate(float *logits, int64_t valid, const int group_tokens, 
     default: { enum { N = TILE }; call; break; } \
     }
 
-/* Queries [heads, rank] times `scales` [rank], rounded to LEVELS; `steps` [heads] is what one level is worth. */
-INLINE void round_queries(const float *query, const float *scales, int64_t heads, int64_t rank, int16_t *rounded,
-                          float *steps) {
+/* What a worker needs for itself, in this order from a whole cache line on. */
+typedef struct {
+    void *unpacked; /* of Products: rank * TILE int16 */
+    float *logits;  /* [heads, TILE] */
+    float *tops;    /* [heads]: the largest logit seen */
+    Queries queries;
+} Desk;
+
+/* Levels of a query: rows rounded up to four, so that they can be taken four at a time. */
+INLINE int64_t levels(int64_t rows, int64_t bits) { return (rows + 3) / 4 * 4 * (8 / bits); }
+
+/* Floats of a desk, whole cache lines. */
+INLINE int64_t desk_floats(int64_t rows, int64_t bits, int64_t heads) {
+    const int64_t rank = levels(rows, bits);
+    return (32 + rank * TILE / 2 + heads * (TILE + 3 + rank / 4)) / 16 * 16;
+}
+
+/* A desk with queries [heads, rows * 8 / bits] times `scales`, rounded to LEVELS. */
+INLINE Desk lay_out(float *scratch, const float *query, const float *scales, int64_t rows, int64_t bits,
+                    int64_t heads) {
+    const int64_t parts = 8 / bits, rank = levels(rows, bits), stride = rank / parts;
+    Desk desk;
+    desk.unpacked = (void *)(((uintptr_t)scratch + 63) / 64 * 64);
+    desk.logits = (float *)desk.unpacked + rank * TILE / 2;
+    desk.tops = desk.logits + heads * TILE;
+    float *steps = desk.tops + heads;
+    int32_t *starts = (int32_t *)(steps + heads);
+    int8_t *rounded = (int8_t *)(starts + heads);
+    memset(rounded, 0, (size_t)(heads * rank));
     for (int64_t h = 0; h < heads; h++) {
-        const float *row = query + h * rank;
-        float largest = 1e-30f;
-        for (int64_t r = 0; r < rank; r++) {
+        const float *row = query + h * rows * parts;
+        float most = 1e-30f;
+        int32_t sum = 0;
+        for (int64_t r = 0; r < rows * parts; r++) {
             const float size = fabsf(row[r] * scales[r]);
-            largest = size > largest ? size : largest;
+            most = size > most ? size : most;
         }
-        steps[h] = largest / LEVELS;
-        for (int64_t r = 0; r < rank; r++) {
-            const float level = row[r] * scales[r] / steps[h];
-            rounded[h * rank + r] = (int16_t)(level + (level < 0 ? -0.5f : 0.5f));
-        }
+        steps[h] = most / LEVELS;
+        for (int64_t k = 0; k < parts; k++)
+            for (int64_t r = 0; r < rows; r++) {
+                const float level = row[k * rows + r] * scales[k * rows + r] / steps[h];
+                const int32_t whole = (int32_t)(level + (level < 0 ? -0.5f : 0.5f));
+                rounded[h * rank + k * stride + r] = (int8_t)whole;
+                sum += whole;
+            }
+        starts[h] = -sum * (1 << (bits - 1));
+        desk.tops[h] = -INFINITY;
     }
+    desk.queries = (Queries){heads, rank, stride, rounded, starts, steps};
+    return desk;
 }
 
 /* From sums of exponentials by group against the peaks of their tiles to the softmax over all of them, over heads. */
-INLINE void merge_tiles(float *sums, float *peaks, int64_t heads, int64_t tiles, int64_t per_tile, int64_t groups,
+INLINE void merge_tiles(const float *sums, float *peaks, int64_t heads, int64_t tiles, int64_t per_tile, int64_t groups,
                         float *mass) {
     for (int64_t g = 0; g < groups; g++) mass[g] = 0.0f;
     for (int64_t h = 0; h < heads; h++) {
@@ -152,89 +139,159 @@ INLINE void merge_tiles(float *sums, float *peaks, int64_t heads, int64_t tiles,
     }
 }
 
-/* Estimated attention mass of each group, summed over heads: what a softmax over all tokens gives them.
- *
- * codes    packed, by tiles `tile_bytes` apart, each [rows, TILE] bytes; `tokens` of them count
- * bits     2 or 4
- * query    [heads, rank], rank = rows * 8 / bits, and what its columns are multiplied by, [rank]
- * scratch  heads * (tiles * (TILE / group_tokens + 1) + 1) floats and (heads + TILE) * rank int16, in this order, where
- *          tiles = tokens / TILE rounded up
- * which    the tiles to score, ascending, [tiles], or NULL for all of them; then `tokens` is what all the chosen hold
- * mass     [tokens / group_tokens]; group_tokens divides TILE and tokens
- */
-CLONES EXPORT void kvswap_group_mass(const uint8_t *codes, int64_t tile_bytes, int64_t rows, int64_t bits,
-                                     const float *query, const float *scales, int64_t heads, int64_t tokens,
-                                     int64_t group_tokens, const int64_t *which, float *scratch, float *mass) {
-    const int64_t rank = rows * (8 / bits), per_tile = TILE / group_tokens, tiles = (tokens + TILE - 1) / TILE;
-    float *sums = scratch, *peaks = sums + heads * tiles * per_tile, *steps = peaks + heads * tiles;
-    int16_t *rounded = (int16_t *)(steps + heads), *unpacked = rounded + heads * rank;
-    float logits[HEADS * TILE];
-    round_queries(query, scales, heads, rank, rounded, steps);
-    for (int64_t b = 0; b < tiles; b++) {
-        const uint8_t *tile = codes + (which ? which[b] : b) * tile_bytes;
-        const int64_t valid = tokens - b * TILE < TILE ? tokens - b * TILE : TILE;
-        if (bits == 2)
-            unpack(tile, rows, 2, unpacked);
-        else
-            unpack(tile, rows, 4, unpacked);
-        for (int64_t first = 0; first < heads; first += HEADS) {
-            const int64_t count = heads - first < HEADS ? heads - first : HEADS;
-            BY_COUNT(count, multiply(rounded + first * rank, steps + first, rank, unpacked, N, logits))
-            for (int64_t n = 0; n < count; n++) {
-                const int64_t h = first + n;
-                float *to = sums + (h * tiles + b) * per_tile;
-                BY_POWER(group_tokens, peaks[h * tiles + b] = exponentiate(logits + n * TILE, valid, N, to))
+/* What is shared out to workers; those of the letters that are not told here are told with kvswap_group_mass. */
+typedef struct {
+    const uint8_t *codes;
+    int64_t sequence_bytes, tile_bytes, rows, bits;
+    const float *query, *scales;
+    int64_t heads;
+    const int64_t *tokens;
+    int64_t group_tokens;
+    const int64_t *which;
+    float *mass;
+    int64_t groups;
+    Products *products;
+    int64_t parts;    /* of each sequence's tiles */
+    float *partial;   /* of each sequence: sums [heads, tiles * TILE / group_tokens], then peaks [heads, tiles] */
+    int64_t partial_floats;
+    float *desks;     /* of each worker */
+    int64_t desk_floats;
+} Scoring;
+
+/* One part of one sequence's tiles: sums of exponentials by group, and peaks. */
+CLONES static void score_part(const void *task, int64_t item, int64_t worker) {
+    const Scoring *all = task;
+    const int64_t b = item / all->parts, part = item % all->parts, heads = all->heads;
+    const int64_t tokens = all->tokens[b], tiles = (tokens + TILE - 1) / TILE, per_tile = TILE / all->group_tokens;
+    const int64_t stop = tiles * (part + 1) / all->parts;
+    float *sums = all->partial + b * all->partial_floats, *peaks = sums + heads * tiles * per_tile;
+    Desk desk = lay_out(all->desks + worker * all->desk_floats, all->query + b * heads * all->rows * (8 / all->bits),
+                        all->scales, all->rows, all->bits, heads);
+    for (int64_t n = tiles * part / all->parts; n < stop; n++) {
+        const uint8_t *tile = all->codes + b * all->sequence_bytes + (all->which ? all->which[n] : n) * all->tile_bytes;
+        all->products(tile, all->rows, all->bits, &desk.queries, desk.unpacked, desk.logits);
+        for (int64_t h = 0; h < heads; h++) {
+            float *logits = desk.logits + h * TILE, *to = sums + (h * tiles + n) * per_tile;
+            for (int64_t t = tokens - n * TILE; t < TILE; t++) logits[t] = -INFINITY;
+            const float peak = peaks[h * tiles + n] = largest(logits);
+            if (peak < desk.tops[h] - NOTHING) {
+                memset(to, 0, (size_t)per_tile * sizeof *to);
+                continue;
             }
+            desk.tops[h] = peak > desk.tops[h] ? peak : desk.tops[h];
+            BY_POWER(all->group_tokens, exponentiate(logits, peak, N, to))
         }
     }
-    merge_tiles(sums, peaks, heads, tiles, per_tile, tokens / group_tokens, mass);
 }
 
-/* The best product of one rounded query with the tokens of a tile; rank is at most RUN, so that 16 bits are enough. */
-INLINE int16_t best_product(const int16_t *query, int64_t rank, const int16_t *codes) {
-    int16_t sums[TILE];
-    memset(sums, 0, sizeof sums);
-    for (int64_t r = 0; r < rank; r++)
-        for (int t = 0; t < TILE; t++) sums[t] = (int16_t)(sums[t] + query[r] * codes[r * TILE + t]);
-    int16_t best = INT16_MIN;
-    for (int t = 0; t < TILE; t++) best = sums[t] > best ? sums[t] : best;
-    return best;
+/* The mass of one sequence's groups from what score_part left. */
+CLONES static void merge_sequence(const void *task, int64_t b, int64_t worker) {
+    const Scoring *all = task;
+    const int64_t tokens = all->tokens[b], tiles = (tokens + TILE - 1) / TILE, per_tile = TILE / all->group_tokens;
+    const int64_t groups = tokens / all->group_tokens;
+    float *sums = all->partial + b * all->partial_floats, *mass = all->mass + b * all->groups;
+    (void)worker;
+    merge_tiles(sums, sums + all->heads * tiles * per_tile, all->heads, tiles, per_tile, groups, mass);
+    memset(mass + groups, 0, (size_t)(all->groups - groups) * sizeof *mass);
+}
+
+/* Floats of scratch for scoring `batch` sequences of up to `tiles` tiles by `workers`. */
+EXPORT int64_t kvswap_scratch_floats(int64_t rows, int64_t bits, int64_t heads, int64_t tiles, int64_t group_tokens,
+                                     int64_t batch, int64_t workers) {
+    return workers * desk_floats(rows, bits, heads) + batch * heads * tiles * (TILE / group_tokens + 1);
+}
+
+/* Estimated attention mass of each group, summed over heads: what a softmax over all tokens gives them.
+ *
+ * codes    packed, by sequences `sequence_bytes` and tiles `tile_bytes` apart, each tile [rows, TILE] bytes
+ * bits     2 or 4
+ * query    [batch, heads, rank], rank = rows * 8 / bits, and what its columns are multiplied by, [rank]
+ * tokens   [batch] that count, whole groups; group_tokens divides TILE
+ * which    the tiles to score, ascending, or NULL for all of them; then `tokens` is what all the chosen hold
+ * kind     of products, see products.c; returns whether this processor has it, otherwise nothing was done
+ * scratch  kvswap_scratch_floats
+ * mass     [batch, groups]: zero past a sequence's end
+ */
+EXPORT int64_t kvswap_group_mass(const uint8_t *codes, int64_t sequence_bytes, int64_t tile_bytes, int64_t rows,
+                                 int64_t bits, const float *query, const float *scales, int64_t batch, int64_t heads,
+                                 const int64_t *tokens, int64_t group_tokens, const int64_t *which, int64_t kind,
+                                 int64_t workers, float *scratch, float *mass, int64_t groups) {
+    const int64_t size = desk_floats(rows, bits, heads);
+    int64_t longest = 0;
+    for (int64_t b = 0; b < batch; b++) longest = tokens[b] > longest ? tokens[b] : longest;
+    const int64_t tiles = (longest + TILE - 1) / TILE, each = heads * tiles * (TILE / group_tokens + 1);
+    const int64_t parts = batch < workers ? (workers + batch - 1) / batch : 1;
+    const Scoring all = {codes, sequence_bytes, tile_bytes, rows, bits, query, scales, heads, tokens, group_tokens, which,
+                         mass, groups, kvswap_products(kind), parts, scratch + workers * size, each, scratch, size};
+    if (all.products == NULL) return 0;
+    kvswap_do_all(score_part, &all, batch * parts, workers);
+    kvswap_do_all(merge_sequence, &all, batch, workers);
+    return 1;
+}
+
+/* What is shared out to workers; the letters are those of kvswap_tile_mass. */
+typedef struct {
+    const uint8_t *codes;
+    int64_t tile_bytes, rows, bits;
+    const float *query, *scales;
+    int64_t heads, tiles, parts;
+    float *peaks, *desks;
+    int64_t desk_floats;
+    Products *products;
+} Coarse;
+
+/* Each head's best logit in one part of the tiles. */
+CLONES static void peaks_of_part(const void *task, int64_t part, int64_t worker) {
+    const Coarse *all = task;
+    const int64_t stop = all->tiles * (part + 1) / all->parts;
+    Desk desk = lay_out(all->desks + worker * all->desk_floats, all->query, all->scales, all->rows, all->bits,
+                        all->heads);
+    for (int64_t n = all->tiles * part / all->parts; n < stop; n++) {
+        const uint8_t *tile = all->codes + n * all->tile_bytes, *later = tile + AHEAD * all->tile_bytes;
+        if (n + AHEAD < stop) /* what lies between is skipped, which the processor does not foresee */
+            for (int64_t r = 0; r < all->rows; r++) PREFETCH(later + r * TILE);
+        all->products(tile, all->rows, all->bits, &desk.queries, desk.unpacked, desk.logits);
+        for (int64_t h = 0; h < all->heads; h++) all->peaks[h * all->tiles + n] = largest(desk.logits + h * TILE);
+    }
 }
 
 /* What tiles promise: each head's best logit in them, softmax over tiles, summed over heads. For coarse scores.
  *
- * The arguments are those of kvswap_group_mass; tokens is a multiple of TILE, rows * 8 / bits at most RUN.
+ * The arguments are those of kvswap_group_mass for one sequence; tokens is a multiple of TILE.
  *
- * scratch  heads * (tiles + 1) floats and (heads + TILE) * rank int16, in this order
+ * scratch  kvswap_scratch_floats with groups of TILE tokens
  * mass     [tokens / TILE]
  */
 CLONES EXPORT void kvswap_tile_mass(const uint8_t *codes, int64_t tile_bytes, int64_t rows, int64_t bits,
                                     const float *query, const float *scales, int64_t heads, int64_t tokens,
-                                    float *scratch, float *mass) {
-    const int64_t rank = rows * (8 / bits), tiles = tokens / TILE;
-    float *peaks = scratch, *steps = peaks + heads * tiles;
-    int16_t *rounded = (int16_t *)(steps + heads), *unpacked = rounded + heads * rank;
-    round_queries(query, scales, heads, rank, rounded, steps);
-    for (int64_t b = 0; b < tiles; b++) {
-        const uint8_t *tile = codes + b * tile_bytes, *later = tile + AHEAD * tile_bytes;
-        if (b + AHEAD < tiles) /* what lies between is skipped, which the processor does not foresee */
-            for (int64_t r = 0; r < rows; r++) PREFETCH(later + r * TILE);
-        if (bits == 2)
-            unpack(tile, rows, 2, unpacked);
-        else
-            unpack(tile, rows, 4, unpacked);
-        for (int64_t h = 0; h < heads; h++)
-            peaks[h * tiles + b] = steps[h] * best_product(rounded + h * rank, rank, unpacked);
-    }
-    for (int64_t b = 0; b < tiles; b++) mass[b] = 0.0f;
-    for (int64_t h = 0; h < heads; h++) {
-        float *row = peaks + h * tiles, top = -INFINITY, all = 0.0f;
-        for (int64_t b = 0; b < tiles; b++) top = row[b] > top ? row[b] : top;
-        for (int64_t b = 0; b < tiles; b++) {
-            row[b] = exp_below_zero(row[b] - top);
-            all += row[b];
+                                    int64_t workers, float *scratch, float *mass) {
+    const int64_t tiles = tokens / TILE, size = desk_floats(rows, bits, heads);
+    float *sums = scratch + workers * size, *peaks = sums + heads * tiles;
+    const Coarse all = {codes, tile_bytes, rows, bits, query, scales, heads, tiles, workers, peaks, scratch, size,
+                        kvswap_products(0)};
+    kvswap_do_all(peaks_of_part, &all, workers, workers);
+    for (int64_t i = 0; i < heads * tiles; i++) sums[i] = 1.0f;
+    merge_tiles(sums, peaks, heads, tiles, 1, tiles, mass);
+}
+
+/* Queries [batch, kv_heads * each, elements] times the matrix of their KV head, float16 [kv_heads, elements, rank],
+ * and `scaling`: [batch, kv_heads * each, rank]. */
+CLONES EXPORT void kvswap_project(const float *query, const uint16_t *matrix, int64_t batch, int64_t kv_heads,
+                                  int64_t each, int64_t elements, int64_t rank, float scaling, float *out) {
+    const int64_t heads = kv_heads * each;
+    float row[WIDEST];
+    memset(out, 0, (size_t)(batch * heads * rank) * sizeof *out);
+    for (int64_t first = 0; first < rank; first += WIDEST) {
+        const int64_t count = rank - first < WIDEST ? rank - first : WIDEST;
+        for (int64_t i = 0; i < kv_heads * elements; i++) {
+            for (int64_t r = 0; r < count; r++) row[r] = half_to_float(matrix[i * rank + first + r]);
+            for (int64_t n = 0; n < batch * each; n++) {
+                const int64_t place = n / each * heads + i / elements * each + n % each;
+                const float factor = query[place * elements + i % elements] * scaling;
+                float *to = out + place * rank + first;
+                for (int64_t r = 0; r < count; r++) to[r] += factor * row[r];
+            }
         }
-        for (int64_t b = 0; b < tiles; b++) mass[b] += row[b] / all;
     }
 }
 
@@ -245,7 +302,7 @@ CLONES EXPORT void kvswap_tile_mass(const uint8_t *codes, int64_t tile_bytes, in
  * scratch  [end - first]
  * picked   [count]
  */
-EXPORT int64_t kvswap_top_groups(const float *scores, int64_t first, int64_t end, int64_t count, float *scratch,
+INLINE int64_t best_groups(const float *scores, int64_t first, int64_t end, int64_t count, float *scratch,
                                  int64_t *picked) {
     int64_t size = 0, found = 0, equals = 0;
     if (end - first <= count) {
@@ -265,6 +322,17 @@ EXPORT int64_t kvswap_top_groups(const float *scores, int64_t first, int64_t end
     for (int64_t g = first; g < end; g++)
         if (scores[g] > limit || (scores[g] == limit && equals-- > 0)) picked[found++] = g;
     return found;
+}
+
+/* best_groups of each row of scores [rows, groups]: picked [rows, count], where `groups` stands for none. */
+EXPORT void kvswap_top_groups(const float *scores, int64_t rows, int64_t groups, int64_t first, const int64_t *ends,
+                              int64_t count, float *scratch, int64_t *picked) {
+    for (int64_t b = 0; b < rows; b++) {
+        int64_t *to = picked + b * count;
+        const int64_t end = ends[b] < first ? first : ends[b];
+        for (int64_t n = best_groups(scores + b * groups, first, end, count, scratch, to); n < count; n++)
+            to[n] = groups;
+    }
 }
 
 EXPORT int64_t kvswap_version(void) { return VERSION; }

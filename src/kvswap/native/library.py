@@ -1,4 +1,4 @@
-"""Finds and loads what ``kernels.c`` was compiled to. Loads nothing slow itself."""
+"""Finds and loads what the C sources here were compiled to. Loads nothing slow itself."""
 
 from __future__ import annotations
 
@@ -6,18 +6,21 @@ import ctypes
 import importlib.util
 from functools import lru_cache
 
-VERSION = 6
+VERSION = 7
 """Of the functions' arguments; ``kernels.c`` must have the same."""
 
-_P, _I = ctypes.c_void_p, ctypes.c_int64  # a pointer, a number
+_P, _I, _F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float  # a pointer, numbers
 _SIGNATURES: dict[str, tuple[tuple[type, ...], type | None]] = {
-    "group_mass": ((_P, _I, _I, _I, _P, _P, _I, _I, _I, _P, _P, _P), None),
-    "tile_mass": ((_P, _I, _I, _I, _P, _P, _I, _I, _P, _P), None),
-    "top_groups": ((_P, _I, _I, _I, _P, _P), _I),
+    "use_threads": ((_P, _P, _P), None),
+    "group_mass": ((_P, _I, _I, _I, _I, _P, _P, _I, _I, _P, _I, _P, _I, _I, _P, _P, _I), _I),
+    "scratch_floats": ((_I, _I, _I, _I, _I, _I, _I), _I),
+    "tile_mass": ((_P, _I, _I, _I, _P, _P, _I, _I, _I, _P, _P), None),
+    "project": ((_P, _P, _I, _I, _I, _I, _I, _F, _P), None),
+    "top_groups": ((_P, _I, _I, _I, _P, _I, _P, _P), None),
     "lookup": ((_P, _I, _I, _P, _P, _I, _I, _I, _P, _I, _P, _P, _P), _I),
     "plan_reads": ((_P, _P, _I, _I, _I, _P, _P, _P, _P, _P, _P), _I),
     "admit": ((_P, _I, _I, _P, _P, _P, _P, _I, _I, _I, _P, _I, _I, _P, _P, _I, _P, _P, _I, _I), _I),
-    "gather": ((_P, _I, _P, _I, _I, _I, _I, _P), None),
+    "gather": ((_P, _I, _P, _I, _I, _I, _I, _I, _I, _P), None),
     "put_tokens": ((_P, _I, _I, _P, _P, _I, _I, _I, _I, _I, _P, _P, _P), _I),
 }
 """Arguments and result of each function, whose name begins with ``kvswap_`` there."""

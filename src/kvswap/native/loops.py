@@ -6,16 +6,17 @@ Each has a twin in plain torch, which is used on other devices and where nothing
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from kvswap.native.library import available as available
-from kvswap.native.library import library
+from kvswap.native.threads import library
 
 TILE_TOKENS = 64
 MAX_CODE_BITS = 4
-COARSE_ROWS = 32
 
 
 def scores_here(bits: int, group_tokens: int, device: torch.device) -> bool:
@@ -33,69 +34,75 @@ def group_mass(
     query: torch.Tensor,
     scales: torch.Tensor,
     bits: int,
-    tokens: int,
+    tokens: NDArray[np.int64],
     group_tokens: int,
     tiles: NDArray[np.int64] | None = None,
+    *,
+    kind: int = 0,
 ) -> torch.Tensor:
     """Estimated attention mass of each group, as ``kvswap.predict.mass.group_mass`` has it, from packed codes.
+
+    Shared out to the threads that PyTorch uses.
 
     Parameters
     ----------
     codes
-        ``[tiles, R * bits / 8, 64]`` uint8, rows contiguous; whole groups, ``tokens`` (a multiple of G) of them count.
+        ``[B, tiles, R * bits / 8, 64]`` uint8, rows contiguous; whole groups.
     query, scales
-        ``[H_q, R]`` and ``[R]`` float32: their product is rounded to 8 bits.
+        ``[B, H_q, R]`` and ``[R]`` float32: their product is rounded to 8 bits.
+    tokens
+        ``[B]``: how many count, multiples of G.
     tiles
-        Score these runs of 64 tokens alone (ascending), as if there were no others.
+        Of one sequence, score these runs of 64 tokens alone (ascending), as if there were no others.
+    kind
+        How products are made: by words (1), by two bytes (2), by four (3), or the best of what this processor can (0).
 
     Returns
     -------
-    ``[tokens / G]`` float32, or ``[n]`` for the groups of the ``tiles``.
+    ``[B, N]`` float32, zero past a sequence's end; N are the groups of the longest, or those of the ``tiles``.
     """
-    heads, rank = query.shape
-    count = -(-tokens // TILE_TOKENS)
-    assert codes.stride()[1:] == (TILE_TOKENS, 1) and len(codes) >= count
+    batch, heads, rank = query.shape
+    assert codes.stride()[2:] == (TILE_TOKENS, 1) and rank == codes.shape[2] * 8 // bits
+    assert codes.shape[1] * TILE_TOKENS >= int(tokens.max())
     if tiles is not None:
-        assert len(tiles) and int(tiles[0]) >= 0 and int(tiles[-1]) < count
-        tiles = np.ascontiguousarray(tiles)
-        tokens = min((len(tiles) - 1) * TILE_TOKENS + tokens - int(tiles[-1]) * TILE_TOKENS, len(tiles) * TILE_TOKENS)
-        count = len(tiles)
-    floats = heads * (count * (TILE_TOKENS // group_tokens + 1) + 1) + -(-(heads + TILE_TOKENS) * rank // 2)
-    scratch, mass = torch.empty(floats), torch.empty(tokens // group_tokens)
-    compiled = library()
+        assert batch == 1
+        tiles, tokens = _of_tiles(tiles, int(tokens[0]))
+    longest = int(tokens.max())
+    count = -(-longest // TILE_TOKENS)
+    workers, compiled = torch.get_num_threads(), library()
     assert compiled is not None
-    query, scales = query.contiguous(), scales.contiguous()
-    compiled.kvswap_group_mass(
-        codes.data_ptr(),
-        codes.stride(0),
-        codes.shape[1],
-        bits,
-        query.data_ptr(),
-        scales.data_ptr(),
-        heads,
-        tokens,
-        group_tokens,
-        None if tiles is None else tiles.ctypes.data,
-        scratch.data_ptr(),
-        mass.data_ptr(),
-    )
+    floats = compiled.kvswap_scratch_floats(codes.shape[2], bits, heads, count, group_tokens, batch, workers)
+    scratch, mass = torch.empty(floats), torch.empty(batch, longest // group_tokens)
+    query, scales, tokens = query.contiguous(), scales.contiguous(), np.ascontiguousarray(tokens, np.int64)
+    layout = codes.data_ptr(), *codes.stride()[:2], codes.shape[2], bits, query.data_ptr(), scales.data_ptr()
+    chosen = None if tiles is None else tiles.ctypes.data
+    sizes = batch, heads, tokens.ctypes.data, group_tokens, chosen, kind, workers
+    known = compiled.kvswap_group_mass(*layout, *sizes, scratch.data_ptr(), mass.data_ptr(), mass.shape[1])
+    assert known, f"products of kind {kind}, which this processor has not"
     return mass
+
+
+def _of_tiles(tiles: NDArray[np.int64], tokens: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Some tiles of a sequence as C takes them, and ``[1]`` how many tokens they hold: the last may be a begun one."""
+    assert len(tiles) and int(tiles[0]) >= 0 and int(tiles[-1]) * TILE_TOKENS < tokens
+    rest = min(TILE_TOKENS, tokens - int(tiles[-1]) * TILE_TOKENS)
+    return np.ascontiguousarray(tiles, np.int64), np.array([(len(tiles) - 1) * TILE_TOKENS + rest])
 
 
 def tile_mass(codes: torch.Tensor, query: torch.Tensor, scales: torch.Tensor, bits: int, tokens: int) -> torch.Tensor:
     """What tiles of 64 tokens promise, ``[tokens / 64]`` float32: every head's best logit, softmax over tiles, summed.
 
-    The arguments are those of ``group_mass``; ``tokens`` is a multiple of 64, R at most ``COARSE_ROWS``.
+    The arguments are those of ``group_mass`` for one sequence, without B; ``tokens`` is a multiple of 64.
     """
     heads, rank = query.shape
     tiles = tokens // TILE_TOKENS
-    assert rank <= COARSE_ROWS
-    assert tokens % TILE_TOKENS == 0
+    assert tokens % TILE_TOKENS == 0 and rank == codes.shape[1] * 8 // bits
     assert codes.stride()[1:] == (TILE_TOKENS, 1) and len(codes) >= tiles
-    scratch = torch.empty(heads * (tiles + 1) + -(-(heads + TILE_TOKENS) * rank // 2))
-    mass = torch.empty(tiles)
     compiled = library()
     assert compiled is not None
+    workers = torch.get_num_threads()
+    floats = compiled.kvswap_scratch_floats(codes.shape[1], bits, heads, tiles, TILE_TOKENS, 1, workers)
+    scratch, mass = torch.empty(floats), torch.empty(tiles)
     query, scales = query.contiguous(), scales.contiguous()
     compiled.kvswap_tile_mass(
         codes.data_ptr(),
@@ -106,25 +113,62 @@ def tile_mass(codes: torch.Tensor, query: torch.Tensor, scales: torch.Tensor, bi
         scales.data_ptr(),
         heads,
         tokens,
+        workers,
         scratch.data_ptr(),
         mass.data_ptr(),
     )
     return mass
 
 
-def top_groups(scores: torch.Tensor, first: int, end: int, picked: NDArray[np.int64]) -> int:
-    """Write the best groups of ``[first, end)`` into ``picked``, ascending, as many as it holds; returns how many.
+def project(query: torch.Tensor, matrix: torch.Tensor, scaling: float) -> torch.Tensor:
+    """Queries times the matrix of their KV head and ``scaling``: ``[B, H_q, R]`` float32.
 
-    ``scores`` ``[N]`` float32 on the CPU, contiguous.
+    ``query`` is ``[B, H_q, d]`` float32, ``matrix`` ``[H_kv, d, R]`` float16, both on the CPU.
     """
+    batch, heads, elements = query.shape
+    kv_heads, _, rank = matrix.shape
+    assert query.dtype == torch.float32 and matrix.dtype == torch.float16 and matrix.is_contiguous()
+    assert matrix.shape[1] == elements and heads % kv_heads == 0
+    query, found = query.contiguous(), torch.empty(batch, heads, rank)
     compiled = library()
     assert compiled is not None
-    assert scores.dtype == torch.float32 and scores.is_contiguous() and end <= len(scores)
-    scratch = torch.empty(max(0, end - first))
-    found: int = compiled.kvswap_top_groups(
-        scores.data_ptr(), first, max(first, end), len(picked), scratch.data_ptr(), picked.ctypes.data
+    compiled.kvswap_project(
+        query.data_ptr(),
+        matrix.data_ptr(),
+        batch,
+        kv_heads,
+        heads // kv_heads,
+        elements,
+        rank,
+        scaling,
+        found.data_ptr(),
     )
     return found
+
+
+def top_groups(scores: torch.Tensor, first: int, ends: Sequence[int], count: int) -> NDArray[np.int64]:
+    """The ``count`` best groups of ``[first, ends[b])`` in each row, ascending, then N where there are no more.
+
+    ``scores`` ``[B, N]`` float32 on the CPU, contiguous; returns ``[B, count]``.
+    """
+    rows, groups = scores.shape
+    limits = np.array(ends, np.int64)
+    assert scores.dtype == torch.float32 and scores.is_contiguous() and len(limits) == rows
+    assert first >= 0 and int(limits.max()) <= groups
+    scratch, picked = torch.empty(max(1, groups)), np.empty((rows, count), np.int64)
+    compiled = library()
+    assert compiled is not None
+    compiled.kvswap_top_groups(
+        scores.data_ptr(),
+        rows,
+        groups,
+        first,
+        limits.ctypes.data,
+        count,
+        scratch.data_ptr(),
+        picked.ctypes.data,
+    )
+    return picked
 
 
 def converts_here(stored: torch.dtype, wanted: torch.dtype, device: torch.device) -> bool:
@@ -134,32 +178,37 @@ def converts_here(stored: torch.dtype, wanted: torch.dtype, device: torch.device
 
 
 def gather(slots: torch.Tensor, index: NDArray[np.int64], shape: tuple[int, int, int, int]) -> torch.Tensor:
-    """Groups in slots as K, V in order of tokens, ``[2, H_kv, n * G, d]`` float32.
+    """Groups in slots as K, V in order of tokens, ``[2, B, H_kv, n * G, d]`` float32.
+
+    Shared out to the threads that PyTorch uses.
 
     Parameters
     ----------
     slots
         ``[slots, slot_elements]`` float16 or bfloat16 on the CPU, contiguous rows.
     index
-        ``[n]``: slots to take, in order.
+        ``[B, n]``: slots to take, in order.
     shape
         ``(2, H_kv, G, d)`` of a group, which its slot begins with.
     """
     compiled = library()
     assert compiled is not None
     _, heads, group_tokens, head_dim = shape
+    batch, count = index.shape
     assert slots.stride(1) == 1 and 2 * heads * group_tokens * head_dim <= slots.shape[1]
-    assert len(index) == 0 or (int(index.min()) >= 0 and int(index.max()) < len(slots))
-    index = np.ascontiguousarray(index)
-    result = torch.empty(2, heads, len(index) * group_tokens, head_dim)
+    assert index.size == 0 or (int(index.min()) >= 0 and int(index.max()) < len(slots))
+    index = np.ascontiguousarray(index, np.int64)
+    result = torch.empty(2, batch, heads, count * group_tokens, head_dim)
     compiled.kvswap_gather(
         slots.data_ptr(),
         slots.stride(0),
         index.ctypes.data,
-        len(index),
+        batch,
+        count,
         heads,
         group_tokens * head_dim,
         int(slots.dtype == torch.bfloat16),
+        torch.get_num_threads(),
         result.data_ptr(),
     )
     return result

@@ -5,6 +5,7 @@
 #include <math.h>
 
 #include "common.h"
+#include "workers.h"
 
 #define HALF_MAX 65504.0f
 
@@ -123,25 +124,6 @@ EXPORT int64_t kvswap_admit(int32_t *table, int64_t places, int64_t layer_keys, 
     return kept;
 }
 
-/* A float16 as float, without branches, so that a compiler makes vectors of it. */
-INLINE float half_to_float(uint16_t half) {
-    const uint32_t moved = (uint32_t)(half & 0x7fff) << 13, exponent = moved & 0x0f800000u;
-    const uint32_t one = 113u << 23;
-    uint32_t bits = moved + (112u << 23);
-    float value, smallest, small;
-    bits += exponent == 0x0f800000u ? 112u << 23 : 0u; /* infinite or not a number */
-    const uint32_t subnormal = moved + one;
-    memcpy(&smallest, &one, 4);
-    memcpy(&small, &subnormal, 4);
-    small -= smallest;
-    memcpy(&value, &bits, 4);
-    value = exponent == 0 ? small : value;
-    memcpy(&bits, &value, 4);
-    bits |= (uint32_t)(half & 0x8000) << 16;
-    memcpy(&value, &bits, 4);
-    return value;
-}
-
 INLINE float brain_to_float(uint16_t half) {
     const uint32_t bits = (uint32_t)half << 16;
     float value;
@@ -149,26 +131,48 @@ INLINE float brain_to_float(uint16_t half) {
     return value;
 }
 
+/* What gathering for B sequences shares out to threads. The letters are those of kvswap_gather. */
+typedef struct {
+    const uint16_t *slots;
+    int64_t slot_elements;
+    const int64_t *index;
+    int64_t batch, count, heads, run, brain;
+    float *out;
+    int64_t parts; /* of each sequence's groups */
+} Gathering;
+
+/* One part of one sequence's groups. */
+CLONES static void gather_part(const void *task, int64_t item, int64_t worker) {
+    const Gathering *all = task;
+    const int64_t run = all->run, b = item / all->parts, part_of = item % all->parts;
+    const int64_t stop = all->count * (part_of + 1) / all->parts;
+    (void)worker;
+    for (int64_t n = all->count * part_of / all->parts; n < stop; n++) {
+        const uint16_t *slot = all->slots + all->index[b * all->count + n] * all->slot_elements;
+        for (int64_t part = 0; part < 2; part++)
+            for (int64_t h = 0; h < all->heads; h++) {
+                const uint16_t *from = slot + (part * all->heads + h) * run;
+                float *to = all->out + (((part * all->batch + b) * all->heads + h) * all->count + n) * run;
+                if (all->brain)
+                    for (int64_t i = 0; i < run; i++) to[i] = brain_to_float(from[i]);
+                else
+                    for (int64_t i = 0; i < run; i++) to[i] = half_to_float(from[i]);
+            }
+    }
+}
+
 /* Groups in slots to K, V in order of tokens, as floats.
  *
  * slots  rows of `slot_elements` 16-bit elements, each a group [2, heads, run] and padding; run = group_tokens * head_dim
- * index  [count] rows to take, in order
+ * index  [batch, count] rows to take, in order
  * brain  whether elements are bfloat16, else float16
- * out    [2, heads, count * run]
+ * out    [2, batch, heads, count * run]
  */
-CLONES EXPORT void kvswap_gather(const uint16_t *slots, int64_t slot_elements, const int64_t *index, int64_t count,
-                                 int64_t heads, int64_t run, int64_t brain, float *out) {
-    for (int64_t n = 0; n < count; n++) {
-        const uint16_t *slot = slots + index[n] * slot_elements;
-        for (int64_t part = 0; part < 2 * heads; part++) {
-            const uint16_t *from = slot + part * run;
-            float *to = out + (part * count + n) * run;
-            if (brain)
-                for (int64_t i = 0; i < run; i++) to[i] = brain_to_float(from[i]);
-            else
-                for (int64_t i = 0; i < run; i++) to[i] = half_to_float(from[i]);
-        }
-    }
+EXPORT void kvswap_gather(const uint16_t *slots, int64_t slot_elements, const int64_t *index, int64_t batch,
+                          int64_t count, int64_t heads, int64_t run, int64_t brain, int64_t workers, float *out) {
+    const int64_t parts = batch < workers ? (workers + batch - 1) / batch : 1;
+    const Gathering all = {slots, slot_elements, index, batch, count, heads, run, brain, out, parts};
+    kvswap_do_all(gather_part, &all, batch * parts, workers);
 }
 
 /* A float as float16, to nearest, ties to even; what is larger than the largest becomes that. No branches. */

@@ -7,7 +7,6 @@ do not outvote those that look for something.
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 
 from kvswap.native import loops
@@ -57,10 +56,7 @@ def top_groups(scores: torch.Tensor, first: int, ends: list[int], count: int) ->
     """
     groups = scores.shape[1]
     if scores.device.type == "cpu" and loops.available():
-        best = np.full((len(ends), count), groups, np.int64)
-        for row, end in enumerate(ends):
-            loops.top_groups(scores[row], first, end, best[row])
-        return torch.from_numpy(best)
+        return torch.from_numpy(loops.top_groups(scores, first, ends, count))
     low, high = first, max(ends)
     window = scores[:, low:high]
     for row, end in enumerate(ends):

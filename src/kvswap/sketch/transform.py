@@ -16,6 +16,8 @@ weight, of which a tile of 64 tokens keeps the best, then the tokens of the best
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -146,23 +148,33 @@ class TransformSketch(LayerSketch):
         if not loops.scores_here(self.bits, group_tokens, query.device):
             return super().group_mass(query, scaling, group_tokens)
         low_rank = self.low_rank(query, scaling)
-        found = [self._group_mass(b, each, group_tokens) for b, each in enumerate(low_rank)]
+        if int(self.tokens.max()) <= FLAT_TOKENS:
+            tiles = self._codes.tiles
+            return loops.group_mass(tiles, low_rank, self._rows[1], self.bits, self.tokens, group_tokens)
+        found = [self._two_levels(b, each, group_tokens) for b, each in enumerate(low_rank)]
         return found[0][None] if len(found) == 1 else pad_sequence(found, batch_first=True)
 
-    def _group_mass(self, sequence: int, low_rank: torch.Tensor, group_tokens: int) -> torch.Tensor:
+    def low_rank(self, query: torch.Tensor, scaling: float) -> torch.Tensor:
+        """Scaled queries projected; see the base class."""
+        if query.device.type == "cpu" and query.dtype == torch.float32 and loops.available():
+            return loops.project(query, self._by_head, scaling)
+        return super().low_rank(query, scaling)
+
+    def _two_levels(self, sequence: int, low_rank: torch.Tensor, group_tokens: int) -> torch.Tensor:
         """Mass of one sequence's groups, ``[N]``; past ``FLAT_TOKENS`` only of those in the tiles that look best."""
         codes, tokens = self._codes.tiles[sequence], int(self.tokens[sequence])
+        score = partial(loops.group_mass, codes[None], low_rank[None], self._rows[1], self.bits)
         if tokens <= FLAT_TOKENS:
-            return loops.group_mass(codes, low_rank, self._rows[1], self.bits, tokens, group_tokens)
+            return score(self.tokens[sequence : sequence + 1], group_tokens)[0]
         tile_tokens, parts = loops.TILE_TOKENS, 8 // self.bits
-        few = min(codes.shape[1], loops.COARSE_ROWS * self.bits // 8, max(2, codes.shape[1] // COARSE_SHARE))
+        few = min(codes.shape[1], max(2, codes.shape[1] // COARSE_SHARE))
         columns = low_rank.unflatten(1, (parts, -1))[:, :, :few].flatten(1)
         scales = self._rows[1].unflatten(0, (parts, -1))[:, :few].flatten()
         whole, rest = divmod(tokens, tile_tokens)
         coarse = loops.tile_mass(codes[:, :few], columns, scales, self.bits, whole * tile_tokens)
-        tiles = np.full(FINE_TOKENS // tile_tokens + (rest > 0), whole, np.int64)  # a begun tile is always in
-        loops.top_groups(coarse, 0, whole, tiles[: FINE_TOKENS // tile_tokens])
-        fine = loops.group_mass(codes, low_rank, self._rows[1], self.bits, tokens, group_tokens, tiles)
+        best = loops.top_groups(coarse[None], 0, [whole], FINE_TOKENS // tile_tokens)[0]
+        tiles = np.append(best, np.full(int(rest > 0), whole))  # a begun tile is always in
+        fine = score(self.tokens[sequence : sequence + 1], group_tokens, tiles)[0]
         mass = torch.zeros(whole + (rest > 0), tile_tokens // group_tokens)
         padded = torch.nn.functional.pad(fine, (0, -len(fine) % mass.shape[1]))
         mass[torch.from_numpy(tiles)] = padded.view(len(tiles), -1)

@@ -287,8 +287,8 @@ class SlotPool:
         """Copy of slots ``[B, W]`` as ``[2, B, H_kv, W * G, d]`` of ``dtype``, in the order of the slots."""
         rows = self._rows[self.dtypes[layer]]
         batch, width = slots.shape
-        if batch == 1 and loops.converts_here(rows.dtype, dtype, rows.device):
-            return loops.gather(rows, slots[0], self.layout.group_shape)[:, None]
+        if loops.converts_here(rows.dtype, dtype, rows.device):
+            return loops.gather(rows, slots, self.layout.group_shape)
         index = torch.from_numpy(slots.reshape(-1)).to(rows.device)
         picked = rows.index_select(0, index)[:, : self.layout.group_elements]
         kv = picked.unflatten(1, self.layout.group_shape).unflatten(0, (batch, width)).permute(2, 0, 3, 1, 4, 5)

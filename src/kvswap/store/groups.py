@@ -241,7 +241,7 @@ class TileReader:
         raw = torch.from_numpy(slab.array)[: count * layout.slot_bytes].view(self._dtype)
         rows = raw.view(count, layout.slot_elements)
         if loops.converts_here(rows.dtype, torch.float32, rows.device):
-            keys, values = loops.gather(rows, np.arange(count), layout.group_shape)
+            keys, values = loops.gather(rows, np.arange(count)[None], layout.group_shape)[:, 0]
             return keys, values
         groups = rows[:, : layout.group_elements].unflatten(1, layout.group_shape)
         keys, values = (groups[:, part].transpose(0, 1).flatten(1, 2) for part in (0, 1))
