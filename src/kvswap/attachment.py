@@ -282,8 +282,7 @@ def _turn(parts: ModelParts, keys: torch.Tensor, positions: torch.Tensor, invers
         scale = cos.square() + sin.square()  # some kinds of RoPE also scale
         cos, sin = cos / scale, -sin / scale
     assert part.rope is not None
-    turned: torch.Tensor = part.rope(keys[None], keys[None], cos, sin)[1][0]
-    return turned
+    return part.rope(keys.transpose(0, 1), cos[0, :, None], sin[0, :, None]).transpose(0, 1)
 
 
 @torch.no_grad()

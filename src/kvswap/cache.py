@@ -248,10 +248,8 @@ class KVSwapCache(LayerMajorCache):
             cos, sin = kwargs["position_embeddings"]
             if target.layer_type != layer_type:  # RoPE differs by layer type (Gemma 3)
                 cos, sin = self._rope_of(target.layer_type, hidden, kwargs["position_ids"])
-            source = (
-                self.parts.layers[max(0, target.index - 1)].module if self.method.query == "previous_norm" else None
-            )
-            query = target.predict_query(hidden, cos, sin, source and source.input_layernorm)
+            source = target.index - (self.method.query == "previous_norm")
+            query = target.predict_query(hidden, cos, sin, self.parts.layers[max(0, source)].norm)
             self.trace.lap("predict_s")
         self._decode.prefetch(target.order, query)
 

@@ -35,6 +35,7 @@ class Step:
     ring: Int  # [B, <= ring]
     sinks_valid: NDArray[np.bool_]
     ring_valid: NDArray[np.bool_]
+    begun: list[int]  # sequences whose newest token begins a group
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +96,7 @@ class Decode:
             ring=window.home(ring),
             sinks_valid=sinks <= current[:, None],
             ring_valid=ring >= ring_start[:, None],
+            begun=np.flatnonzero(offset == 0).tolist(),
         )
 
     def end_step(self) -> None:
@@ -224,11 +226,11 @@ class Decode:
     def _flush(self, layer: int, step: Step) -> None:
         """Write and sketch the whole groups that wait in the ring, some at a time; layers take turns."""
         state, window = self.state, self.state.window
-        for sequence in np.flatnonzero((step.offset == 0) & ((step.current + layer) % window.flush_groups == 0)):
+        for sequence in step.begun:
             first, current = int(state.flushed[layer, sequence]), int(step.current[sequence])
-            if first < current:
-                keys, values = state.pool.read_home(layer, int(sequence), first, current - first)
-                state.append(layer, int(sequence), keys, values)
+            if first < current and (current + layer) % window.flush_groups == 0:
+                keys, values = state.pool.read_home(layer, sequence, first, current - first)
+                state.append(layer, sequence, keys, values)
 
     def _abandon(self) -> None:
         """Reads of a step that broke off must not land in memory that is used again."""

@@ -2,7 +2,8 @@
 
 One generic adapter serves every family whose decoder layers have ``input_layernorm`` and ``self_attn`` with
 ``q_proj`` (Llama, Mistral, Qwen2, Qwen3, Gemma 3 and their kin). Modules are called, never taken apart: ``q_proj`` may
-be quantised or offloaded. ``inspect`` raises ModelError that names what is missing.
+be quantised or offloaded; norm and RoPE of predictions have quick twins (``shortcuts``). ``inspect`` raises ModelError
+that names what is missing.
 """
 
 from __future__ import annotations
@@ -19,8 +20,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import get_layer_types_and_kwargs
 
 from kvswap.errors import ModelError
-
-Rope = Callable[..., tuple[torch.Tensor, torch.Tensor]]
+from kvswap.models.shortcuts import Norm, quick_norm, quick_rope
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,10 +32,11 @@ class LayerParts:
     layer_type: str
     module: Any
     attention: Any
-    rope: Rope | None
+    norm: Norm
+    rope: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor] | None
 
     def predict_query(
-        self, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, norm: Any = None
+        self, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, norm: Norm | None = None
     ) -> torch.Tensor:
         """The query this layer would compute from ``hidden``, the input of this layer or of the one before.
 
@@ -52,14 +53,13 @@ class LayerParts:
         ``[B, H_q, d]``.
         """
         attention = self.attention
-        query = attention.q_proj((norm or self.module.input_layernorm)(hidden))
-        query = query.view(*hidden.shape[:-1], -1, attention.head_dim)
-        norm = getattr(attention, "q_norm", None)
-        if norm is not None:
-            query = norm(query)
-        query = query.transpose(1, 2)
+        query = attention.q_proj((norm or self.norm)(hidden))
+        query = query.view(hidden.shape[0], -1, attention.head_dim)
+        own = getattr(attention, "q_norm", None)
+        if own is not None:
+            query = own(query)
         assert self.rope is not None
-        return self.rope(query, query[:, :1], cos, sin)[0][:, :, 0]
+        return self.rope(query, cos, sin)
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +167,9 @@ def _layers(name: str, modules: nn.ModuleList, kinds: list[str]) -> tuple[LayerP
         rope = getattr(family, "apply_rotary_pos_emb", None)
         if offload and rope is None:
             raise ModelError(f"{name}: its family has no apply_rotary_pos_emb", hint="only RoPE models are supported")
-        layers.append(LayerParts(index, order if offload else None, kind, module, attention, rope))
+        quick = quick_rope(rope, attention.head_dim) if offload and rope and attention else None
+        norm = quick_norm(getattr(module, "input_layernorm", None))
+        layers.append(LayerParts(index, order if offload else None, kind, module, attention, norm, quick))
         order += offload
     return tuple(layers)
 
