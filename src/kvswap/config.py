@@ -65,7 +65,7 @@ class Config(_Fields):
     chunk_tokens
         Tokens that prefill takes through a layer at a time, a multiple of 512.
     read_depth
-        Most reads in flight at a time.
+        Most reads in flight at a time. Those beyond it wait until a layer waits for them.
     read_gap_bytes
         Longest gap of groups nobody asked for that is read through, so that two reads become one.
     """
