@@ -36,11 +36,13 @@ class Step:
     sinks_valid: NDArray[np.bool_]
     ring_valid: NDArray[np.bool_]
     begun: list[int]  # sequences whose newest token begins a group
+    full: bool  # whether all sinks and all of the ring are there
+    even: bool  # whether the newest group has as many tokens in every sequence
 
 
 @dataclass(frozen=True, slots=True)
 class Fetch:
-    """Groups of one layer on their way: ``slots[b]`` in order of position, ``valid`` where there is one.
+    """Groups of one layer on their way: ``slots[b]`` in order of position, ``valid`` where there is one, None: all.
 
     ``chosen`` ``[B, n]`` are their numbers; ``votes`` ``[B, H_kv, n]`` tells which heads attend to which, None: all.
     """
@@ -49,7 +51,7 @@ class Fetch:
     half: int
     landed: int
     slots: Int
-    valid: NDArray[np.bool_]
+    valid: NDArray[np.bool_] | None
     sequences: Int
     groups: Int
     staged: Int
@@ -86,6 +88,7 @@ class Decode:
         ring_start = np.maximum(window.sink_groups, current - window.recent_groups)
         sinks = np.broadcast_to(np.arange(window.sink_groups), (state.batch, window.sink_groups))
         ring = current[:, None] + np.arange(-window.recent_groups, 1)
+        sinks_valid, ring_valid = sinks <= current[:, None], ring >= ring_start[:, None]
         self.step = Step(
             current=current,
             offset=offset,
@@ -94,9 +97,11 @@ class Decode:
             tail=window.home(current),
             sinks=sinks,
             ring=window.home(ring),
-            sinks_valid=sinks <= current[:, None],
-            ring_valid=ring >= ring_start[:, None],
+            sinks_valid=sinks_valid,
+            ring_valid=ring_valid,
             begun=np.flatnonzero(offset == 0).tolist(),
+            full=bool(sinks_valid.all() and ring_valid.all()),
+            even=bool((offset == offset[0]).all()),
         )
 
     def end_step(self) -> None:
@@ -120,8 +125,10 @@ class Decode:
         state.trace.lap()
         groups, valid, votes = self._choose(layer, query, step)
         state.trace.lap("predict_s")
-        sequences = np.broadcast_to(np.arange(state.batch)[:, None], groups.shape)[valid]
-        wanted = groups[valid]
+        sequences = np.repeat(np.arange(state.batch), groups.shape[1])
+        wanted = groups.reshape(-1)
+        if valid is not None:
+            sequences, wanted = sequences[valid.reshape(-1)], groups[valid]
         found = state.pool.lookup(layer, sequences, wanted)
         missing = found < 0
         rows = layer * state.batch + sequences[missing]
@@ -133,11 +140,12 @@ class Decode:
         state.trace.lap("submit_s")
         staged = state.pool.landing_slot(half) + plan.place
         found[missing] = staged
-        slots = np.zeros(groups.shape, np.int64)
-        slots[valid] = found
+        slots = found.reshape(groups.shape) if valid is None else np.zeros(groups.shape, np.int64)
+        if valid is not None:
+            slots[valid] = found
         landed = int(plan.count.sum())
         read = sequences[missing], wanted[missing], staged
-        chosen = np.where(valid, groups, 0) if state.method.rebuilds_keys else groups
+        chosen = groups if valid is None else np.where(valid, groups, 0)
         self._fetches[layer] = Fetch(ticket, half, landed, slots, valid, *read, chosen, votes)
         state.trace.selected_groups += len(wanted)
         state.trace.reused_groups += len(wanted) - len(staged)
@@ -170,32 +178,39 @@ class Decode:
             rows = layer * state.batch + fetch.sequences
             state.store.unseal(rows, fetch.groups, *state.pool.landed(fetch.half, fetch.staged))
         state.pool.land(fetch.half, fetch.landed)
-        base = self._bases[layer][:, None]
-        valid = np.concatenate((step.sinks_valid, fetch.valid, step.ring_valid), axis=1)
-        slots = np.concatenate((base + step.sinks, fetch.slots, base + step.ring), axis=1)
-        if state.batch == 1:
-            slots, valid = slots[valid][None], valid[valid][None]
-        slots = np.where(valid, slots, base)
+        slots, valid = self._slots(layer, fetch, step)
         kv = state.pool.gather(layer, slots, state.shape.dtype)
         if state.method.rebuilds_keys and fetch.chosen.size:
             keys = state.sketches[layer].keys(torch.from_numpy(fetch.chosen))  # type: ignore[attr-defined]
             start = int(step.sinks_valid[0].sum()) * state.window.group_tokens
             kv[0, :, :, start : start + keys.shape[2]] = keys
-        mask = self._mask(valid, step, fetch.votes)
+        mask = self._mask(valid, slots.shape[1], step, fetch.votes)
         if mask is None:
             kv = kv[:, :, :, : kv.shape[3] - state.window.group_tokens + int(step.offset[0]) + 1]
         state.pool.admit(layer, fetch.sequences, fetch.groups, fetch.staged)
         state.trace.lap("slots_s")
         return kv[0], kv[1], mask
 
+    def _slots(self, layer: int, fetch: Fetch, step: Step) -> tuple[Int, NDArray[np.bool_] | None]:
+        """All slots to attend to, ``[B, W]`` in order of position, and which entries are real, None: all."""
+        base = self._bases[layer][:, None]
+        slots = np.concatenate((base + step.sinks, fetch.slots, base + step.ring), axis=1)
+        if fetch.valid is None and step.full:
+            return slots, None
+        chosen = np.ones(fetch.slots.shape, np.bool_) if fetch.valid is None else fetch.valid
+        valid = np.concatenate((step.sinks_valid, chosen, step.ring_valid), axis=1)
+        if self.state.batch == 1:
+            return slots[valid][None], None
+        return np.where(valid, slots, base), None if valid.all() else valid
+
     def _choose(
         self, layer: int, query: torch.Tensor | None, step: Step
-    ) -> tuple[Int, NDArray[np.bool_], NDArray[np.bool_] | None]:
-        """Groups to attend to, ``[B, n]`` ascending, which entries are real, and which heads want them."""
+    ) -> tuple[Int, NDArray[np.bool_] | None, NDArray[np.bool_] | None]:
+        """Groups to attend to, ``[B, n]`` ascending, which entries are real (None: all), and which heads want them."""
         state, first = self.state, self.state.window.sink_groups
         ends, votes = np.array(step.ends)[:, None], None
         if self.selects_all(layer):
-            groups = np.broadcast_to(np.arange(first, int(ends.max())), (state.batch, int(ends.max()) - first))
+            groups = np.tile(np.arange(first, int(ends.max())), (state.batch, 1))
         elif state.select_groups[layer] == 0:
             groups = np.zeros((state.batch, 0), np.int64)
         else:
@@ -205,21 +220,26 @@ class Decode:
                 groups, votes = groups_of_heads(scores, first, step.ends, state.select_groups[layer])
             else:
                 groups = top_groups(scores, first, step.ends, state.select_groups[layer]).cpu().numpy()
-        return groups, groups < ends, votes
+        valid = groups < ends
+        return groups, None if valid.all() else valid, votes
 
-    def _mask(self, valid: NDArray[np.bool_], step: Step, votes: NDArray[np.bool_] | None) -> torch.Tensor | None:
+    def _mask(
+        self, valid: NDArray[np.bool_] | None, width: int, step: Step, votes: NDArray[np.bool_] | None
+    ) -> torch.Tensor | None:
+        """Which tokens of ``width`` groups are attended to; None where only the last group's end is left out."""
         state, group_tokens = self.state, self.state.window.group_tokens
+        if valid is None and step.even and votes is None:
+            return None
+        groups = np.ones((state.batch, width), np.bool_) if valid is None else valid
         if votes is not None:
-            heads = np.repeat(valid[:, None], votes.shape[1], axis=1)
+            heads = np.repeat(groups[:, None], votes.shape[1], axis=1)
             start = int(step.sinks_valid[0].sum())
             heads[:, :, start : start + votes.shape[2]] &= votes
             tokens = np.repeat(heads, group_tokens, axis=2)
             tokens[:, :, -group_tokens:] &= np.arange(group_tokens) <= step.offset[:, None, None]
             by_query = np.repeat(tokens, state.shape.query_heads // votes.shape[1], axis=1)
             return torch.from_numpy(by_query)[:, :, None].to(state.shape.device)
-        if valid.all() and (step.offset == step.offset[0]).all():
-            return None
-        tokens = np.repeat(valid, group_tokens, axis=1)
+        tokens = np.repeat(groups, group_tokens, axis=1)
         tokens[:, -group_tokens:] &= np.arange(group_tokens) <= step.offset[:, None]
         return torch.from_numpy(tokens)[:, None, None].to(state.shape.device)
 

@@ -145,7 +145,7 @@ class _ExactView(LayerMajorCache):
         groups = np.zeros(current + 1, bool)
         groups[: window.sink_groups] = True
         groups[window.ring_start(current) :] = True
-        groups[fetch.chosen[fetch.valid]] = True
+        groups[fetch.chosen if fetch.valid is None else fetch.chosen[fetch.valid]] = True
         return np.repeat(groups, window.group_tokens)[: self._before]
 
 

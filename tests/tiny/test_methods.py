@@ -87,7 +87,8 @@ def chosen(cache, monkeypatch):
 
     def watch(layer, query, step):
         groups, valid, votes = choose(layer, query, step)
-        seen.append((layer, query, groups[0][valid[0]].tolist(), step.ends[0]))
+        real = groups[0] if valid is None else groups[0][valid[0]]
+        seen.append((layer, query, real.tolist(), step.ends[0]))
         return groups, valid, votes
 
     monkeypatch.setattr(decode, "_choose", watch)
@@ -162,6 +163,7 @@ def test_attention_gets_the_chosen_tokens_and_no_others(name, tmp_path, monkeypa
         forced_logits(model, ids[:, :1], ids[:, :0], cache, longer)
     for layer, (keys, values, allowed) in given_to.items():
         groups, valid, votes = picks[layer]
+        valid = np.ones(groups.shape, bool) if valid is None else valid
         for b, length in enumerate(lengths):
             end = max(window.sink_groups, length // window.group_tokens - window.recent_groups)
             picked = groups[b][valid[b]]

@@ -52,7 +52,9 @@ def test_groups_are_gathered_in_the_order_asked_for() -> None:
         gathered(slots, [10])
 
 
-def test_a_batch_is_gathered_sequence_by_sequence() -> None:
+@pytest.mark.parametrize("grain", [1, 1 << 30])
+def test_a_batch_is_gathered_sequence_by_sequence(grain: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loops, "GRAIN", grain)
     slots = noise(40, 2 * 3 * 4 * 8).half()
     index = np.random.default_rng(0).integers(0, 40, (5, 7))
     found = loops.gather(slots, index, SHAPE)

@@ -9,7 +9,7 @@
 #include "products.h"
 #include "workers.h"
 
-#define VERSION 7    /* of the functions' arguments; library.py must have the same */
+#define VERSION 8    /* of the functions' arguments; library.py must have the same */
 #define AHEAD 8      /* tiles */
 #define WIDEST 512   /* columns of a matrix that are worked on at a time */
 #define NOTHING 20.f /* logits this far below one that was seen count as none: e^-20 of its weight */

@@ -6,7 +6,7 @@ import ctypes
 import importlib.util
 from functools import lru_cache
 
-VERSION = 7
+VERSION = 8
 """Of the functions' arguments; ``kernels.c`` must have the same."""
 
 _P, _I, _F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float  # a pointer, numbers
@@ -20,7 +20,7 @@ _SIGNATURES: dict[str, tuple[tuple[type, ...], type | None]] = {
     "lookup": ((_P, _I, _I, _P, _P, _I, _I, _I, _P, _I, _P, _P, _P), _I),
     "plan_reads": ((_P, _P, _I, _I, _I, _P, _P, _P, _P, _P, _P), _I),
     "admit": ((_P, _I, _I, _P, _P, _P, _P, _I, _I, _I, _P, _I, _I, _P, _P, _I, _P, _P, _I, _I), _I),
-    "gather": ((_P, _I, _P, _I, _I, _I, _I, _I, _I, _P), None),
+    "gather": ((_P, _I, _I, _P, _I, _I, _I, _I, _I, _I, _P), _I),
     "put_tokens": ((_P, _I, _I, _P, _P, _I, _I, _I, _I, _I, _P, _P, _P), _I),
 }
 """Arguments and result of each function, whose name begins with ``kvswap_`` there."""

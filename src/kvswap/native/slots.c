@@ -167,12 +167,17 @@ CLONES static void gather_part(const void *task, int64_t item, int64_t worker) {
  * index  [batch, count] rows to take, in order
  * brain  whether elements are bfloat16, else float16
  * out    [2, batch, heads, count * run]
+ *
+ * Returns whether all rows are among the `rows` that there are; otherwise nothing was done.
  */
-EXPORT void kvswap_gather(const uint16_t *slots, int64_t slot_elements, const int64_t *index, int64_t batch,
-                          int64_t count, int64_t heads, int64_t run, int64_t brain, int64_t workers, float *out) {
+EXPORT int64_t kvswap_gather(const uint16_t *slots, int64_t rows, int64_t slot_elements, const int64_t *index,
+                             int64_t batch, int64_t count, int64_t heads, int64_t run, int64_t brain, int64_t workers,
+                             float *out) {
+    if (!all_within(index, batch * count, rows)) return 0;
     const int64_t parts = batch < workers ? (workers + batch - 1) / batch : 1;
     const Gathering all = {slots, slot_elements, index, batch, count, heads, run, brain, out, parts};
     kvswap_do_all(gather_part, &all, batch * parts, workers);
+    return 1;
 }
 
 /* A float as float16, to nearest, ties to even; what is larger than the largest becomes that. No branches. */
