@@ -128,6 +128,16 @@ def test_nine_of_ten_new_texts_stay_below_what_is_promised() -> None:
     assert found.expected == pytest.approx(np.exp(logs).mean()) and found.promised > 2 * found.expected
 
 
+def test_between_contexts_texts_differ_as_much_as_at_them() -> None:
+    """Each text is hard at one of two contexts: half way all would look alike, and nothing would be left to promise."""
+    low, high = sorted(tables().facts.contexts)[:2]
+    swapped = changed(tables(), lambda each: [0.01, 0.04, 0.02] if each.tokens == low else [0.04, 0.01, 0.02])
+    there, between = (
+        swapped.kl(tokens, DEFAULT, 4, 400, by_layer=False) for tokens in (low, round(math.sqrt(low * high)))
+    )
+    assert between.promised == pytest.approx(there.promised, rel=1e-3)
+
+
 @pytest.mark.parametrize(("count", "t"), [(2, 3.078), (3, 1.886), (6, 1.476), (11, 1.372), (31, 1.310)])
 def test_the_bound_is_that_of_student(count: int, t: float) -> None:
     values = np.random.default_rng(count).normal(0, 1, count)

@@ -122,11 +122,14 @@ class Tables:
         setting's KL: the defaults.
 
         A text nobody has seen is expected below the upper end of a one-sided prediction interval: log KL by text is
-        about normal, with mean and deviation known from a few texts.
+        about normal, with mean and deviation known from a few texts. Between measured contexts those ends are
+        interpolated: texts that were interpolated first would differ less than any that there are.
         """
-        logs = self._by_text(tokens, sketch, group_tokens, select_tokens, by_layer)
-        expected = float(logs.mean()) + self._above_geometric(tokens)
-        return TextKL(expected=math.exp(expected), promised=math.exp(prediction_bound(logs)))
+        places = sorted(self.facts.contexts)
+        by_place = [self._by_text(each, sketch, group_tokens, select_tokens, by_layer) for each in places]
+        bound = np.interp(math.log(tokens), np.log(places), [prediction_bound(each) for each in by_place])
+        mean = float(_between(tokens, places, by_place).mean())
+        return TextKL(expected=math.exp(mean + self._above_geometric(tokens)), promised=math.exp(float(bound)))
 
     def measured(self, sketch: Sketching) -> bool:
         """Whether this sketch is in the tables."""
