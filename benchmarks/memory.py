@@ -156,7 +156,7 @@ def main() -> None:
         results.append(measure(loaded.model, taken, args.steps, loaded.tokenizer, config, int(append)))
         show(results[-1])
     if args.json:
-        about = {"model": loaded.name.rsplit("/", 1)[-1], "dtype": "float32", "torch": torch.__version__}
+        about = {"model": loaded.short_name, "dtype": "float32", "torch": torch.__version__}
         args.json.write_text(json.dumps({**about, "runs": results}, indent=1) + "\n")
 
 

@@ -12,7 +12,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from kvswap.config import Config
 from kvswap.disk import ReadBackend, Slab
+from kvswap.disk.uring import UringBackend
 from kvswap.errors import DiskReadError
 from tests.disk.helpers import NAMES, UNIT, content, make, submit, write_all
 
@@ -64,6 +66,20 @@ def test_random_extents_are_byte_equal(
         assert np.array_equal(got[: wanted.nbytes], wanted)
         assert (got[wanted.nbytes :] == 0xEE).all()
     slab.close()
+
+
+def test_by_default_no_read_of_a_batch_waits_for_another(tmp_path: Path, slab: Slab) -> None:
+    """Eight sequences ask for some 150 reads a layer, and two layers are on their way: all are with the kernel."""
+    backend = make("uring", tmp_path, depth=Config().read_depth)
+    assert isinstance(backend, UringBackend)
+    file = backend.open(FILE_BYTES)
+    write_all(backend, file, content(FILE_BYTES))
+    rows = [(file, unit % 64 * UNIT, 512, slab.address + unit * 512) for unit in range(200)]
+    tickets = [submit(backend, rows), submit(backend, rows)]
+    assert not backend._waiting
+    for ticket in tickets:
+        backend.wait(ticket)
+    backend.close()
 
 
 def test_more_reads_than_depth_over_many_tickets(backend: ReadBackend, slab: Slab) -> None:

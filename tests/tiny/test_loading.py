@@ -16,7 +16,7 @@ import kvswap.models.gguf as conversion
 from kvswap.errors import ConfigError, ModelError
 from kvswap.models import loading
 from kvswap.models.hub import Problem, look_like_path
-from kvswap.models.loading import copy_weights, has_bfloat16, load_model
+from kvswap.models.loading import LoadedModel, copy_weights, has_bfloat16, load_model
 from tests.tiny.families import tiny_model
 from tests.tiny.folders import save_tiny
 
@@ -198,3 +198,11 @@ def test_cached_hub_model_is_used_when_the_hub_is_away(monkeypatch):
         load_model("org/model", on_notice=notices.append)
     assert seen == [("org/model", True)]
     assert "local cache is used" in notices[0]
+
+
+def test_files_for_others_do_not_say_where_a_model_lies(tmp_path, monkeypatch):
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    names = [LoadedModel(None, None, name).short_name for name in (str(folder), f"{folder}/", ".", "someone/model")]
+    assert names == ["mine", "mine", "mine", "someone/model"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.machinery
 import importlib.util
 import shutil
@@ -128,6 +129,64 @@ def test_threads_are_those_of_pytorch() -> None:
     if "OpenMP" not in torch.__config__.parallel_info().split("ATen parallel backend:")[1]:
         pytest.skip("this PyTorch computes without OpenMP")
     assert threads.openmp() is not None
+
+
+def score_batch() -> torch.Tensor:
+    codes = torch.randint(0, 256, (2, 8, 24, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    return loops.group_mass(codes, noise(2, 9, 48), noise(48, seed=2).abs() * 0.1, 4, np.array([512, 300]), 4)
+
+
+@pytest.fixture
+def other_threads() -> Iterator[ctypes.CDLL]:
+    """The loops, to be given other threads; afterwards they have PyTorch's again."""
+    loops_there = library.library()
+    assert loops_there is not None
+    yield loops_there
+    loops_there.kvswap_use_threads(None, None, None)
+    threads.threaded_library.cache_clear()
+    threads.threaded_library()
+
+
+@compiled
+def test_loops_are_shared_out_to_the_runtime(other_threads: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A runtime whose threads take turns: it is asked for all of them, and each does its share."""
+    alone, asked, number = score_batch(), [], [0]
+    monkeypatch.setattr(loops, "GRAIN", 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+
+    @ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
+    def parallel(function: int, data: int, count: int, flags: int) -> None:
+        asked.append(count)
+        for number[0] in range(count):
+            ctypes.CFUNCTYPE(None, ctypes.c_void_p)(function)(data)
+
+    one, many = (ctypes.CFUNCTYPE(ctypes.c_int)(each) for each in (lambda: number[0], lambda: asked[-1]))
+    other_threads.kvswap_use_threads(*(ctypes.cast(each, ctypes.c_void_p) for each in (parallel, one, many)))
+    shared = score_batch()
+    assert asked == [3, 2]  # two parts of each sequence, then the two sequences
+    assert torch.allclose(shared, alone, rtol=1e-5, atol=1e-12)
+
+
+@compiled
+def test_without_a_runtime_one_thread_does_it_all(
+    other_threads: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    shared = score_batch()
+    (tmp_path / "torch" / "lib").mkdir(parents=True)
+    monkeypatch.setattr(torch, "__file__", str(tmp_path / "torch" / "__init__.py"))
+    assert threads.openmp() is None
+    (tmp_path / "torch" / "lib" / "libgomp.so.1").write_bytes(b"no library")
+    assert threads.openmp() is None
+    other_threads.kvswap_use_threads(None, None, None)
+    monkeypatch.setattr(loops, "GRAIN", 1)
+    assert torch.allclose(score_batch(), shared, rtol=1e-5, atol=1e-12)
+
+
+@compiled
+def test_a_way_to_multiply_that_there_is_not_is_refused() -> None:
+    codes, query = torch.zeros(1, 1, 4, 64, dtype=torch.uint8), noise(1, 2, 8)
+    with pytest.raises(AssertionError, match="kind 4, which this processor has not"):
+        loops.group_mass(codes, query, torch.ones(8), 4, np.array([64]), 4, kind=4)
 
 
 @compiled

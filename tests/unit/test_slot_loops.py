@@ -48,8 +48,9 @@ def test_groups_are_gathered_in_the_order_asked_for() -> None:
     groups = slots[torch.tensor(index), : 2 * 3 * 4 * 8].float().view(4, 2, 3, 4, 8)
     assert torch.equal(gathered(slots, index), groups.permute(1, 2, 0, 3, 4).reshape(2, 3, 16, 8))
     assert gathered(slots, []).shape == (2, 3, 0, 8)
-    with pytest.raises(AssertionError):
-        gathered(slots, [10])
+    for beyond in (10, -1):
+        with pytest.raises(AssertionError, match="not there"):
+            gathered(slots, [0, beyond])
 
 
 @pytest.mark.parametrize("grain", [1, 1 << 30])

@@ -232,7 +232,7 @@ def _content(loaded: LoadedModel, config: Config, plan: Plan, file: Path) -> dic
 def _identity(loaded: LoadedModel, config: Config, plan: Plan) -> dict[str, Any]:
     """What must be the same for results to stand in one file."""
     return {
-        "model": loaded.name,
+        "model": loaded.short_name,
         "dtype": str(loaded.model.dtype).removeprefix("torch."),
         "config": _settings(config),
         "new_tokens": plan.new_tokens,

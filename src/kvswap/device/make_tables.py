@@ -146,7 +146,7 @@ class _Maker:
                 for setting, found in zip(self.settings, self._rows(cache, rows, forced, tick), strict=True):
                     kl.setdefault((context, setting), []).append(_kl(exact, found))
         facts = TablesFacts(
-            model=self.loaded.name,
+            model=self.loaded.short_name,
             fingerprint=fingerprint(self.parts),
             kvswap_version=version_of("kvswap"),
             text="calibration half of the Python language reference, behind what the basis is from",

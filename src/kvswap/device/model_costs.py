@@ -85,7 +85,7 @@ def model_facts(loaded: LoadedModel, parts: ModelParts) -> ModelFacts:
     """What a profile and tables remember of a model."""
     itemsize = parts.dtype.itemsize
     return ModelFacts(
-        name=loaded.name,
+        name=loaded.short_name,
         fingerprint=fingerprint(parts),
         layers=len(parts.offloaded),
         query_heads=parts.query_heads,

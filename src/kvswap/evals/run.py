@@ -185,7 +185,7 @@ def _identity(loaded: LoadedModel, config: Config, source: Source) -> dict[str, 
     text = hashlib.sha256("\0".join(text for _, text in source.passages).encode()).hexdigest()[:16]
     settings = {key: value for key, value in config.to_dict().items() if key not in MACHINE_SETTINGS}
     return {
-        "model": loaded.name,
+        "model": loaded.short_name,
         "dtype": str(loaded.model.dtype).removeprefix("torch."),
         "config": settings,
         "seed": source.seed,

@@ -36,6 +36,12 @@ class LoadedModel:
     tokenizer: Any
     name: str
 
+    @property
+    def short_name(self) -> str:
+        """The name for files that others read: a local folder or file without where it lies."""
+        path = Path(self.name).expanduser()
+        return path.resolve().name if path.exists() else self.name
+
 
 def load_model(
     name: str,

@@ -1,4 +1,4 @@
-"""Quick twins of a family's norm and RoPE, for predicting queries only.
+"""Quick twins of a family's norm and RoPE, for predicting queries and for looking at keys without RoPE.
 
 The families' own code takes ten small operators for a norm and as many for RoPE, which at one token cost as much as
 the projection between them. A twin is used where a trial shows that it computes the same; elsewhere (other formulas,

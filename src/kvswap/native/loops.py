@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from kvswap.native.library import available as available
-from kvswap.native.threads import library
+from kvswap.native.threads import threaded_library
 
 TILE_TOKENS = 64
 MAX_CODE_BITS = 4
@@ -71,7 +71,7 @@ def group_mass(
         tiles, tokens = _of_tiles(tiles, int(tokens[0]))
     longest = int(tokens.max())
     count = -(-longest // TILE_TOKENS)
-    workers, compiled = _workers(batch * longest * heads), library()
+    workers, compiled = _workers(batch * longest * heads), threaded_library()
     assert compiled is not None
     floats = compiled.kvswap_scratch_floats(codes.shape[2], bits, heads, count, group_tokens, batch, workers)
     scratch, mass = torch.empty(floats), torch.empty(batch, longest // group_tokens)
@@ -104,7 +104,7 @@ def tile_mass(codes: torch.Tensor, query: torch.Tensor, scales: torch.Tensor, bi
     tiles = tokens // TILE_TOKENS
     assert tokens % TILE_TOKENS == 0 and rank == codes.shape[1] * 8 // bits
     assert codes.stride()[1:] == (TILE_TOKENS, 1) and len(codes) >= tiles
-    compiled = library()
+    compiled = threaded_library()
     assert compiled is not None
     workers = _workers(tokens * heads)
     floats = compiled.kvswap_scratch_floats(codes.shape[1], bits, heads, tiles, TILE_TOKENS, 1, workers)
@@ -136,7 +136,7 @@ def project(query: torch.Tensor, matrix: torch.Tensor, scaling: float) -> torch.
     assert query.dtype == torch.float32 and matrix.dtype == torch.float16 and matrix.is_contiguous()
     assert matrix.shape[1] == elements and heads % kv_heads == 0
     query, found = query.contiguous(), torch.empty(batch, heads, rank)
-    compiled = library()
+    compiled = threaded_library()
     assert compiled is not None
     compiled.kvswap_project(
         query.data_ptr(),
@@ -162,7 +162,7 @@ def top_groups(scores: torch.Tensor, first: int, ends: Sequence[int], count: int
     assert scores.dtype == torch.float32 and scores.is_contiguous() and len(limits) == rows
     assert first >= 0 and int(limits.max()) <= groups
     scratch, picked = torch.empty(max(1, groups)), np.empty((rows, count), np.int64)
-    compiled = library()
+    compiled = threaded_library()
     assert compiled is not None
     compiled.kvswap_top_groups(
         scores.data_ptr(),
@@ -197,7 +197,7 @@ def gather(slots: torch.Tensor, index: NDArray[np.int64], shape: tuple[int, int,
     shape
         ``(2, H_kv, G, d)`` of a group, which its slot begins with.
     """
-    compiled = library()
+    compiled = threaded_library()
     assert compiled is not None
     _, heads, group_tokens, head_dim = shape
     batch, count = index.shape
@@ -233,7 +233,7 @@ def put_tokens(
 
     ``slots`` and ``shape`` are those of ``gather``. What float16 cannot hold becomes its largest or smallest.
     """
-    compiled = library()
+    compiled = threaded_library()
     assert compiled is not None
     _, heads, group_tokens, head_dim = shape
     assert keys.dtype == values.dtype == torch.float32 and keys.stride(3) == values.stride(3) == 1

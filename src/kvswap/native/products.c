@@ -64,28 +64,42 @@ CLONES static void by_words(const uint8_t *tile, int64_t rows, int64_t bits, con
 #define VNNI __attribute__((target("arch=x86-64-v4,avx512vnni")))
 #define AVX2 __attribute__((target("arch=x86-64-v3")))
 
-/* Four rows of 64 bytes, the bits `shift` and up of each, to four vectors of four bytes a token. Vector j has tokens
- * 16 * lane + 4 * j + (0 to 3) in each of its lanes of 128 bits. */
-VNNI INLINE void interleave_512(const __m512i *rows, const int shift, __m512i mask, __m512i *out) {
-    __m512i part[4];
-    for (int i = 0; i < 4; i++) part[i] = _mm512_and_si512(_mm512_srli_epi16(rows[i], shift), mask);
-    const __m512i low = _mm512_unpacklo_epi8(part[0], part[1]), other_low = _mm512_unpacklo_epi8(part[2], part[3]);
-    const __m512i high = _mm512_unpackhi_epi8(part[0], part[1]), other_high = _mm512_unpackhi_epi8(part[2], part[3]);
-    out[0] = _mm512_unpacklo_epi16(low, other_low);
-    out[1] = _mm512_unpackhi_epi16(low, other_low);
-    out[2] = _mm512_unpacklo_epi16(high, other_high);
-    out[3] = _mm512_unpackhi_epi16(high, other_high);
-}
-
-VNNI INLINE void unpack_512(const uint8_t *tile, int64_t rows, int64_t stride, const int bits, __m512i *out) {
-    const __m512i mask = _mm512_set1_epi8((char)((1 << bits) - 1));
-    for (int64_t r = 0; r < rows; r += 4) {
-        __m512i four[4];
-        for (int i = 0; i < 4; i++)
-            four[i] = r + i < rows ? _mm512_loadu_si512(tile + (r + i) * TILE) : _mm512_setzero_si512();
-        for (int k = 0; k < 8 / bits; k++) interleave_512(four, k * bits, mask, out + k * stride + r);
+/* Codes to vectors of `WIDTH` bits, by the instructions of `TARGET`; the two widths differ in the names alone.
+ *
+ * interleave  four rows of bytes, the bits `shift` and up of each, to four vectors of four bytes a token: vector j has
+ *             tokens 16 * lane + 4 * j + (0 to 3) in each of its lanes of 128 bits
+ * unpack      one row of vectors after the other, row k * stride + r from the k-th bits of byte row r; rows that there
+ *             are not are zero
+ */
+#define UNPACKING(TARGET, WIDTH)                                                                                       \
+    TARGET INLINE void interleave_##WIDTH(const __m##WIDTH##i *rows, const int shift, __m##WIDTH##i mask,              \
+                                          __m##WIDTH##i *out) {                                                        \
+        __m##WIDTH##i part[4], low[2], high[2];                                                                        \
+        for (int i = 0; i < 4; i++)                                                                                    \
+            part[i] = _mm##WIDTH##_and_si##WIDTH(_mm##WIDTH##_srli_epi16(rows[i], shift), mask);                       \
+        for (int i = 0; i < 2; i++) {                                                                                  \
+            low[i] = _mm##WIDTH##_unpacklo_epi8(part[2 * i], part[2 * i + 1]);                                         \
+            high[i] = _mm##WIDTH##_unpackhi_epi8(part[2 * i], part[2 * i + 1]);                                        \
+        }                                                                                                              \
+        out[0] = _mm##WIDTH##_unpacklo_epi16(low[0], low[1]);                                                          \
+        out[1] = _mm##WIDTH##_unpackhi_epi16(low[0], low[1]);                                                          \
+        out[2] = _mm##WIDTH##_unpacklo_epi16(high[0], high[1]);                                                        \
+        out[3] = _mm##WIDTH##_unpackhi_epi16(high[0], high[1]);                                                        \
+    }                                                                                                                  \
+    TARGET INLINE void unpack_##WIDTH(const uint8_t *codes, int64_t rows, int64_t stride, const int bits,              \
+                                      __m##WIDTH##i *out) {                                                            \
+        const __m##WIDTH##i mask = _mm##WIDTH##_set1_epi8((char)((1 << bits) - 1));                                    \
+        for (int64_t r = 0; r < rows; r += 4) {                                                                        \
+            __m##WIDTH##i four[4];                                                                                     \
+            for (int i = 0; i < 4; i++)                                                                                \
+                four[i] = r + i < rows ? _mm##WIDTH##_loadu_si##WIDTH((const void *)(codes + (r + i) * TILE))          \
+                                       : _mm##WIDTH##_setzero_si##WIDTH();                                             \
+            for (int k = 0; k < 8 / bits; k++) interleave_##WIDTH(four, k * bits, mask, out + k * stride + r);         \
+        }                                                                                                              \
     }
-}
+
+UNPACKING(VNNI, 512)
+UNPACKING(AVX2, 256)
 
 VNNI INLINE void multiply_512(const int8_t *query, const int32_t *starts, const float *steps, int64_t rank,
                               const __m512i *codes, const int heads, float *out) {
@@ -123,28 +137,6 @@ VNNI static void by_four_bytes(const uint8_t *tile, int64_t rows, int64_t bits, 
         const int32_t *starts = queries->starts + h;
         const float *steps = queries->steps + h;
         BY_COUNT(queries->heads - h, multiply_512(rounded, starts, steps, rank, codes, N, logits + h * TILE))
-    }
-}
-
-/* As interleave_512, for a half of a tile: 32 bytes a row, two lanes. */
-AVX2 INLINE void interleave_256(const __m256i *rows, const int shift, __m256i mask, __m256i *out) {
-    __m256i part[4];
-    for (int i = 0; i < 4; i++) part[i] = _mm256_and_si256(_mm256_srli_epi16(rows[i], shift), mask);
-    const __m256i low = _mm256_unpacklo_epi8(part[0], part[1]), other_low = _mm256_unpacklo_epi8(part[2], part[3]);
-    const __m256i high = _mm256_unpackhi_epi8(part[0], part[1]), other_high = _mm256_unpackhi_epi8(part[2], part[3]);
-    out[0] = _mm256_unpacklo_epi16(low, other_low);
-    out[1] = _mm256_unpackhi_epi16(low, other_low);
-    out[2] = _mm256_unpacklo_epi16(high, other_high);
-    out[3] = _mm256_unpackhi_epi16(high, other_high);
-}
-
-AVX2 INLINE void unpack_256(const uint8_t *half, int64_t rows, int64_t stride, const int bits, __m256i *out) {
-    const __m256i mask = _mm256_set1_epi8((char)((1 << bits) - 1));
-    for (int64_t r = 0; r < rows; r += 4) {
-        __m256i four[4];
-        for (int i = 0; i < 4; i++)
-            four[i] = r + i < rows ? _mm256_loadu_si256((const __m256i *)(half + (r + i) * TILE)) : _mm256_setzero_si256();
-        for (int k = 0; k < 8 / bits; k++) interleave_256(four, k * bits, mask, out + k * stride + r);
     }
 }
 

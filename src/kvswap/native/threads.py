@@ -12,16 +12,16 @@ from pathlib import Path
 
 import torch
 
-from kvswap.native import library as compiled
+from kvswap.native.library import library
 
 ENTRIES = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
 """What compilers call, with GNU's names, which LLVM's runtime has as well."""
 
 
 @lru_cache
-def library() -> ctypes.CDLL | None:
+def threaded_library() -> ctypes.CDLL | None:
     """The compiled functions, which have been told of the threads; None where there are none."""
-    found, runtime = compiled.library(), openmp()
+    found, runtime = library(), openmp()
     if found is not None and runtime is not None:
         found.kvswap_use_threads(*(ctypes.cast(getattr(runtime, name), ctypes.c_void_p) for name in ENTRIES))
     return found
