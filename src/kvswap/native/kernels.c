@@ -4,6 +4,7 @@
  * tests hold it against. Loops over TILE tokens have a constant length, so that a compiler turns them into vectors of
  * whatever width the processor has.
  */
+#include <float.h>
 #include <math.h>
 
 #include "products.h"
@@ -11,13 +12,14 @@
 
 #define VERSION 8    /* of the functions' arguments; library.py must have the same */
 #define AHEAD 8      /* tiles */
+#define BLOCK 64     /* scores that are passed over together where none is among the best */
 #define WIDEST 512   /* columns of a matrix that are worked on at a time */
 #define NOTHING 20.f /* logits this far below one that was seen count as none: e^-20 of its weight */
 
 /* exp(x) for x <= 0 to 3e-6 relative: 2^n by the exponent's bits, 2^f on [-1/2, 1/2] by the polynomial of degree 4 whose
  * largest error is least. */
 INLINE float exp_below_zero(float x) {
-    float t = (x < -87.0f ? -87.0f : x) * 1.44269504f;
+    float t = (x < -60.0f ? -60.0f : x) * 1.44269504f;
     float n = (t + 12582912.0f) - 12582912.0f;
     float f = t - n;
     float p = 9.5701e-3f;
@@ -67,7 +69,7 @@ INLINE void exponentiate(const float *logits, float peak, const int group_tokens
 
 /* What a worker needs for itself, in this order from a whole cache line on. */
 typedef struct {
-    void *unpacked; /* of Products: rank * TILE int16 */
+    void *unpacked; /* of Products: rank * TILE int16, at least RUN * TILE */
     float *logits;  /* [heads, TILE] */
     float *tops;    /* [heads]: the largest logit seen */
     Queries queries;
@@ -76,10 +78,12 @@ typedef struct {
 /* Levels of a query: rows rounded up to four, so that they can be taken four at a time. */
 INLINE int64_t levels(int64_t rows, int64_t bits) { return (rows + 3) / 4 * 4 * (8 / bits); }
 
+INLINE int64_t unpacked_floats(int64_t rank) { return (rank < RUN ? RUN : rank) * TILE / 2; }
+
 /* Floats of a desk, whole cache lines. */
 INLINE int64_t desk_floats(int64_t rows, int64_t bits, int64_t heads) {
     const int64_t rank = levels(rows, bits);
-    return (32 + rank * TILE / 2 + heads * (TILE + 3 + rank / 4)) / 16 * 16;
+    return (32 + unpacked_floats(rank) + heads * (TILE + 3 + rank / 4)) / 16 * 16;
 }
 
 /* A desk with queries [heads, rows * 8 / bits] times `scales`, rounded to LEVELS. */
@@ -88,7 +92,7 @@ INLINE Desk lay_out(float *scratch, const float *query, const float *scales, int
     const int64_t parts = 8 / bits, rank = levels(rows, bits), stride = rank / parts;
     Desk desk;
     desk.unpacked = (void *)(((uintptr_t)scratch + 63) / 64 * 64);
-    desk.logits = (float *)desk.unpacked + rank * TILE / 2;
+    desk.logits = (float *)desk.unpacked + unpacked_floats(rank);
     desk.tops = desk.logits + heads * TILE;
     float *steps = desk.tops + heads;
     int32_t *starts = (int32_t *)(steps + heads);
@@ -237,27 +241,56 @@ typedef struct {
     int64_t heads, tiles, parts;
     float *peaks, *desks;
     int64_t desk_floats;
-    Products *products;
 } Coarse;
 
-/* Each head's best logit in one part of the tiles. */
+/* The best product of one rounded query with the tokens of a tile; rank, known when compiled, is at most RUN, so that 16
+ * bits are enough. */
+INLINE int16_t best_product(const int16_t *query, const int rank, const int16_t *codes) {
+    int16_t sums[TILE], best = INT16_MIN;
+    for (int t = 0; t < TILE; t++) {
+        int16_t sum = 0;
+        for (int r = 0; r < rank; r++) sum = (int16_t)(sum + query[r] * codes[r * TILE + t]);
+        sums[t] = sum;
+    }
+    for (int t = 0; t < TILE; t++) best = sums[t] > best ? sums[t] : best;
+    return best;
+}
+
+/* Each head's best logit in one part of the tiles. Of few rows the products are little beside what comes after them, so
+ * they stay integers of 16 bits up to the best. */
 CLONES static void peaks_of_part(const void *task, int64_t part, int64_t worker) {
     const Coarse *all = task;
-    const int64_t stop = all->tiles * (part + 1) / all->parts;
-    Desk desk = lay_out(all->desks + worker * all->desk_floats, all->query, all->scales, all->rows, all->bits,
-                        all->heads);
+    const int64_t stop = all->tiles * (part + 1) / all->parts, rows = all->rows, rank = rows * (8 / all->bits);
+    Desk desk = lay_out(all->desks + worker * all->desk_floats, all->query, all->scales, rows, all->bits, all->heads);
+    int16_t *compact = (int16_t *)desk.logits, *codes = desk.unpacked; /* [heads, RUN], [RUN, TILE]: the rest is zero */
+    memset(compact, 0, (size_t)(all->heads * RUN) * sizeof *compact);
+    memset(codes, 0, (size_t)(RUN * TILE) * sizeof *codes);
+    for (int64_t h = 0; h < all->heads; h++)
+        for (int64_t r = 0; r < rank; r++) {
+            const int64_t place = r / rows * desk.queries.stride + r % rows;
+            compact[h * RUN + r] = desk.queries.rounded[h * desk.queries.rank + place];
+        }
     for (int64_t n = all->tiles * part / all->parts; n < stop; n++) {
         const uint8_t *tile = all->codes + n * all->tile_bytes, *later = tile + AHEAD * all->tile_bytes;
         if (n + AHEAD < stop) /* what lies between is skipped, which the processor does not foresee */
-            for (int64_t r = 0; r < all->rows; r++) PREFETCH(later + r * TILE);
-        all->products(tile, all->rows, all->bits, &desk.queries, desk.unpacked, desk.logits);
-        for (int64_t h = 0; h < all->heads; h++) all->peaks[h * all->tiles + n] = largest(desk.logits + h * TILE);
+            for (int64_t r = 0; r < rows; r++) PREFETCH(later + r * TILE);
+        if (all->bits == 2)
+            unpack(tile, rows, rows, 2, codes);
+        else
+            unpack(tile, rows, rows, 4, codes);
+        for (int64_t h = 0; h < all->heads; h++) {
+            const int16_t *query = compact + h * RUN;
+            const int16_t best = rank <= 4   ? best_product(query, 4, codes)
+                                 : rank <= 8 ? best_product(query, 8, codes)
+                                             : best_product(query, RUN, codes);
+            all->peaks[h * all->tiles + n] = desk.queries.steps[h] * best;
+        }
     }
 }
 
 /* What tiles promise: each head's best logit in them, softmax over tiles, summed over heads. For coarse scores.
  *
- * The arguments are those of kvswap_group_mass for one sequence; tokens is a multiple of TILE.
+ * The arguments are those of kvswap_group_mass for one sequence; tokens is a multiple of TILE, rank at most RUN.
  *
  * scratch  kvswap_scratch_floats with groups of TILE tokens
  * mass     [tokens / TILE]
@@ -266,12 +299,17 @@ CLONES EXPORT void kvswap_tile_mass(const uint8_t *codes, int64_t tile_bytes, in
                                     const float *query, const float *scales, int64_t heads, int64_t tokens,
                                     int64_t workers, float *scratch, float *mass) {
     const int64_t tiles = tokens / TILE, size = desk_floats(rows, bits, heads);
-    float *sums = scratch + workers * size, *peaks = sums + heads * tiles;
-    const Coarse all = {codes, tile_bytes, rows, bits, query, scales, heads, tiles, workers, peaks, scratch, size,
-                        kvswap_products(0)};
+    float *peaks = scratch + workers * size;
+    const Coarse all = {codes, tile_bytes, rows, bits, query, scales, heads, tiles, workers, peaks, scratch, size};
     kvswap_do_all(peaks_of_part, &all, workers, workers);
-    for (int64_t i = 0; i < heads * tiles; i++) sums[i] = 1.0f;
-    merge_tiles(sums, peaks, heads, tiles, 1, tiles, mass);
+    for (int64_t n = 0; n < tiles; n++) mass[n] = 0.0f;
+    for (int64_t h = 0; h < heads; h++) {
+        float *row = peaks + h * tiles, top = -INFINITY, sum = 0.0f;
+        for (int64_t n = 0; n < tiles; n++) top = row[n] > top ? row[n] : top;
+        for (int64_t n = 0; n < tiles; n++) row[n] = exp_below_zero(row[n] - top); /* apart, since sums keep an order */
+        for (int64_t n = 0; n < tiles; n++) sum += row[n];
+        for (int64_t n = 0; n < tiles; n++) mass[n] += row[n] / sum;
+    }
 }
 
 /* Queries [batch, kv_heads * each, elements] times the matrix of their KV head, float16 [kv_heads, elements, rank],
@@ -295,6 +333,13 @@ CLONES EXPORT void kvswap_project(const float *query, const uint16_t *matrix, in
     }
 }
 
+/* Whether any of BLOCK values is `limit` or more. */
+INLINE int any_from(const float *values, float limit) {
+    int any = 0;
+    for (int i = 0; i < BLOCK; i++) any |= values[i] >= limit;
+    return any;
+}
+
 /* The `count` best groups of [first, end), in ascending order; of equals at the limit, the first ones. Returns how many
  * were found, which is less where the range is shorter.
  *
@@ -309,9 +354,13 @@ INLINE int64_t best_groups(const float *scores, int64_t first, int64_t end, int6
         for (int64_t g = first; g < end; g++) picked[found++] = g;
         return found;
     }
-    for (int64_t g = first; g < end; g++) { /* most are zero after two levels: look among the others */
-        scratch[size] = scores[g];
-        size += scores[g] > 0.0f;
+    for (int64_t g = first; g < end; g += BLOCK) { /* most are zero after two levels: look among the others */
+        const int64_t stop = g + BLOCK < end ? g + BLOCK : end;
+        if (stop - g == BLOCK && !any_from(scores + g, FLT_MIN)) continue;
+        for (int64_t i = g; i < stop; i++) {
+            scratch[size] = scores[i];
+            size += scores[i] >= FLT_MIN;
+        }
     }
     if (size < count) {
         size = end - first;
@@ -319,13 +368,17 @@ INLINE int64_t best_groups(const float *scores, int64_t first, int64_t end, int6
     }
     const float limit = threshold(scratch, size, count);
     for (int64_t g = 0; g < count; g++) equals += scratch[g] == limit;  /* the best `count` come first now */
-    for (int64_t g = first; g < end; g++)
-        if (scores[g] > limit || (scores[g] == limit && equals-- > 0)) picked[found++] = g;
+    for (int64_t g = first; g < end; g += BLOCK) {
+        const int64_t stop = g + BLOCK < end ? g + BLOCK : end;
+        if (stop - g == BLOCK && !any_from(scores + g, limit)) continue;
+        for (int64_t i = g; i < stop; i++)
+            if (scores[i] > limit || (scores[i] == limit && equals-- > 0)) picked[found++] = i;
+    }
     return found;
 }
 
 /* best_groups of each row of scores [rows, groups]: picked [rows, count], where `groups` stands for none. */
-EXPORT void kvswap_top_groups(const float *scores, int64_t rows, int64_t groups, int64_t first, const int64_t *ends,
+CLONES EXPORT void kvswap_top_groups(const float *scores, int64_t rows, int64_t groups, int64_t first, const int64_t *ends,
                               int64_t count, float *scratch, int64_t *picked) {
     for (int64_t b = 0; b < rows; b++) {
         int64_t *to = picked + b * count;

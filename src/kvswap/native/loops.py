@@ -17,6 +17,7 @@ from kvswap.native.threads import threaded_library
 
 TILE_TOKENS = 64
 MAX_CODE_BITS = 4
+COARSE_ROWS = 32
 GRAIN = 32768
 """Logits or elements from which on a loop is shared out: as in PyTorch, what takes some ten microseconds alone."""
 
@@ -98,11 +99,12 @@ def _of_tiles(tiles: NDArray[np.int64], tokens: int) -> tuple[NDArray[np.int64],
 def tile_mass(codes: torch.Tensor, query: torch.Tensor, scales: torch.Tensor, bits: int, tokens: int) -> torch.Tensor:
     """What tiles of 64 tokens promise, ``[tokens / 64]`` float32: every head's best logit, softmax over tiles, summed.
 
-    The arguments are those of ``group_mass`` for one sequence, without B; ``tokens`` is a multiple of 64.
+    The arguments are those of ``group_mass`` for one sequence, without B; ``tokens`` is a multiple of 64, R at most
+    ``COARSE_ROWS``.
     """
     heads, rank = query.shape
     tiles = tokens // TILE_TOKENS
-    assert tokens % TILE_TOKENS == 0 and rank == codes.shape[1] * 8 // bits
+    assert rank <= COARSE_ROWS and tokens % TILE_TOKENS == 0 and rank == codes.shape[1] * 8 // bits
     assert codes.stride()[1:] == (TILE_TOKENS, 1) and len(codes) >= tiles
     compiled = threaded_library()
     assert compiled is not None

@@ -8,20 +8,6 @@
 #include <immintrin.h>
 #endif
 
-#define RUN 32 /* products of 4-bit codes and queries whose sum fits 16 bits: 8 * LEVELS * RUN < 2^15 */
-
-/* One tile of codes less their middle, row k * stride + r from the k-th bits of byte row r. */
-INLINE void unpack(const uint8_t *codes, int64_t rows, int64_t stride, const int bits, int16_t *out) {
-    for (int64_t r = 0; r < rows; r++) {
-        const uint8_t *row = codes + r * TILE;
-        for (int k = 0; k < 8 / bits; k++) {
-            int16_t *to = out + (k * stride + r) * TILE;
-            for (int t = 0; t < TILE; t++)
-                to[t] = (int16_t)(((row[t] >> (k * bits)) & ((1 << bits) - 1)) - (1 << (bits - 1)));
-        }
-    }
-}
-
 /* Products of `heads` (known when compiled) queries with one unpacked tile, times each head's step. */
 INLINE void multiply(const int8_t *query, const float *steps, int64_t rank, const int16_t *codes, const int heads,
                      float *out) {
