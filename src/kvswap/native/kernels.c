@@ -243,14 +243,15 @@ typedef struct {
     int64_t desk_floats;
 } Coarse;
 
-/* The best product of one rounded query with the tokens of a tile; rank, known when compiled, is at most RUN, so that 16
- * bits are enough. */
-INLINE int16_t best_product(const int16_t *query, const int rank, const int16_t *codes) {
-    int16_t sums[TILE], best = INT16_MIN;
-    for (int t = 0; t < TILE; t++) {
-        int16_t sum = 0;
-        for (int r = 0; r < rank; r++) sum = (int16_t)(sum + query[r] * codes[r * TILE + t]);
-        sums[t] = sum;
+/* The best product of one rounded query with the tokens of a tile, four rows at a time; rank is at most RUN, so that 16
+ * bits are enough, and rows up to the next multiple of four are zero. */
+INLINE int16_t best_product(const int16_t *query, int64_t rank, const int16_t *codes) {
+    int16_t sums[TILE] = {0}, best = INT16_MIN;
+    for (int64_t first = 0; first < rank; first += 4) {
+        const int16_t *q = query + first, *row = codes + first * TILE;
+        for (int t = 0; t < TILE; t++)
+            sums[t] = (int16_t)(sums[t] + q[0] * row[t] + q[1] * row[TILE + t] + q[2] * row[2 * TILE + t] +
+                                q[3] * row[3 * TILE + t]);
     }
     for (int t = 0; t < TILE; t++) best = sums[t] > best ? sums[t] : best;
     return best;
@@ -279,10 +280,7 @@ CLONES static void peaks_of_part(const void *task, int64_t part, int64_t worker)
         else
             unpack(tile, rows, rows, 4, codes);
         for (int64_t h = 0; h < all->heads; h++) {
-            const int16_t *query = compact + h * RUN;
-            const int16_t best = rank <= 4   ? best_product(query, 4, codes)
-                                 : rank <= 8 ? best_product(query, 8, codes)
-                                             : best_product(query, RUN, codes);
+            const int16_t best = best_product(compact + h * RUN, rank, codes);
             all->peaks[h * all->tiles + n] = desk.queries.steps[h] * best;
         }
     }
