@@ -14,7 +14,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from kvswap.native import library, loops, threads
+from kvswap.native import library, loops, query_loops, threads
 from kvswap.sketch.score import unpack
 
 compiled = pytest.mark.skipif(not loops.available(), reason="no compiled loops: there was no C compiler")
@@ -194,7 +194,7 @@ def test_a_way_to_multiply_that_there_is_not_is_refused() -> None:
 def test_queries_are_projected_by_the_matrix_of_their_head(shape: tuple[int, ...]) -> None:
     batch, heads, kv_heads, elements, rank = shape
     query, matrix = noise(batch, heads, elements), noise(kv_heads, elements, rank, seed=1).half()
-    found = loops.project(query, matrix, 0.25)
+    found = query_loops.project(query, matrix, 0.25)
     by_head = (query * 0.25).view(batch, kv_heads, -1, elements) @ matrix.float()
     assert torch.allclose(found, by_head.view(batch, heads, rank), rtol=1e-4, atol=1e-4)
 

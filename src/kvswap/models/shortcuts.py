@@ -14,6 +14,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from kvswap.native import query_loops
+
 Rope = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 Norm = Callable[[torch.Tensor], torch.Tensor]
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
@@ -21,17 +23,17 @@ TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
 @torch.no_grad()
 def quick_norm(norm: Any) -> Norm:
-    """``norm`` itself, or PyTorch's root-mean-square norm with its weight (or one plus it) where that is the same."""
+    """``norm`` itself, or a root-mean-square norm with its weight (or one plus it) where that is the same."""
     weight, eps = getattr(norm, "weight", None), getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
     hooked = isinstance(norm, nn.Module) and (norm._forward_hooks or norm._forward_pre_hooks or "forward" in vars(norm))
     if not isinstance(weight, torch.Tensor) or weight.dim() != 1 or weight.device.type == "meta" or hooked:
         return norm  # type: ignore[no-any-return]
 
     def plain(hidden: torch.Tensor) -> torch.Tensor:
-        return functional.rms_norm(hidden, weight.shape, norm.weight, eps)
+        return rms_norm(hidden, norm.weight, 0.0, eps)
 
     def one_more(hidden: torch.Tensor) -> torch.Tensor:
-        return functional.rms_norm(hidden, weight.shape, 1 + norm.weight, eps)
+        return rms_norm(hidden, norm.weight, 1.0, eps)
 
     trial = torch.linspace(-2, 3, 2 * len(weight), dtype=weight.dtype, device=weight.device).view(1, 2, -1)
     for twin in (plain, one_more):
@@ -55,8 +57,17 @@ def quick_rope(rope: Rope, head_dim: int) -> Callable[[torch.Tensor, torch.Tenso
     return own
 
 
+def rms_norm(hidden: torch.Tensor, weight: torch.Tensor, offset: float, eps: float) -> torch.Tensor:
+    """PyTorch's root-mean-square norm, times ``weight + offset``."""
+    if query_loops.computes_here(hidden, weight):
+        return query_loops.rms_norm(hidden, weight, offset, eps)
+    return functional.rms_norm(hidden, weight.shape, weight + offset if offset else weight, eps)
+
+
 def rotate_halves(query: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """RoPE with the first half of a head's elements paired with the second, as Llama and most after it have it."""
+    if query_loops.computes_here(query, cos, sin):
+        return query_loops.rotate_halves(query, cos, sin)
     half = query.shape[-1] // 2
     rotated = query * cos
     rotated[..., :half].addcmul_(query[..., half:], sin[..., :half], value=-1)

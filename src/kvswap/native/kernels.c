@@ -10,10 +10,9 @@
 #include "products.h"
 #include "workers.h"
 
-#define VERSION 8    /* of the functions' arguments; library.py must have the same */
+#define VERSION 9    /* of the functions' arguments; library.py must have the same */
 #define AHEAD 8      /* tiles */
 #define BLOCK 64     /* scores that are passed over together where none is among the best */
-#define WIDEST 512   /* columns of a matrix that are worked on at a time */
 #define NOTHING 20.f /* logits this far below one that was seen count as none: e^-20 of its weight */
 
 /* exp(x) for x <= 0 to 3e-6 relative: 2^n by the exponent's bits, 2^f on [-1/2, 1/2] by the polynomial of degree 4 whose
@@ -307,27 +306,6 @@ CLONES EXPORT void kvswap_tile_mass(const uint8_t *codes, int64_t tile_bytes, in
         for (int64_t n = 0; n < tiles; n++) row[n] = exp_below_zero(row[n] - top); /* apart, since sums keep an order */
         for (int64_t n = 0; n < tiles; n++) sum += row[n];
         for (int64_t n = 0; n < tiles; n++) mass[n] += row[n] / sum;
-    }
-}
-
-/* Queries [batch, kv_heads * each, elements] times the matrix of their KV head, float16 [kv_heads, elements, rank],
- * and `scaling`: [batch, kv_heads * each, rank]. */
-CLONES EXPORT void kvswap_project(const float *query, const uint16_t *matrix, int64_t batch, int64_t kv_heads,
-                                  int64_t each, int64_t elements, int64_t rank, float scaling, float *out) {
-    const int64_t heads = kv_heads * each;
-    float row[WIDEST];
-    memset(out, 0, (size_t)(batch * heads * rank) * sizeof *out);
-    for (int64_t first = 0; first < rank; first += WIDEST) {
-        const int64_t count = rank - first < WIDEST ? rank - first : WIDEST;
-        for (int64_t i = 0; i < kv_heads * elements; i++) {
-            for (int64_t r = 0; r < count; r++) row[r] = half_to_float(matrix[i * rank + first + r]);
-            for (int64_t n = 0; n < batch * each; n++) {
-                const int64_t place = n / each * heads + i / elements * each + n % each;
-                const float factor = query[place * elements + i % elements] * scaling;
-                float *to = out + place * rank + first;
-                for (int64_t r = 0; r < count; r++) to[r] += factor * row[r];
-            }
-        }
     }
 }
 

@@ -6,7 +6,7 @@ import ctypes
 import importlib.util
 from functools import lru_cache
 
-VERSION = 8
+VERSION = 9
 """Of the functions' arguments; ``kernels.c`` must have the same."""
 
 _P, _I, _F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float  # a pointer, numbers
@@ -15,6 +15,8 @@ _SIGNATURES: dict[str, tuple[tuple[type, ...], type | None]] = {
     "group_mass": ((_P, _I, _I, _I, _I, _P, _P, _I, _I, _P, _I, _P, _I, _I, _P, _P, _I), _I),
     "scratch_floats": ((_I, _I, _I, _I, _I, _I, _I), _I),
     "tile_mass": ((_P, _I, _I, _I, _P, _P, _I, _I, _I, _P, _P), None),
+    "rms_norm": ((_P, _P, _I, _I, _F, _F, _P), None),
+    "rotate": ((_P, _P, _P, _I, _I, _I, _I, _P), None),
     "project": ((_P, _P, _I, _I, _I, _I, _I, _F, _P), None),
     "top_groups": ((_P, _I, _I, _I, _P, _I, _P, _P), None),
     "lookup": ((_P, _I, _I, _P, _P, _I, _I, _I, _P, _I, _P, _P, _P), _I),

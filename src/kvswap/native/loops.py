@@ -128,32 +128,6 @@ def tile_mass(codes: torch.Tensor, query: torch.Tensor, scales: torch.Tensor, bi
     return mass
 
 
-def project(query: torch.Tensor, matrix: torch.Tensor, scaling: float) -> torch.Tensor:
-    """Queries times the matrix of their KV head and ``scaling``: ``[B, H_q, R]`` float32.
-
-    ``query`` is ``[B, H_q, d]`` float32, ``matrix`` ``[H_kv, d, R]`` float16, both on the CPU.
-    """
-    batch, heads, elements = query.shape
-    kv_heads, _, rank = matrix.shape
-    assert query.dtype == torch.float32 and matrix.dtype == torch.float16 and matrix.is_contiguous()
-    assert matrix.shape[1] == elements and heads % kv_heads == 0
-    query, found = query.contiguous(), torch.empty(batch, heads, rank)
-    compiled = threaded_library()
-    assert compiled is not None
-    compiled.kvswap_project(
-        query.data_ptr(),
-        matrix.data_ptr(),
-        batch,
-        kv_heads,
-        heads // kv_heads,
-        elements,
-        rank,
-        scaling,
-        found.data_ptr(),
-    )
-    return found
-
-
 def top_groups(scores: torch.Tensor, first: int, ends: Sequence[int], count: int) -> NDArray[np.int64]:
     """The ``count`` best groups of ``[first, ends[b])`` in each row, ascending, then N where there are no more.
 

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from kvswap.native import loops
+from kvswap.native import loops, query_loops
 from kvswap.sketch.basis import TRANSFORM, Basis, KeyCovariance
 from kvswap.sketch.codes import LayerSketch
 from kvswap.sketch.score import float_products, integer_products
@@ -157,7 +157,7 @@ class TransformSketch(LayerSketch):
     def low_rank(self, query: torch.Tensor, scaling: float) -> torch.Tensor:
         """Scaled queries projected; see the base class."""
         if query.device.type == "cpu" and query.dtype == torch.float32 and loops.available():
-            return loops.project(query, self._by_head, scaling)
+            return query_loops.project(query, self._by_head, scaling)
         return super().low_rank(query, scaling)
 
     def _two_levels(self, sequence: int, low_rank: torch.Tensor, group_tokens: int) -> torch.Tensor:
