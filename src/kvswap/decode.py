@@ -9,12 +9,13 @@ tokens.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kvswap.plan.extents import plan_reads
+from kvswap.fetch import Found, find
 from kvswap.predict.heads import groups_of_heads
 from kvswap.predict.mass import top_groups
 from kvswap.state import BatchState
@@ -28,8 +29,9 @@ class Step:
 
     current: Int  # [B] group of the newest token
     offset: Int  # [B] its place in that group
-    ends: list[int]  # [B] end of the groups to select from
+    ends: Int  # [B] end of the groups to select from
     candidates: int  # most groups that a sequence can select from
+    fewest: int  # of the sequence that has fewest
     tail: Int  # [B] place of the newest group
     sinks: Int  # [B, <= S]
     ring: Int  # [B, <= ring]
@@ -40,23 +42,24 @@ class Step:
     even: bool  # whether the newest group has as many tokens in every sequence
 
 
-@dataclass(frozen=True, slots=True)
-class Fetch:
-    """Groups of one layer on their way: ``slots[b]`` in order of position, ``valid`` where there is one, None: all.
+class Fetch(NamedTuple):
+    """Groups of one layer on their way, in staging half ``half``.
 
-    ``chosen`` ``[B, n]`` are their numbers; ``votes`` ``[B, H_kv, n]`` tells which heads attend to which, None: all.
+    ``groups`` ``[B, n]`` are their numbers in order of position, ``valid`` where there is one, None: all; ``votes``
+    ``[B, H_kv, n]`` tells which heads attend to which, None: all.
     """
 
     ticket: int
     half: int
-    landed: int
-    slots: Int
-    valid: NDArray[np.bool_] | None
-    sequences: Int
+    found: Found
     groups: Int
-    staged: Int
-    chosen: Int
+    valid: NDArray[np.bool_] | None
     votes: NDArray[np.bool_] | None
+
+    @property
+    def chosen(self) -> Int:
+        """Numbers of the groups, ``[B, n]``; 0 where there is none."""
+        return self.groups if self.valid is None else np.where(self.valid, self.groups, 0)
 
 
 class Decode:
@@ -92,8 +95,9 @@ class Decode:
         self.step = Step(
             current=current,
             offset=offset,
-            ends=[int(end) for end in ring_start],
+            ends=ring_start,
             candidates=int(ring_start.max()) - window.sink_groups,
+            fewest=int(ring_start.min()) - window.sink_groups,
             tail=window.home(current),
             sinks=sinks,
             ring=window.home(ring),
@@ -125,30 +129,14 @@ class Decode:
         state.trace.lap()
         groups, valid, votes = self._choose(layer, query, step)
         state.trace.lap("predict_s")
-        sequences = np.repeat(np.arange(state.batch), groups.shape[1])
-        wanted = groups.reshape(-1)
-        if valid is not None:
-            sequences, wanted = sequences[valid.reshape(-1)], groups[valid]
-        found = state.pool.lookup(layer, sequences, wanted)
-        missing = found < 0
-        rows = layer * state.batch + sequences[missing]
-        plan = plan_reads(rows, wanted[missing], gap_groups=self._gap_groups, places=state.needs.staging_groups)
         half, self._half = self._half, 1 - self._half
-        addresses = state.pool.landing_address(half) + plan.landing * state.layout.slot_bytes
+        found = find(state.pool, layer, groups, step.ends, gap_groups=self._gap_groups, half=half)
         state.trace.lap("slots_s")
-        ticket = state.store.submit(plan.files, plan.first, plan.count, addresses, self._skip_bytes)
+        ticket = state.store.submit(found.rows, found.first, found.counts, found.addresses, self._skip_bytes)
         state.trace.lap("submit_s")
-        staged = state.pool.landing_slot(half) + plan.place
-        found[missing] = staged
-        slots = found.reshape(groups.shape) if valid is None else np.zeros(groups.shape, np.int64)
-        if valid is not None:
-            slots[valid] = found
-        landed = int(plan.count.sum())
-        read = sequences[missing], wanted[missing], staged
-        chosen = groups if valid is None else np.where(valid, groups, 0)
-        self._fetches[layer] = Fetch(ticket, half, landed, slots, valid, *read, chosen, votes)
-        state.trace.selected_groups += len(wanted)
-        state.trace.reused_groups += len(wanted) - len(staged)
+        self._fetches[layer] = Fetch(ticket, half, found, groups, valid, votes)
+        state.trace.selected_groups += found.wanted
+        state.trace.reused_groups += found.wanted - len(found.staged)
         state.trace.lap("slots_s")
 
     def started(self, layer: int) -> bool:
@@ -174,30 +162,31 @@ class Decode:
         fetch = self.latest[layer] = self._fetches.pop(layer)
         state.store.backend.wait(fetch.ticket)
         state.trace.lap()
+        found = fetch.found
         if state.store.sealed:
-            rows = layer * state.batch + fetch.sequences
-            state.store.unseal(rows, fetch.groups, *state.pool.landed(fetch.half, fetch.staged))
-        state.pool.land(fetch.half, fetch.landed)
+            rows = layer * state.batch + found.sequences
+            state.store.unseal(rows, found.groups, *state.pool.landed(fetch.half, found.staged))
+        state.pool.land(fetch.half, found.landed)
         slots, valid = self._slots(layer, fetch, step)
         kv = state.pool.gather(layer, slots, state.shape.dtype)
-        if state.method.rebuilds_keys and fetch.chosen.size:
+        if state.method.rebuilds_keys and fetch.groups.size:
             keys = state.sketches[layer].keys(torch.from_numpy(fetch.chosen))  # type: ignore[attr-defined]
             start = int(step.sinks_valid[0].sum()) * state.window.group_tokens
             kv[0, :, :, start : start + keys.shape[2]] = keys
         mask = self._mask(valid, slots.shape[1], step, fetch.votes)
         if mask is None:
             kv = kv[:, :, :, : kv.shape[3] - state.window.group_tokens + int(step.offset[0]) + 1]
-        state.pool.admit(layer, fetch.sequences, fetch.groups, fetch.staged)
+        state.pool.admit(layer, found.sequences, found.groups, found.staged)
         state.trace.lap("slots_s")
         return kv[0], kv[1], mask
 
     def _slots(self, layer: int, fetch: Fetch, step: Step) -> tuple[Int, NDArray[np.bool_] | None]:
         """All slots to attend to, ``[B, W]`` in order of position, and which entries are real, None: all."""
         base = self._bases[layer][:, None]
-        slots = np.concatenate((base + step.sinks, fetch.slots, base + step.ring), axis=1)
+        slots = np.concatenate((base + step.sinks, fetch.found.slots, base + step.ring), axis=1)
         if fetch.valid is None and step.full:
             return slots, None
-        chosen = np.ones(fetch.slots.shape, np.bool_) if fetch.valid is None else fetch.valid
+        chosen = np.ones(fetch.groups.shape, np.bool_) if fetch.valid is None else fetch.valid
         valid = np.concatenate((step.sinks_valid, chosen, step.ring_valid), axis=1)
         if self.state.batch == 1:
             return slots[valid][None], None
@@ -208,9 +197,9 @@ class Decode:
     ) -> tuple[Int, NDArray[np.bool_] | None, NDArray[np.bool_] | None]:
         """Groups to attend to, ``[B, n]`` ascending, which entries are real (None: all), and which heads want them."""
         state, first = self.state, self.state.window.sink_groups
-        ends, votes = np.array(step.ends)[:, None], None
+        votes = None
         if self.selects_all(layer):
-            groups = np.tile(np.arange(first, int(ends.max())), (state.batch, 1))
+            groups = np.tile(np.arange(first, first + step.candidates), (state.batch, 1))
         elif state.select_groups[layer] == 0:
             groups = np.zeros((state.batch, 0), np.int64)
         else:
@@ -220,7 +209,9 @@ class Decode:
                 groups, votes = groups_of_heads(scores, first, step.ends, state.select_groups[layer])
             else:
                 groups = top_groups(scores, first, step.ends, state.select_groups[layer]).cpu().numpy()
-        valid = groups < ends
+        if votes is None and step.fewest >= groups.shape[1]:  # every sequence has as many
+            return groups, None, votes
+        valid = groups < step.ends[:, None]
         return groups, None if valid.all() else valid, votes
 
     def _mask(

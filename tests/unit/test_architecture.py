@@ -31,6 +31,7 @@ LAYERS = (
     ("cache",),
     ("layer_major",),
     ("prefill", "decode", "snapshot"),
+    ("fetch",),
     ("state",),
     ("method",),
     ("models",),

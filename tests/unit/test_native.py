@@ -200,6 +200,29 @@ def test_queries_are_projected_by_the_matrix_of_their_head(shape: tuple[int, ...
 
 
 @compiled
+@pytest.mark.parametrize(("rows", "elements"), [(1, 576), (3, 7), (2, 33)])
+def test_norms_are_those_of_torch(rows: int, elements: int) -> None:
+    hidden, weight = 5 * noise(rows, elements), noise(elements, seed=1)
+    for offset in (0.0, 1.0):
+        wanted = torch.nn.functional.rms_norm(hidden, (elements,), weight + offset, 1e-3)
+        assert torch.allclose(query_loops.rms_norm(hidden, weight, offset, 1e-3), wanted, rtol=1e-5, atol=1e-5)
+    spread = torch.stack((hidden, hidden), dim=-1)[..., 0]  # elements are not neighbours
+    assert torch.equal(query_loops.rms_norm(spread, weight, 0.0, 1e-3), query_loops.rms_norm(hidden, weight, 0.0, 1e-3))
+
+
+@compiled
+@pytest.mark.parametrize("angles", [1, 3])
+def test_halves_are_rotated_by_the_angles_of_their_sequence(angles: int) -> None:
+    query, angle = noise(3, 5, 14), noise(angles, 1, 7, seed=1)
+    cos, sin = angle.cos().repeat(1, 1, 2), angle.sin().repeat(1, 1, 2)
+    low, high = query.chunk(2, dim=-1)
+    wanted = query * cos + torch.cat((-high, low), dim=-1) * sin
+    assert torch.allclose(query_loops.rotate_halves(query, cos, sin), wanted, atol=1e-6)
+    with pytest.raises(AssertionError):
+        query_loops.rotate_halves(query, cos[..., :-2], sin[..., :-2])
+
+
+@compiled
 @pytest.mark.parametrize("bits", [2, 4])
 def test_tiles_promise_what_their_best_token_does(bits: int) -> None:
     codes = torch.randint(0, 256, (6, 640), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvswap.fetch import Found, _find, find
 from kvswap.native import array_loops, loops
 from kvswap.plan import extents
 from kvswap.stage.slots import SlotPool
@@ -141,6 +142,40 @@ def test_slots_are_given_away_as_by_arrays(reuse_slots: int, monkeypatch: pytest
                 assert np.array_equal(getattr(ours, name), getattr(twin, name)), (step, layer, name)
             assert torch.equal(ours.groups(layer)[ours.reuse_start :], twin.groups(layer)[twin.reuse_start :])
     assert kept > 30  # there was something to find
+
+
+@given(st.data())
+def test_groups_are_found_as_by_arrays(data: st.DataObject) -> None:
+    ours, twin = _pool(20), _pool(20)
+    for step in range(data.draw(st.integers(1, 6))):
+        counts = st.lists(st.sets(st.integers(0, 39), min_size=6, max_size=6), min_size=2, max_size=2)
+        groups = np.array([sorted(each) for each in data.draw(counts)], np.int64)
+        ends = np.array(data.draw(st.lists(st.integers(0, 40), min_size=2, max_size=2)), np.int64)
+        layer, gap = data.draw(st.integers(0, 2)), data.draw(st.integers(-1, 4))
+        found = find(ours, layer, groups, ends, gap_groups=gap, half=step % 2)
+        wanted = _find(twin, layer, groups, ends, gap, step % 2)
+        shift = twin.landing_address(0) - ours.landing_address(0)
+        for name, one, other in zip(Found._fields, found, wanted, strict=True):
+            assert np.array_equal(one + shift if name == "addresses" else one, other), name
+        for pool, each in ((ours, found), (twin, wanted)):
+            pool.admit(layer, each.sequences, each.groups, each.staged)
+        for name in ("table", "owner", "worth", "seen"):
+            assert np.array_equal(getattr(ours, name), getattr(twin, name)), name
+
+
+def test_groups_that_cannot_be_found_or_land_are_refused_untouched() -> None:
+    pool, groups, ends = _pool(8), np.arange(80).reshape(2, 40) % 40, np.full(2, 40)
+    before = pool.worth.copy(), pool.arrays.held[4].copy()
+    for wrong in (
+        {"groups": groups},  # 80 groups, of which 32 can land
+        {"groups": groups[:, :4] - 1},
+        {"groups": groups[:, :4], "ends": ends + 1},
+        {"groups": groups[:, :4], "ends": ends - 41},
+        {"groups": groups[:, :4], "layer": -1},
+    ):
+        with pytest.raises(AssertionError, match="does not have"):
+            find(pool, **{"layer": 1, "ends": ends, **wrong}, gap_groups=0, half=0)  # type: ignore[arg-type]
+    assert np.array_equal(pool.worth, before[0]) and np.array_equal(pool.arrays.held[4], before[1])
 
 
 def test_what_lies_outside_is_refused_before_anything_is_touched() -> None:

@@ -26,7 +26,13 @@ def quick_norm(norm: Any) -> Norm:
     """``norm`` itself, or a root-mean-square norm with its weight (or one plus it) where that is the same."""
     weight, eps = getattr(norm, "weight", None), getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
     hooked = isinstance(norm, nn.Module) and (norm._forward_hooks or norm._forward_pre_hooks or "forward" in vars(norm))
-    if not isinstance(weight, torch.Tensor) or weight.dim() != 1 or weight.device.type == "meta" or hooked:
+    if (
+        not isinstance(eps, float)
+        or not isinstance(weight, torch.Tensor)
+        or weight.dim() != 1
+        or weight.device.type == "meta"
+        or hooked
+    ):
         return norm  # type: ignore[no-any-return]
 
     def plain(hidden: torch.Tensor) -> torch.Tensor:

@@ -66,6 +66,60 @@ def lookup(arrays: SlotArrays, rows: Int, groups: Int, *, first: int, visit: int
     return found
 
 
+def find(
+    arrays: SlotArrays,
+    groups: Int,
+    ends: Int,
+    *,
+    layer: int,
+    first: int,
+    gap: int,
+    places: int,
+    landing_slot: int,
+    landing_address: int,
+    slot_bytes: int,
+) -> tuple[Int, Int, Int, Int, Int, Int, Int, Int, int, int]:
+    """``lookup`` of one layer's groups ``[B, n]`` and ``plan_reads`` of those that were not found, in one call.
+
+    Those from ``ends`` ``[B]`` on are none. Returns the fields of ``kvswap.fetch.Found``.
+    """
+    compiled = library()
+    assert compiled is not None
+    (batch, count), visits = groups.shape, arrays.held[4]
+    size = batch * count
+    groups, ends = np.ascontiguousarray(groups), np.ascontiguousarray(ends)
+    out = np.empty(10 * size + 3, np.int64)
+    reads = compiled.kvswap_find(
+        arrays.table,
+        arrays.rows,
+        arrays.columns,
+        layer * batch,
+        _at(groups),
+        batch,
+        count,
+        _at(ends),
+        first,
+        int(visits[layer]) + 1,
+        arrays.powers,
+        arrays.longest,
+        arrays.worth,
+        arrays.seen,
+        gap,
+        places,
+        landing_slot,
+        landing_address,
+        slot_bytes,
+        _at(out),
+    )
+    assert reads >= 0, "groups that the table does not have, or more of them than can land"
+    visits[layer] += 1
+    rows = out[: 10 * size].reshape(10, size)
+    wanted, missing, landed = out[10 * size :].tolist()
+    slots, (sequences, absent, staged) = rows[0].reshape(batch, count), rows[1:4, :missing]
+    files, begun, counts, addresses = rows[4:8, :reads]
+    return slots, sequences, absent, staged, files, begun, counts, addresses, landed, wanted
+
+
 def plan_reads(files: Int, groups: Int, gap_groups: int, spare: int) -> tuple[Int, Int]:
     """Extents of wanted groups (``kvswap.plan.extents``).
 

@@ -6,7 +6,7 @@ import ctypes
 import importlib.util
 from functools import lru_cache
 
-VERSION = 9
+VERSION = 10
 """Of the functions' arguments; ``kernels.c`` must have the same."""
 
 _P, _I, _F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float  # a pointer, numbers
@@ -20,6 +20,7 @@ _SIGNATURES: dict[str, tuple[tuple[type, ...], type | None]] = {
     "project": ((_P, _P, _I, _I, _I, _I, _I, _F, _P), None),
     "top_groups": ((_P, _I, _I, _I, _P, _I, _P, _P), None),
     "lookup": ((_P, _I, _I, _P, _P, _I, _I, _I, _P, _I, _P, _P, _P), _I),
+    "find": ((_P, _I, _I, _I, _P, _I, _I, _P, _I, _I, _P, _I, _P, _P, _I, _I, _I, _I, _I, _P), _I),
     "plan_reads": ((_P, _P, _I, _I, _I, _P, _P, _P, _P, _P, _P), _I),
     "admit": ((_P, _I, _I, _P, _P, _P, _P, _I, _I, _I, _P, _I, _I, _P, _P, _I, _P, _P, _I, _I), _I),
     "gather": ((_P, _I, _I, _P, _I, _I, _I, _I, _I, _I, _P), _I),

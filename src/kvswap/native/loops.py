@@ -128,13 +128,15 @@ def tile_mass(codes: torch.Tensor, query: torch.Tensor, scales: torch.Tensor, bi
     return mass
 
 
-def top_groups(scores: torch.Tensor, first: int, ends: Sequence[int], count: int) -> NDArray[np.int64]:
+def top_groups(
+    scores: torch.Tensor, first: int, ends: Sequence[int] | NDArray[np.int64], count: int
+) -> NDArray[np.int64]:
     """The ``count`` best groups of ``[first, ends[b])`` in each row, ascending, then N where there are no more.
 
     ``scores`` ``[B, N]`` float32 on the CPU, contiguous; returns ``[B, count]``.
     """
     rows, groups = scores.shape
-    limits = np.array(ends, np.int64)
+    limits = np.ascontiguousarray(ends, np.int64)
     assert scores.dtype == torch.float32 and scores.is_contiguous() and len(limits) == rows
     assert first >= 0 and int(limits.max()) <= groups
     scratch, picked = torch.empty(max(1, groups)), np.empty((rows, count), np.int64)

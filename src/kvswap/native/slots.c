@@ -82,6 +82,62 @@ EXPORT int64_t kvswap_plan_reads(const int64_t *files, const int64_t *groups, in
     return extents;
 }
 
+/* kvswap_lookup of one layer's groups and kvswap_plan_reads of those that were not found. Returns how many reads, or -1
+ * where a group or row is none, or more are to be read than can land, and nothing was done.
+ *
+ * first_row     the row of the layer's first sequence, in the table and among files
+ * groups        [batch, count], ascending in each sequence; those from ends[b] on are none
+ * places        groups that can land, from slot `landing_slot` on, which is at `landing_address`
+ * out           ten rows of batch * count: the slot of every group, 0 of none; sequence, group and slot of those to be
+ *               read; row, first group, groups and address of each read; two of working memory. Then how many groups
+ *               there are, how many of them are to be read, and how many land
+ */
+EXPORT int64_t kvswap_find(const int32_t *table, int64_t table_rows, int64_t columns, int64_t first_row,
+                           const int64_t *groups, int64_t batch, int64_t count, const int64_t *ends, int64_t first,
+                           int64_t visit, const float *powers, int64_t longest, float *worth, int32_t *seen, int64_t gap,
+                           int64_t places, int64_t landing_slot, int64_t landing_address, int64_t slot_bytes,
+                           int64_t *out) {
+    const int64_t size = batch * count;
+    int64_t *slots = out, *sequences = out + size, *absent = out + 2 * size, *staged = out + 3 * size;
+    int64_t *rows = out + 4 * size, *addresses = out + 7 * size, *files = out + 8 * size, *totals = out + 10 * size;
+    int64_t wanted = 0, missing = 0;
+    if (first_row < 0 || first_row + batch > table_rows || !all_within(ends, batch, columns + 1)) return -1;
+    for (int64_t b = 0; b < batch; b++)
+        for (int64_t n = 0; n < count; n++) {
+            const int64_t group = groups[b * count + n], real = group < ends[b];
+            if (group < 0) return -1;
+            wanted += real;
+            missing += real && table[(first_row + b) * columns + group] < 0;
+        }
+    if (missing > places) return -1;
+    totals[0] = wanted;
+    totals[1] = missing;
+    missing = 0;
+    for (int64_t b = 0; b < batch; b++)
+        for (int64_t n = 0; n < count; n++) {
+            const int64_t place = b * count + n, group = groups[place];
+            const int64_t slot = group < ends[b] ? table[(first_row + b) * columns + group] : 0;
+            slots[place] = slot;
+            if (slot < 0) {
+                sequences[missing] = b;
+                absent[missing] = group;
+                files[missing++] = first_row + b;
+            } else if (group < ends[b]) {
+                const int64_t s = slot - first;
+                worth[s] = faded(worth[s], (int32_t)visit - seen[s], powers, longest) + 1.0f;
+                seen[s] = (int32_t)visit;
+            }
+        }
+    const int64_t reads = kvswap_plan_reads(files, absent, missing, gap, places - missing, (uint8_t *)(out + 9 * size),
+                                            rows, rows + size, rows + 2 * size, addresses, staged);
+    totals[2] = reads ? addresses[reads - 1] + rows[2 * size + reads - 1] : 0;
+    for (int64_t i = 0; i < reads; i++) addresses[i] = landing_address + addresses[i] * slot_bytes;
+    for (int64_t i = 0; i < missing; i++) staged[i] += landing_slot;
+    for (int64_t place = 0, next = 0; place < size; place++)
+        if (slots[place] < 0) slots[place] = staged[next++];
+    return reads;
+}
+
 /* Keep groups that have just been read in the slots of least worth below 1 among the next `looked` ones; of equals, the
  * first ones. Returns how many were kept, the first ones of those given, or -1 where a key or slot is none, and nothing
  * was done.

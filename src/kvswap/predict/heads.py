@@ -12,7 +12,7 @@ Int = NDArray[np.int64]
 Bool = NDArray[np.bool_]
 
 
-def groups_of_heads(scores: torch.Tensor, first: int, ends: list[int], count: int) -> tuple[Int, Bool]:
+def groups_of_heads(scores: torch.Tensor, first: int, ends: Int, count: int) -> tuple[Int, Bool]:
     """The ``count`` best groups of every head within ``[first, ends[b])``.
 
     Parameters
@@ -26,7 +26,7 @@ def groups_of_heads(scores: torch.Tensor, first: int, ends: list[int], count: in
     of them, ``[B, H_kv, n]``.
     """
     batch, heads, groups = scores.shape
-    picked = top_groups(scores.flatten(0, 1), first, [end for end in ends for _ in range(heads)], count)
+    picked = top_groups(scores.flatten(0, 1), first, np.repeat(ends, heads), count)
     marks = np.zeros((batch, heads, groups + 1), np.bool_)
     np.put_along_axis(marks, picked.cpu().numpy().reshape(batch, heads, -1), True, axis=2)
     sequences, wanted = np.nonzero(marks[:, :, :groups].any(axis=1))

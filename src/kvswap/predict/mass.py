@@ -7,7 +7,11 @@ do not outvote those that look for something.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from kvswap.native import loops
 
@@ -42,7 +46,7 @@ def best_of_groups(scores: torch.Tensor, group_tokens: int) -> torch.Tensor:
     return best
 
 
-def top_groups(scores: torch.Tensor, first: int, ends: list[int], count: int) -> torch.Tensor:
+def top_groups(scores: torch.Tensor, first: int, ends: Sequence[int] | NDArray[np.int64], count: int) -> torch.Tensor:
     """The ``count`` best groups within ``[first, ends[b])``, in ascending order.
 
     Parameters

@@ -17,6 +17,8 @@ Int = NDArray[np.int64]
 class PreviousSlots(SlotPool):
     """``worth`` is 1 for what this step selected, 0 for the rest of the layer."""
 
+    compiled = False
+
     def lookup(self, layer: int, sequences: Int, groups: Int) -> Int:
         """Slot of each group, or -1 where it must be read."""
         found = self.table[layer * self.batch + sequences, groups].astype(np.int64)

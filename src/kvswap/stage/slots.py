@@ -38,8 +38,12 @@ POWERS = (WORTH_DECAY ** np.arange(256)).astype(np.float32)  # what is left afte
 class SlotPool:
     """Memory for groups of ``layers`` x ``batch`` sequences.
 
-    ``dtypes`` holds the stored dtype of each layer (equal sizes) and may be changed before a layer's first use.
+    ``dtypes`` holds the stored dtype of each layer (equal sizes) and may be changed before a layer's first use;
+    ``arrays`` are what compiled loops look groups up in.
     """
+
+    compiled = True
+    """Whether the compiled loops do what ``lookup`` does here."""
 
     def __init__(
         self,
@@ -79,7 +83,7 @@ class SlotPool:
         self.seen: NDArray[np.int32] = np.zeros(reuse_slots, np.int32)  # visit of its layer when worth was true
         self._visits: NDArray[np.int32] = np.zeros(layers, np.int32)
         self._hand, self._used = 0, 0  # where to look next; slots that were ever given
-        self._arrays = self._locate()
+        self.arrays = self._locate()
 
     # ---- shape
 
@@ -96,7 +100,7 @@ class SlotPool:
         sequence, group = np.divmod(self.owner[owned], self.table.shape[1])
         self.owner[owned] = sequence * capacity_groups + group
         self.table = wider
-        self._arrays = self._locate()
+        self.arrays = self._locate()
 
     def shrink_reuse(self, reuse_slots: int) -> None:
         """Give up the last reuse slots and return their memory to the system (host slots)."""
@@ -105,7 +109,7 @@ class SlotPool:
         self.owner, self.worth = self.owner[:reuse_slots].copy(), self.worth[:reuse_slots].copy()
         self.seen, self._hand = self.seen[:reuse_slots].copy(), 0
         self._used = min(self._used, reuse_slots)
-        self._arrays = self._locate()
+        self.arrays = self._locate()
         if self.host:
             self.slab.shrink((self.reuse_start + reuse_slots) * self.layout.slot_bytes)
 
@@ -171,7 +175,7 @@ class SlotPool:
         self._visits[layer] += 1
         if array_loops.available():
             visit = int(self._visits[layer])
-            return array_loops.lookup(self._arrays, rows, groups, first=self.reuse_start, visit=visit)
+            return array_loops.lookup(self.arrays, rows, groups, first=self.reuse_start, visit=visit)
         found = self.table[rows, groups].astype(np.int64)
         hits = found[found >= 0] - self.reuse_start
         self.worth[hits] = self._worth_now(hits) + 1
@@ -203,7 +207,7 @@ class SlotPool:
         keys = self._keys(layer, sequences[:room], groups[:room])
         if self.host and array_loops.available():
             array_loops.admit(
-                self._arrays,
+                self.arrays,
                 layer=layer,
                 layer_keys=self.batch * self.table.shape[1],
                 hand=hand,

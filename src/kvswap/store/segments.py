@@ -25,9 +25,10 @@ class Segments:
 
     def locate(self, rows: Int, first: Int, count: Int, addresses: Int, slot_bytes: int) -> tuple[Int, Int, Int, Int]:
         """Files, offsets, lengths and addresses of extents of groups; one that spans segments becomes several."""
-        if len(self.starts) > 1:
-            for starts in self.starts[1:]:
-                rows, first, count, addresses = _split(rows, first, count, addresses, starts[rows], slot_bytes)
+        if len(self.starts) == 1:
+            return self.files[0, rows], (first - self.starts[0, rows]) * slot_bytes, count * slot_bytes, addresses
+        for starts in self.starts[1:]:
+            rows, first, count, addresses = _split(rows, first, count, addresses, starts[rows], slot_bytes)
         segment = np.zeros(len(rows), np.int64)
         for number in range(1, len(self.starts)):
             segment[self.starts[number, rows] <= first] = number
