@@ -43,7 +43,7 @@ def find(pool: SlotPool, layer: int, groups: Int, ends: Int, *, gap_groups: int,
 
     What is read lands in staging half ``half``; gaps of up to ``gap_groups`` are read through while there is room.
     """
-    if array_loops.available() and pool.compiled:
+    if array_loops.available() and pool.compiled_lookup:
         found = array_loops.find(
             pool.arrays,
             groups,

@@ -14,9 +14,10 @@ from click.testing import CliRunner, Result
 
 from kvswap.cli.doctor import doctor
 from kvswap.device.checkup import check_up
-from kvswap.disk import DirectProbe, create_backend, probe_direct
+from kvswap.disk import DirectProbe, create_backend
 from kvswap.disk.uring_ring import Ring
 from kvswap.errors import ConfigError, DiskReadError, StorageError
+from tests.system import has_direct_io
 
 MEMORY_FOLDER = Path("/dev/shm")
 
@@ -56,7 +57,7 @@ def test_whole_run_in_time_and_nothing_left(tmp_path: Path) -> None:
     backend.close()
     assert found["folder"]["path"] == str(folder)
     test = found["read_test"]
-    assert test["page_cache"] is not probe_direct(tmp_path).ok
+    assert test["page_cache"] is not has_direct_io(tmp_path)
     for name, read_bytes, depth in (("small", 16384, 64), ("large", 65536, 64), ("single", 16384, 1)):
         rate = test[name]
         assert (rate["read_bytes"], rate["depth"]) == (read_bytes, depth)
@@ -119,7 +120,7 @@ def test_bad_json_target_is_said_before_the_test(target: str, tmp_path: Path, mo
 
 
 def test_without_io_uring(tmp_path: Path, brief: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    if not probe_direct(tmp_path).ok:
+    if not has_direct_io(tmp_path):
         pytest.skip("no direct I/O here")
     monkeypatch.setattr(Ring, "__init__", refuse_ring)
     result = run("--kv-dir", str(tmp_path))

@@ -9,6 +9,7 @@ import pytest
 from numpy.typing import NDArray
 
 from kvswap.disk import MemoryBackend, ReadBackend, Slab, create_backend
+from tests.system import has_direct_io, has_io_uring
 
 UNIT = 4096
 NAMES = ("uring", "threads", "buffered", "memory")
@@ -19,12 +20,9 @@ def make(name: str, folder: Path, depth: int = 8) -> ReadBackend:
     if name == "memory":
         return MemoryBackend()
     if name in ("uring", "threads"):
-        from kvswap.disk import probe_direct
-        from kvswap.disk.uring import probe_uring
-
-        if not probe_direct(folder).ok:
+        if not has_direct_io(folder):
             pytest.skip("no direct I/O here")
-        if name == "uring" and not probe_uring()[0]:
+        if name == "uring" and not has_io_uring():
             pytest.skip("no io_uring here")
     return create_backend(name, folder, depth, on_notice=lambda text: None)
 

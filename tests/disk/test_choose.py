@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from kvswap.disk import DirectProbe, create_backend, probe_direct
+from kvswap.disk import DirectProbe, create_backend
 from kvswap.disk.uring import probe_uring
 from kvswap.disk.uring_ring import Ring
 from kvswap.errors import StorageError
+from tests.system import has_direct_io, has_io_uring
 
 
 def refuse_ring(self: Ring, depth: int) -> None:
@@ -30,7 +31,7 @@ def no_direct(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_auto_takes_the_best(tmp_path: Path) -> None:
     notices: list[str] = []
     backend = create_backend("auto", tmp_path / "new", 8, on_notice=notices.append)
-    if probe_direct(tmp_path).ok and probe_uring()[0]:
+    if has_direct_io(tmp_path) and has_io_uring():
         assert (backend.name, backend.direct, notices) == ("uring", True, [])
     else:
         assert notices
@@ -38,7 +39,7 @@ def test_auto_takes_the_best(tmp_path: Path) -> None:
 
 
 def test_no_uring_falls_back_to_threads(tmp_path: Path, no_uring: None) -> None:
-    if not probe_direct(tmp_path).ok:
+    if not has_direct_io(tmp_path):
         pytest.skip("no direct I/O here")
     assert probe_uring() == (False, "EPERM, Operation not permitted")
     notices: list[str] = []

@@ -14,6 +14,7 @@ import pytest
 from kvswap.disk import Slab, check_free, default_kv_dir, free_bytes, prepare_dir, probe_direct
 from kvswap.disk.files import match_mount, open_unlinked
 from kvswap.errors import StorageError
+from tests.system import has_direct_io
 
 
 def rss_anon_bytes() -> int:
@@ -155,6 +156,7 @@ def test_free_space(tmp_path: Path) -> None:
 def test_probe_leaves_nothing_and_never_raises(tmp_path: Path) -> None:
     probe = probe_direct(tmp_path)
     assert list(tmp_path.iterdir()) == []
+    assert probe.ok is has_direct_io(tmp_path)
     assert not probe.ok or probe.alignment_bytes in (512, 1024, 2048, 4096)
     absent = probe_direct(tmp_path / "absent")
     assert not absent.ok
@@ -162,7 +164,7 @@ def test_probe_leaves_nothing_and_never_raises(tmp_path: Path) -> None:
 
 
 def test_probe_tries_when_the_kernel_does_not_tell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if not probe_direct(tmp_path).ok:
+    if not has_direct_io(tmp_path):
         pytest.skip("no direct I/O here")
     monkeypatch.setattr("kvswap.disk.direct._stated_alignment", lambda fd: [])
     assert probe_direct(tmp_path).ok

@@ -10,6 +10,7 @@ from torch import nn
 
 from kvswap.models.adapter import inspect
 from kvswap.models.shortcuts import quick_norm, quick_rope, rotate_halves
+from kvswap.native import query_loops
 from tests.tiny.families import FAMILIES, tiny_model
 
 
@@ -24,6 +25,15 @@ class Scaled(nn.Module):
         return self.weight * hidden / hidden.abs().amax(-1, keepdim=True)
 
 
+@pytest.fixture(params=["compiled", "plain"])
+def loops(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the compiled loops, and as where there was no compiler."""
+    if request.param == "plain":
+        monkeypatch.setattr(query_loops, "available", lambda: False)
+        monkeypatch.setattr(query_loops, "threaded_library", pytest.fail)
+
+
+@pytest.mark.usefixtures("loops")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_gets_twins_that_compute_the_same(family: str) -> None:
     model = tiny_model(family)
@@ -37,6 +47,7 @@ def test_every_family_gets_twins_that_compute_the_same(family: str) -> None:
             assert part.rope is rotate_halves
 
 
+@pytest.mark.usefixtures("loops")
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
 def test_predictions_are_those_of_the_familys_own_code(family: str) -> None:
@@ -73,4 +84,11 @@ def test_a_norm_with_hooks_is_called() -> None:
     norm = copy.deepcopy(tiny_model("llama").model.layers[0].input_layernorm)
     assert quick_norm(norm) is not norm
     norm.register_forward_hook(lambda module, given, result: 2 * result)
+    assert quick_norm(norm) is norm
+
+
+def test_a_norm_that_does_not_tell_its_epsilon_keeps_its_own_code() -> None:
+    norm = nn.RMSNorm(8, eps=1e-6)
+    assert quick_norm(norm) is not norm
+    norm.eps = None
     assert quick_norm(norm) is norm

@@ -223,11 +223,11 @@ def test_halves_are_rotated_by_the_angles_of_their_sequence(angles: int) -> None
 
 
 @compiled
-@pytest.mark.parametrize("bits", [2, 4])
-def test_tiles_promise_what_their_best_token_does(bits: int) -> None:
-    codes = torch.randint(0, 256, (6, 640), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
-    query = noise(5, 48 // bits) * 0.3
-    found = loops.tile_mass(tiles_of(codes), query, torch.ones(48 // bits), bits, 640)
+@pytest.mark.parametrize(("bits", "rows"), [(2, 1), (2, 6), (2, 8), (4, 1), (4, 3), (4, 6), (4, 16)])
+def test_tiles_promise_what_their_best_token_does(bits: int, rows: int) -> None:
+    codes = torch.randint(0, 256, (rows, 640), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    query = noise(5, rows * 8 // bits) * 0.3
+    found = loops.tile_mass(tiles_of(codes), query, torch.ones(rows * 8 // bits), bits, 640)
     step = query.abs().amax(1, keepdim=True) / 127
     levels = unpack(codes, bits).float() - (1 << (bits - 1))
     best = ((query / step).round() @ levels * step).unflatten(1, (-1, 64)).amax(2)

@@ -147,6 +147,7 @@ def test_slots_are_given_away_as_by_arrays(reuse_slots: int, monkeypatch: pytest
 @given(st.data())
 def test_groups_are_found_as_by_arrays(data: st.DataObject) -> None:
     ours, twin = _pool(20), _pool(20)
+    assert ours.compiled_lookup  # or both would be the twin
     for step in range(data.draw(st.integers(1, 6))):
         counts = st.lists(st.sets(st.integers(0, 39), min_size=6, max_size=6), min_size=2, max_size=2)
         groups = np.array([sorted(each) for each in data.draw(counts)], np.int64)

@@ -64,7 +64,7 @@ def quick_rope(rope: Rope, head_dim: int) -> Callable[[torch.Tensor, torch.Tenso
 
 
 def rms_norm(hidden: torch.Tensor, weight: torch.Tensor, offset: float, eps: float) -> torch.Tensor:
-    """PyTorch's root-mean-square norm, times ``weight + offset``."""
+    """Root-mean-square norm of the last dimension, times ``weight + offset``."""
     if query_loops.computes_here(hidden, weight):
         return query_loops.rms_norm(hidden, weight, offset, eps)
     return functional.rms_norm(hidden, weight.shape, weight + offset if offset else weight, eps)

@@ -14,6 +14,12 @@ INLINE float faded(float worth, int32_t idle, const float *powers, int64_t longe
     return worth * powers[idle < longest ? idle : longest];
 }
 
+/* One more selection of slot s at this visit of its layer. */
+INLINE void use_slot(int64_t s, int64_t visit, const float *powers, int64_t longest, float *worth, int32_t *seen) {
+    worth[s] = faded(worth[s], (int32_t)visit - seen[s], powers, longest) + 1.0f;
+    seen[s] = (int32_t)visit;
+}
+
 /* Whether all of `count` numbers lie in [0, end): nothing is read or written elsewhere. */
 INLINE int64_t all_within(const int64_t *numbers, int64_t count, int64_t end) {
     uint64_t largest = 0; /* a negative number is a very large one */
@@ -35,11 +41,7 @@ EXPORT int64_t kvswap_lookup(const int32_t *table, int64_t table_rows, int64_t c
     for (int64_t i = 0; i < count; i++) {
         const int32_t slot = table[rows[i] * columns + groups[i]];
         found[i] = slot;
-        if (slot >= 0) {
-            const int64_t s = slot - first;
-            worth[s] = faded(worth[s], (int32_t)visit - seen[s], powers, longest) + 1.0f;
-            seen[s] = (int32_t)visit;
-        }
+        if (slot >= 0) use_slot(slot - first, visit, powers, longest, worth, seen);
     }
     return 1;
 }
@@ -123,9 +125,7 @@ EXPORT int64_t kvswap_find(const int32_t *table, int64_t table_rows, int64_t col
                 absent[missing] = group;
                 files[missing++] = first_row + b;
             } else if (group < ends[b]) {
-                const int64_t s = slot - first;
-                worth[s] = faded(worth[s], (int32_t)visit - seen[s], powers, longest) + 1.0f;
-                seen[s] = (int32_t)visit;
+                use_slot(slot - first, visit, powers, longest, worth, seen);
             }
         }
     const int64_t reads = kvswap_plan_reads(files, absent, missing, gap, places - missing, (uint8_t *)(out + 9 * size),

@@ -156,7 +156,7 @@ class TransformSketch(LayerSketch):
 
     def low_rank(self, query: torch.Tensor, scaling: float) -> torch.Tensor:
         """Scaled queries projected; see the base class."""
-        if query.device.type == "cpu" and query.dtype == torch.float32 and loops.available():
+        if query_loops.computes_here(query):
             return query_loops.project(query, self._by_head, scaling)
         return super().low_rank(query, scaling)
 

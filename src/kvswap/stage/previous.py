@@ -17,7 +17,7 @@ Int = NDArray[np.int64]
 class PreviousSlots(SlotPool):
     """``worth`` is 1 for what this step selected, 0 for the rest of the layer."""
 
-    compiled = False
+    compiled_lookup = False
 
     def lookup(self, layer: int, sequences: Int, groups: Int) -> Int:
         """Slot of each group, or -1 where it must be read."""

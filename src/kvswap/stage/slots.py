@@ -42,7 +42,7 @@ class SlotPool:
     ``arrays`` are what compiled loops look groups up in.
     """
 
-    compiled = True
+    compiled_lookup = True
     """Whether the compiled loops do what ``lookup`` does here."""
 
     def __init__(
