@@ -21,8 +21,8 @@ import torch
 from transformers import DynamicCache
 
 import kvswap
-from kvswap.corpus import evaluation_topics
-from kvswap.evals.forced import run_forced
+from kvswap.core.corpus import evaluation_topics
+from kvswap.lab.evals.forced import run_forced
 from kvswap.models.loading import load_model
 
 

@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import kvswap
-from kvswap.device.model_costs import model_facts
-from kvswap.device.profile import load_profile
-from kvswap.device.tables import cached_tables, load_tables, sketchings
-from kvswap.device.tuner import Candidate, Pricing, Request
-from kvswap.device.verify import Measured, measure_steps
+from kvswap.lab.verify import Measured, measure_steps
 from kvswap.models.adapter import inspect
 from kvswap.models.loading import LoadedModel, load_model
+from kvswap.tuning.model_costs import model_facts
+from kvswap.tuning.profile import load_profile
+from kvswap.tuning.tables import cached_tables, load_tables, sketchings
+from kvswap.tuning.tuner import Candidate, Pricing, Request
 from kvswap.units import MIB
 
 # group_tokens, select_tokens, room for reuse in MiB

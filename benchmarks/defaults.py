@@ -21,10 +21,10 @@ from typing import Any
 import numpy as np
 
 from kvswap.config import Config
-from kvswap.device.model_costs import model_facts
-from kvswap.device.tables import GROUPS, SELECTED, cached_tables, load_tables
 from kvswap.models.adapter import inspect
 from kvswap.models.loading import load_model
+from kvswap.tuning.model_costs import model_facts
+from kvswap.tuning.tables import GROUPS, SELECTED, cached_tables, load_tables
 
 RESULTS = Path(__file__).parent / "results"
 KEY = ("tokens", "rank", "bits", "group_tokens", "select_tokens", "by_layer")

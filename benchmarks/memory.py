@@ -21,10 +21,10 @@ from typing import Any
 import torch
 
 import kvswap
-from kvswap.corpus import evaluation_topics
+from kvswap.core.corpus import evaluation_topics
+from kvswap.memory.budget import PROMPT_PARTS
 from kvswap.models.adapter import cache_keyword
 from kvswap.models.loading import load_model
-from kvswap.plan.budget import PROMPT_PARTS
 from kvswap.units import MIB
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h

@@ -20,18 +20,18 @@ from pathlib import Path
 from typing import Any
 
 from kvswap import Config
-from kvswap.attachment import attach_each
-from kvswap.calibrate import fingerprint
-from kvswap.evals.panel import force_together
-from kvswap.evals.prompts import PromptShelf
-from kvswap.evals.samples import Sample, Source
-from kvswap.evals.settings import PARTS, Setting
-from kvswap.evals.tasks import find_task
-from kvswap.evals.text import evaluation_text
-from kvswap.jsonfile import write_json
+from kvswap.core.attachment import attach_each
+from kvswap.core.calibration import fingerprint
+from kvswap.disk.json_files import write_json
+from kvswap.lab.evals.panel import force_together
+from kvswap.lab.evals.prompts import PromptShelf
+from kvswap.lab.evals.samples import Sample, Source
+from kvswap.lab.evals.settings import PARTS, Setting
+from kvswap.lab.evals.tasks import find_task
+from kvswap.lab.evals.text import evaluation_text
 from kvswap.models.adapter import inspect
 from kvswap.models.loading import load_model
-from kvswap.tuned import Solution, load_tuned
+from kvswap.tuning.tuned import Solution, load_tuned
 
 METHODS = ("kvswap", "kvswap-paper")
 TEXTS, MOST_STEPS = 8, 64  # texts are cut for these, whatever part of them is used

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kvswap.device.tables import Sketching, Tables, TablesFacts, TextKL
-from kvswap.jsonfile import build
+from kvswap.disk.json_files import build
+from kvswap.tuning.tables import Sketching, Tables, TablesFacts, TextKL
 
 RESULTS = Path(__file__).parent / "results"
 RUNS = {"smollm2-135m": "predictor-smollm2-7k.json", "qwen05": "predictor-qwen05-8k.json"}

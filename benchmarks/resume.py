@@ -31,14 +31,14 @@ from typing import Any
 import torch
 
 import kvswap
-from kvswap.device.machine import describe_machine
 from kvswap.disk.files import default_kv_dir
-from kvswap.evals.text import evaluation_text
+from kvswap.lab.evals.text import evaluation_text
 from kvswap.models.adapter import cache_keyword
 from kvswap.models.loading import LoadedModel, load_model
-from kvswap.session import Session
+from kvswap.sessions.keys import ENVIRONMENT, new_key
+from kvswap.sessions.session import Session
 from kvswap.store.groups import GroupStore
-from kvswap.store.keys import ENVIRONMENT, new_key
+from kvswap.tuning.machine import describe_machine
 
 WARM_STEPS = 4
 KINDS = ("unverified", "checksums", "encrypted")
@@ -103,7 +103,7 @@ def first_token_s(session: Session, new: list[int], started_s: float) -> float:
 
 def measure_first_tokens(loaded: LoadedModel, config: kvswap.Config, ids: list[int], args: Any) -> dict[str, Any]:
     """Prefilled and resumed, plain and encrypted."""
-    from kvswap.store.shelf import session_path
+    from kvswap.sessions.shelf import session_path
 
     found: dict[str, Any] = {}
     context, question = ids[: args.tokens], ids[args.tokens : args.tokens + args.question]
@@ -127,8 +127,8 @@ def measure_first_tokens(loaded: LoadedModel, config: kvswap.Config, ids: list[i
 
 def measure_forks(config: kvswap.Config, repeat: int) -> dict[str, Any]:
     """Seconds of a fork on an open session, and bytes of new disk by the session's own count and by the disk's."""
-    from kvswap.store.fork import fork as fork_folder
-    from kvswap.store.shelf import open_session, session_path, used_bytes
+    from kvswap.sessions.fork import fork as fork_folder
+    from kvswap.sessions.shelf import open_session, session_path, used_bytes
 
     times, root = [], session_path(config.kv_dir, "plain").parent
     for _ in range(repeat):
@@ -188,8 +188,8 @@ def decode(
 
 def fork(config: kvswap.Config, name: str, new: str) -> None:
     """A fork of a closed session."""
-    from kvswap.store.fork import fork as fork_folder
-    from kvswap.store.shelf import open_session, session_path
+    from kvswap.sessions.fork import fork as fork_folder
+    from kvswap.sessions.shelf import open_session, session_path
 
     with open_session(config.kv_dir, name) as folder:
         fork_folder(folder, session_path(config.kv_dir, new))
@@ -197,8 +197,8 @@ def fork(config: kvswap.Config, name: str, new: str) -> None:
 
 def remove(config: kvswap.Config, name: str) -> None:
     """Remove a closed session."""
-    from kvswap.store.shelf import remove as remove_path
-    from kvswap.store.shelf import session_path
+    from kvswap.sessions.shelf import remove as remove_path
+    from kvswap.sessions.shelf import session_path
 
     remove_path(session_path(config.kv_dir, name))
 

@@ -15,11 +15,11 @@ from pathlib import Path
 import torch
 
 from kvswap import Config
-from kvswap.bench.scale import fits, kv_bytes, measure_scale, plot_scale
 from kvswap.cli.display import Display
-from kvswap.device.machine import describe_machine
-from kvswap.device.plots import check_plots
-from kvswap.jsonfile import write_json
+from kvswap.disk.json_files import write_json
+from kvswap.lab.bench.scale import fits, kv_bytes, measure_scale, plot_scale
+from kvswap.tuning.machine import describe_machine
+from kvswap.tuning.plots import check_plots
 from kvswap.units import format_bytes
 
 

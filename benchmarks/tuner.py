@@ -20,15 +20,15 @@ from typing import Any
 import torch
 
 from kvswap import Config
-from kvswap.device.model_costs import model_facts
-from kvswap.device.profile import load_profile
-from kvswap.device.tables import GROUPS, cached_tables, load_tables, sketchings
-from kvswap.device.tune import tune
-from kvswap.device.tuner import Pricing, Request
-from kvswap.device.verify import Measured, measure_steps
+from kvswap.lab.verify import Measured, measure_steps
 from kvswap.models.adapter import inspect
 from kvswap.models.loading import load_model
-from kvswap.tuned import Solution
+from kvswap.tuning.model_costs import model_facts
+from kvswap.tuning.profile import load_profile
+from kvswap.tuning.tables import GROUPS, cached_tables, load_tables, sketchings
+from kvswap.tuning.tune import tune
+from kvswap.tuning.tuned import Solution
+from kvswap.tuning.tuner import Pricing, Request
 from kvswap.units import parse_bytes
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from kvswap.corpus import evaluation_topics
+from kvswap.core.corpus import evaluation_topics
 
 DEFAULT = ("numeric-types", "comparisons", "objects", "calls")
 

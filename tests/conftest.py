@@ -7,8 +7,15 @@ import tempfile
 from pathlib import Path
 
 import pytest
+import torch
+from hypothesis import settings
 
+from kvswap.config import Config
 from kvswap.disk.files import IN_MEMORY, filesystem_of
+
+# A first example may wait for an import or for a busy machine; that is no failure.
+settings.register_profile("kvswap", deadline=None)
+settings.load_profile("kvswap")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -21,3 +28,15 @@ def pytest_configure(config: pytest.Config) -> None:
 def _interrupts_arrive() -> None:
     """Shells start background jobs with SIGINT ignored, children inherit that, and tests of Ctrl-C would wait."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(autouse=True)
+def torch_threads() -> None:
+    """Bit-equality is about the order of sums; two threads on every machine."""
+    torch.set_num_threads(2)
+
+
+@pytest.fixture
+def select_all(tmp_path) -> Config:
+    """Everything is selected and stored without rounding: the engine must equal full attention."""
+    return Config(select_tokens=6000, store_dtype="float32", kv_memory="128MiB", kv_dir=str(tmp_path / "kv"))

@@ -6,23 +6,23 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from kvswap.attachment import attach
+    from kvswap.app.engine import Engine, load
     from kvswap.config import Config
-    from kvswap.device.tune import tune
-    from kvswap.engine import Engine, load
+    from kvswap.core.attachment import attach
     from kvswap.errors import KVSwapError
-    from kvswap.session import Session
+    from kvswap.sessions.session import Session
+    from kvswap.tuning.tune import tune
 
 __all__ = ["Config", "Engine", "KVSwapError", "Session", "attach", "load", "tune"]
 
 _HOMES = {
     "Config": "kvswap.config",
-    "Engine": "kvswap.engine",
+    "Engine": "kvswap.app.engine",
     "KVSwapError": "kvswap.errors",
-    "attach": "kvswap.attachment",
-    "Session": "kvswap.session",
-    "load": "kvswap.engine",
-    "tune": "kvswap.device.tune",
+    "attach": "kvswap.core.attachment",
+    "Session": "kvswap.sessions.session",
+    "load": "kvswap.app.engine",
+    "tune": "kvswap.tuning.tune",
 }
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.tiny.folders import save_tiny
+from tests.helpers.folders import save_tiny
 
 
 @pytest.fixture(scope="session")

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-import kvswap.bench.run
-from kvswap.baselines.registry import DISK, NAMES
+import kvswap.lab.bench.run
 from kvswap.cli.main import run_command
+from kvswap.lab.rivals.registry import DISK, NAMES
 
 pytestmark = pytest.mark.usefixtures("cache_home")
 KEYS = {
@@ -21,9 +21,9 @@ KEYS = {
 
 @pytest.fixture(autouse=True)
 def _quick_disk_test(monkeypatch) -> None:
-    measure = kvswap.bench.run.measure_reads
+    measure = kvswap.lab.bench.run.measure_reads
     monkeypatch.setattr(
-        kvswap.bench.run, "measure_reads", lambda backend: measure(backend, file_bytes=1 << 20, read_s=0.1)
+        kvswap.lab.bench.run, "measure_reads", lambda backend: measure(backend, file_bytes=1 << 20, read_s=0.1)
     )
 
 
@@ -71,25 +71,25 @@ def test_what_is_there_is_not_measured_again(base, tmp_path, monkeypatch):
     ]  # fmt: skip
     assert after[:2] == before
     assert after[-1]["full_step_s"] != before[0]["full_step_s"]  # compared with full in the same run
-    monkeypatch.setattr(kvswap.bench.run, "attach_each", None)
+    monkeypatch.setattr(kvswap.lab.bench.run, "attach_each", None)
     assert run_command([*base, "--methods", "window,kvswap", "--context", "200,300"]) == 0
 
 
 def test_broken_off_and_continued(base, tmp_path, monkeypatch):
-    run_turns = kvswap.bench.run.run_turns
+    run_turns = kvswap.lab.bench.run.run_turns
 
     def once(*args, **kwargs):
-        monkeypatch.setattr(kvswap.bench.run, "run_turns", broken)
+        monkeypatch.setattr(kvswap.lab.bench.run, "run_turns", broken)
         return run_turns(*args, **kwargs)
 
     def broken(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(kvswap.bench.run, "run_turns", once)
+    monkeypatch.setattr(kvswap.lab.bench.run, "run_turns", once)
     words = [*base, "--prompts", "2", "--share-prompt", "--methods", "kvswap,mmap,reload"]
     assert run_command(words) == 130
     assert len(json.loads((tmp_path / "bench.json").read_text())["records"]) == 4
-    monkeypatch.setattr(kvswap.bench.run, "run_turns", run_turns)
+    monkeypatch.setattr(kvswap.lab.bench.run, "run_turns", run_turns)
     assert run_command(words) == 0
     content = json.loads((tmp_path / "bench.json").read_text())
     assert [record["prompt"] for record in content["records"]] == [0] * 4 + [1] * 4

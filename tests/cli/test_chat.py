@@ -68,7 +68,7 @@ def test_options_of_run(chat, tmp_path, monkeypatch) -> None:
     words += ("--no-verify", "--no-mmap", "--check-quality")
     code, out, err = chat("Who is there, and what does he count in the evening?", "/stats", words=words)
     assert code == 0 and out.count("\n") == 1 and "first token" in err
-    from kvswap.store.shelf import open_session
+    from kvswap.sessions.shelf import open_session
 
     with open_session(str(tmp_path / "kv"), "diary", write=False) as folder:
         assert folder.manifest.encryption is not None and folder.manifest.layout.group_tokens == 8

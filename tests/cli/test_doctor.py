@@ -13,11 +13,11 @@ import pytest
 from click.testing import CliRunner, Result
 
 from kvswap.cli.doctor import doctor
-from kvswap.device.checkup import check_up
 from kvswap.disk import DirectProbe, create_backend
 from kvswap.disk.uring_ring import Ring
 from kvswap.errors import ConfigError, DiskReadError, StorageError
-from tests.system import has_direct_io
+from kvswap.tuning.checkup import check_up
+from tests.helpers.system import has_direct_io
 
 MEMORY_FOLDER = Path("/dev/shm")
 
@@ -113,7 +113,7 @@ def test_home_of_nobody() -> None:
 
 @pytest.mark.parametrize("target", ["missing/report.json", "."])
 def test_bad_json_target_is_said_before_the_test(target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kvswap.device.checkup.check_up", pytest.fail)
+    monkeypatch.setattr("kvswap.tuning.checkup.check_up", pytest.fail)
     result = run("--kv-dir", str(tmp_path), "--json", str(tmp_path / target))
     assert isinstance(result.exception, ConfigError)
     assert os.listdir(tmp_path) == []
@@ -132,7 +132,7 @@ def test_without_io_uring(tmp_path: Path, brief: None, monkeypatch: pytest.Monke
 
 def test_page_cache_numbers_are_marked(tmp_path: Path, brief: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kvswap.disk.choose.probe_direct", refuse_direct)
-    monkeypatch.setattr("kvswap.device.checkup.probe_direct", refuse_direct)
+    monkeypatch.setattr("kvswap.tuning.checkup.probe_direct", refuse_direct)
     report = tmp_path / "report.json"
     result = run("--kv-dir", str(tmp_path), "--json", str(report))
     found = json.loads(report.read_text())
@@ -147,7 +147,7 @@ def test_broken_disk_is_a_finding(tmp_path: Path, brief: None, monkeypatch: pyte
     def fail(*args: object, **named: object) -> None:
         raise DiskReadError("read of 16384 bytes: EIO")
 
-    monkeypatch.setattr("kvswap.device.checkup.measure_reads", fail)
+    monkeypatch.setattr("kvswap.tuning.checkup.measure_reads", fail)
     result = run("--kv-dir", str(tmp_path))
     assert result.exit_code == 0
     assert "not made" in result.output
@@ -155,8 +155,8 @@ def test_broken_disk_is_a_finding(tmp_path: Path, brief: None, monkeypatch: pyte
 
 
 def test_no_room_for_the_test(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kvswap.device.checkup.free_bytes", lambda path: 3 << 20)
-    monkeypatch.setattr("kvswap.device.checkup.measure_reads", pytest.fail)
+    monkeypatch.setattr("kvswap.tuning.checkup.free_bytes", lambda path: 3 << 20)
+    monkeypatch.setattr("kvswap.tuning.checkup.measure_reads", pytest.fail)
     result = run("--kv-dir", str(tmp_path))
     assert "too little free space" in result.output
 

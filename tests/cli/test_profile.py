@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from kvswap.cli.main import run_command
-from kvswap.device import disk_curve, profile
-from kvswap.device.profile import load_profile
+from kvswap.tuning import disk_curve, profile
+from kvswap.tuning.profile import load_profile
 from kvswap.units import MIB
 
 pytestmark = pytest.mark.usefixtures("cache_home")
@@ -68,7 +68,7 @@ def test_mistakes_are_told_in_one_line(words, message, capfd):
 
 
 def test_plot_without_its_extra(tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr("kvswap.device.plots.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("kvswap.tuning.plots.importlib.util.find_spec", lambda name: None)
     assert run_command(["profile", "--plot", str(tmp_path / "p.png")]) == 2
     assert "pip install 'kvswap[plots]'" in capfd.readouterr().err
 

@@ -15,7 +15,7 @@ import kvswap.disk.files
 import kvswap.models.gguf
 from kvswap.cli.main import run_command
 from kvswap.models.hub import Problem
-from tests.tiny.folders import byte_tokenizer, only_spaces, save_tiny
+from tests.helpers.folders import byte_tokenizer, only_spaces, save_tiny
 
 pytestmark = pytest.mark.usefixtures("cache_home")
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from kvswap.cli.main import run_command
-from kvswap.store.shelf import open_session
+from kvswap.sessions.shelf import open_session
 
 pytestmark = pytest.mark.usefixtures("cache_home")
 

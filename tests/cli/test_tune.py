@@ -9,11 +9,12 @@ import os
 import pytest
 
 from kvswap.cli.main import run_command
-from kvswap.device import disk_curve, make_tables, profile, verify
-from kvswap.device import tune as tune_module
-from kvswap.tuned import load_tuned
+from kvswap.lab import verify
+from kvswap.tuning import disk_curve, make_tables, profile
+from kvswap.tuning import tune as tune_module
+from kvswap.tuning.tuned import load_tuned
 from kvswap.units import MIB
-from tests.tiny.folders import save_tiny
+from tests.helpers.folders import save_tiny
 
 pytestmark = pytest.mark.usefixtures("cache_home")
 
@@ -64,9 +65,9 @@ def test_tuned_file_says_why_and_run_keeps_its_promise(tiny, tmp_path, capfd):
 def test_memory_of_the_engine_is_what_was_promised(tiny, tmp_path, capfd):
     assert run_command(words(tiny, tmp_path)) == 0
     tuned = load_tuned(tmp_path / "tuned.json")
-    from kvswap.attachment import attach
+    from kvswap.core.attachment import attach
     from kvswap.models.loading import load_model
-    from tests.tiny.families import forced_logits, tokens
+    from tests.helpers.families import forced_logits, tokens
 
     loaded, solution = load_model(str(tiny)), tuned.solutions[0]
     with attach(loaded.model, solution.config, tokenizer=loaded.tokenizer) as cache:

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from kvswap.cli.main import run_command
-from kvswap.store import wear
-from kvswap.store.shelf import open_session, used_bytes
+from kvswap.sessions import quota as wear
+from kvswap.sessions.shelf import open_session, used_bytes
 
 pytestmark = pytest.mark.usefixtures("cache_home")
 
@@ -47,7 +47,7 @@ def age(root: Path, name: str, seconds: int) -> None:
 
     with open_session(str(root.parent), name) as folder:
         manifest = replace(folder.manifest, used=folder.manifest.used - seconds)
-        from kvswap.store.manifest import encode
+        from kvswap.sessions.manifest import encode
 
         folder.folder.replace("manifest", encode(manifest, folder.sealer.sign))
 

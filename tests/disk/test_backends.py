@@ -16,7 +16,7 @@ from kvswap.config import Config
 from kvswap.disk import ReadBackend, Slab
 from kvswap.disk.uring import UringBackend
 from kvswap.errors import DiskReadError
-from tests.disk.helpers import NAMES, UNIT, content, make, submit, write_all
+from tests.helpers.backends import NAMES, UNIT, content, make, submit, write_all
 
 FILE_BYTES = 64 * UNIT
 

@@ -10,7 +10,7 @@ from kvswap.disk import DirectProbe, create_backend
 from kvswap.disk.uring import probe_uring
 from kvswap.disk.uring_ring import Ring
 from kvswap.errors import StorageError
-from tests.system import has_direct_io, has_io_uring
+from tests.helpers.system import has_direct_io, has_io_uring
 
 
 def refuse_ring(self: Ring, depth: int) -> None:

@@ -14,7 +14,7 @@ import pytest
 from kvswap.disk import Slab, check_free, default_kv_dir, free_bytes, prepare_dir, probe_direct
 from kvswap.disk.files import match_mount, open_unlinked
 from kvswap.errors import StorageError
-from tests.system import has_direct_io
+from tests.helpers.system import has_direct_io
 
 
 def rss_anon_bytes() -> int:

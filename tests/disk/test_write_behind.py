@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from kvswap.disk import Faults, MemoryBackend, Slab, WriteBehind
 from kvswap.errors import DiskFullError, DiskWriteError
-from tests.disk.helpers import NAMES, UNIT, content, make, submit
+from tests.helpers.backends import NAMES, UNIT, content, make, submit
 
 
 class GatedBackend(MemoryBackend):

@@ -10,8 +10,8 @@ import click
 from kvswap.cli.configs import plain_config, split_list, split_numbers
 
 if TYPE_CHECKING:
-    from kvswap.bench.run import Plan
     from kvswap.config import Config
+    from kvswap.lab.bench.run import Plan
 
 Row = dict[str, Any]
 
@@ -90,12 +90,12 @@ def bench(
       kvswap bench --model smollm2-135m --context 4096 --methods kvswap,window,mmap --json bench.json --plot bench.png
       kvswap bench --model smollm2-135m --methods kvswap,kvswap@tuned.json --json tuned-or-not.json
     """
-    from kvswap.bench.plot import plot_rows
+    from kvswap.app.documents import read_document
     from kvswap.cli.files import check_writable
-    from kvswap.device.plots import check_plots
     from kvswap.disk.files import default_kv_dir, prepare_dir
-    from kvswap.documents import read_document
-    from kvswap.evals.text import evaluation_text
+    from kvswap.lab.bench.plot import plot_rows
+    from kvswap.lab.evals.text import evaluation_text
+    from kvswap.tuning.plots import check_plots
 
     target = check_writable("--json", json_file)
     picture = check_writable("--plot", plot_file) if plot_file is not None else None
@@ -129,7 +129,7 @@ def _measure(
     display = Display()
     try:
         loaded = load_weights(model, display, dtype=dtype)
-        from kvswap.bench.run import bench as run
+        from kvswap.lab.bench.run import bench as run
 
         content = run(
             loaded, config, plan, passages, file=target, on_progress=display.progress, on_notice=display.notice
@@ -143,8 +143,8 @@ def _measure(
 
 def _methods(methods: str, kv_memory: str | None, kv_dir: str | None) -> dict[str, Any]:
     """Names, and the variants among them, as the plan takes both."""
-    from kvswap.baselines.registry import NAMES
-    from kvswap.bench.variants import read_variants
+    from kvswap.lab.bench.variants import read_variants
+    from kvswap.lab.rivals.registry import NAMES
 
     wanted = list(NAMES) if methods.strip() == "all" else split_list("--methods", methods)
     names, variants = read_variants(wanted, kv_memory=kv_memory, kv_dir=kv_dir)
@@ -152,7 +152,7 @@ def _methods(methods: str, kv_memory: str | None, kv_dir: str | None) -> dict[st
 
 
 def _plan(contexts: str, batches: str, **options: Any) -> Plan:
-    from kvswap.bench.run import Plan
+    from kvswap.lab.bench.run import Plan
 
     return Plan(
         contexts=split_numbers("--context", contexts),
@@ -162,7 +162,7 @@ def _plan(contexts: str, batches: str, **options: Any) -> Plan:
 
 
 def _print_table(rows: list[Row]) -> None:
-    from kvswap.bench.tables import plain_table
+    from kvswap.lab.bench.tables import plain_table
 
     for line in plain_table(rows):
         click.echo(line)

@@ -16,7 +16,7 @@ from kvswap.cli.options import read_options, shared
 from kvswap.errors import SessionError, UserError
 
 if TYPE_CHECKING:
-    from kvswap.engine import Engine
+    from kvswap.app.engine import Engine
 
 HELP = {
     "/stats": "the numbers of the last answer",

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 from kvswap.errors import ConfigError
 
 if TYPE_CHECKING:
+    from kvswap.app.prompt import Request
     from kvswap.config import Config
     from kvswap.models.loading import LoadedModel
-    from kvswap.prompt import Request
-    from kvswap.tuned import TunedConfig
+    from kvswap.tuning.tuned import TunedConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,9 +26,9 @@ class TunedChoice:
 
         A session takes that of the longest context, so that it stays the same as the session grows.
         """
-        from kvswap.calibrate import fingerprint
+        from kvswap.app.prompt import encode, render
+        from kvswap.core.calibration import fingerprint
         from kvswap.models.adapter import inspect
-        from kvswap.prompt import encode, render
 
         self.tuned.check_model(fingerprint(inspect(loaded.model)))
         tokens = max(solution.context_tokens for solution in self.tuned.solutions)
@@ -65,7 +65,7 @@ def split_numbers(option: str, text: str) -> list[int]:
 def read_config(config_file: str | None, **options: str | None) -> tuple[Config, TunedChoice | None]:
     """The configuration, and the choice that follows when the file is a tuned one. Raises ConfigError."""
     from kvswap.config import Config
-    from kvswap.tuned import is_tuned, load_tuned
+    from kvswap.tuning.tuned import is_tuned, load_tuned
 
     given = {name: value for name, value in options.items() if value is not None}
     if config_file is None:

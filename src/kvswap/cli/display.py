@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from kvswap.units import format_bytes, format_parts, format_s
 
 if TYPE_CHECKING:
-    from kvswap.stats import RunStats
+    from kvswap.app.stats import RunStats
 
 LABELS = {
     "calibrate": "learning this model's keys (once)",

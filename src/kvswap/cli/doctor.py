@@ -10,9 +10,9 @@ import click
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from kvswap.device.checkup import Checkup, Folder
-    from kvswap.device.disk_test import ReadRate, ReadTest
-    from kvswap.device.machine import Machine
+    from kvswap.tuning.checkup import Checkup, Folder
+    from kvswap.tuning.disk_test import ReadRate, ReadTest
+    from kvswap.tuning.machine import Machine
 
 Row = tuple[str, str]
 
@@ -31,8 +31,8 @@ def doctor(kv_dir: str | None, json_file: Path | None) -> None:
 
     from rich.console import Console
 
-    from kvswap.device.checkup import check_up
     from kvswap.errors import ConfigError
+    from kvswap.tuning.checkup import check_up
 
     if json_file is not None and (json_file.is_dir() or not json_file.absolute().parent.is_dir()):
         raise ConfigError(f"--json {json_file}: not a file in an existing folder", hint="give the name of a file")

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from kvswap.cli.configs import plain_config, split_list, split_numbers
-from kvswap.evals.tasks import TASKS
+from kvswap.lab.evals.tasks import TASKS
 
 if TYPE_CHECKING:
     from kvswap.config import Config
-    from kvswap.evals.run import Plan
-    from kvswap.evals.samples import Source
+    from kvswap.lab.evals.run import Plan
+    from kvswap.lab.evals.samples import Source
 
 
 @click.command("eval")
@@ -101,12 +101,12 @@ def evaluate(
     Example:
       kvswap eval --model smollm2-135m --task agreement,perplexity --methods kvswap,window --json results.json
     """
+    from kvswap.app.documents import read_document
     from kvswap.cli.files import check_writable
     from kvswap.disk.files import default_kv_dir, prepare_dir
-    from kvswap.documents import read_document
-    from kvswap.evals.plot import check_picture, plot
-    from kvswap.evals.tasks.longbench import read_dataset
-    from kvswap.evals.text import evaluation_text
+    from kvswap.lab.evals.plot import check_picture, plot
+    from kvswap.lab.evals.tasks.longbench import read_dataset
+    from kvswap.lab.evals.text import evaluation_text
 
     target = check_writable("--json", json_file)
     picture = None if plot_file is None else check_picture(check_writable("--plot", plot_file))
@@ -118,7 +118,7 @@ def evaluate(
 
     from kvswap.cli.display import Display
     from kvswap.cli.loading import load_weights
-    from kvswap.evals.samples import Source
+    from kvswap.lab.evals.samples import Source
 
     display = Display()
     try:
@@ -143,8 +143,8 @@ def _evaluate(
     prompts: str | None,
     minutes: float | None,
 ) -> list[Any]:
-    from kvswap.evals.prompts import PromptShelf
-    from kvswap.evals.run import evaluate as run
+    from kvswap.lab.evals.prompts import PromptShelf
+    from kvswap.lab.evals.run import evaluate as run
 
     return run(
         loaded,
@@ -162,10 +162,10 @@ def _evaluate(
 def _plan(
     tasks: str, methods: str, contexts: str, kv_memory: str, samples: int, settings: str | None, config: Config
 ) -> Plan:
-    from kvswap.baselines.registry import check_name
-    from kvswap.evals.run import Plan
-    from kvswap.evals.settings import Setting
-    from kvswap.evals.tasks import find_task
+    from kvswap.lab.evals.run import Plan
+    from kvswap.lab.evals.settings import Setting
+    from kvswap.lab.evals.tasks import find_task
+    from kvswap.lab.rivals.registry import check_name
 
     for method in split_list("--methods", methods):
         check_name(method)

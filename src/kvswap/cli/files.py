@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from kvswap.disk.json_files import partial_name
 from kvswap.errors import ConfigError
-from kvswap.jsonfile import partial_name
 
 
 def check_writable(option: str, path: str) -> Path:

@@ -13,13 +13,13 @@ import click
 from kvswap.cli.configs import TunedChoice, read_config
 
 if TYPE_CHECKING:
+    from kvswap.app.documents import Document
+    from kvswap.app.engine import Engine
+    from kvswap.app.prompt import Request
     from kvswap.config import Config
-    from kvswap.documents import Document
-    from kvswap.engine import Engine
     from kvswap.models.loading import LoadedModel
-    from kvswap.prompt import Request
-    from kvswap.store.folder import SessionFolder
-    from kvswap.store.wear import Limits
+    from kvswap.sessions.folder import SessionFolder
+    from kvswap.sessions.quota import Limits
 
 _DTYPES = click.Choice(["auto", "float32", "bfloat16", "float16"])
 _SHARED = (
@@ -114,7 +114,7 @@ class Wanted:
     def open_session(self, method: str = "kvswap") -> SessionFolder | None:
         """Open or make the session before anything heavy is loaded. Raises ConfigError, SessionError."""
         from kvswap.errors import ConfigError
-        from kvswap.store.shelf import open_or_create
+        from kvswap.sessions.shelf import open_or_create
 
         if self.session_name is None:
             if self.encrypt:
@@ -132,7 +132,7 @@ class Wanted:
         A tuned file is asked for the configuration of ``request``; without one, for that of the longest context.
         """
         from kvswap.cli.loading import load_weights
-        from kvswap.store.shelf import close_session
+        from kvswap.sessions.shelf import close_session
 
         choose: Callable[[LoadedModel], Config] | None = None
         if self.tuned is not None:
@@ -146,7 +146,7 @@ class Wanted:
             if session is not None:
                 close_session(session)
             raise
-        from kvswap.engine import load
+        from kvswap.app.engine import load
 
         tell: dict[str, Any] = {"on_progress": display.progress, "on_notice": display.notice}
         engine = load(loaded, config, method=method, session=session, verify=verify, limits=self.limits, **tell)
@@ -172,7 +172,7 @@ def read_options(
     **sampling: Any,
 ) -> Wanted:
     """Check the shared options. Raises ConfigError, InputError."""
-    from kvswap.documents import read_document
+    from kvswap.app.documents import read_document
     from kvswap.models.sampling import Sampling
 
     checked = dataclasses.asdict(Sampling(**sampling))
@@ -193,7 +193,7 @@ def read_options(
 
 def limits_of(disk_quota: str | None, write_limit: str | None) -> Limits:
     """The limits that two options state. Raises ConfigError."""
-    from kvswap.store.wear import Limits
+    from kvswap.sessions.quota import Limits
     from kvswap.units import parse_bytes
 
     return Limits(

@@ -10,8 +10,8 @@ import click
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from kvswap.device.cost import DiskCosts
-    from kvswap.device.profile import Profile
+    from kvswap.tuning.cost import DiskCosts
+    from kvswap.tuning.profile import Profile
 
 
 @click.command()
@@ -30,13 +30,13 @@ def profile(model: str | None, kv_dir: str | None, json_file: str | None, plot_f
 
     from kvswap.cli.display import Display
     from kvswap.cli.files import check_writable
-    from kvswap.device.profile import cached_path, take_profile
+    from kvswap.tuning.profile import cached_path, take_profile
 
     for option, path in (("--json", json_file), ("--plot", plot_file)):
         if path is not None:
             check_writable(option, path)
     if plot_file is not None:
-        from kvswap.device.plots import check_plots
+        from kvswap.tuning.plots import check_plots
 
         check_plots()
     display = Display()
@@ -56,7 +56,7 @@ def profile(model: str | None, kv_dir: str | None, json_file: str | None, plot_f
         found.save(target)
         console.print(f"written to {target}", markup=False, soft_wrap=True)
     if plot_file is not None:
-        from kvswap.device.plots import draw_reads
+        from kvswap.tuning.plots import draw_reads
 
         draw_reads(found.disks, Path(plot_file))
         console.print(f"drawn in {plot_file}", markup=False, soft_wrap=True)

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from kvswap.baselines.registry import DISK, NAMES
 from kvswap.cli.options import Wanted, read_options, shared
+from kvswap.lab.rivals.registry import DISK, NAMES
 
 if TYPE_CHECKING:
-    from kvswap.prompt import Request
-    from kvswap.stats import RunStats
-    from kvswap.store.folder import SessionFolder
+    from kvswap.app.prompt import Request
+    from kvswap.app.stats import RunStats
+    from kvswap.sessions.folder import SessionFolder
 
 
 @click.command()
@@ -37,11 +37,11 @@ def run(question: str, method: str, stats_json: str | None, **options: Any) -> N
       kvswap run --model smollm2-135m --document notes.md --ask "What is decided?"
     """
     # What the user can get wrong is checked before the seconds that torch and a model take to load.
+    from kvswap.app.prompt import make_request
     from kvswap.cli.files import check_writable
     from kvswap.disk.files import default_kv_dir, prepare_dir
+    from kvswap.disk.json_files import write_json
     from kvswap.errors import ConfigError
-    from kvswap.jsonfile import write_json
-    from kvswap.prompt import make_request
 
     wanted = read_options(**options)
     request = make_request(question, wanted.texts)

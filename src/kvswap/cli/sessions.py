@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from kvswap.store.shelf import Entry
+    from kvswap.sessions.shelf import Entry
 
 _FLASH = (
     "Overwritten in place. Flash storage, and file systems that copy on write, may keep older copies where no program "
@@ -27,7 +27,7 @@ def sessions(context: click.Context, kv_dir: str | None) -> None:
 
 
 def _path(context: click.Context, name: str) -> Path:
-    from kvswap.store.shelf import session_path
+    from kvswap.sessions.shelf import session_path
 
     return session_path(context.obj, name)
 
@@ -37,7 +37,7 @@ def _path(context: click.Context, name: str) -> Path:
 @click.pass_context
 def list_(context: click.Context, as_json: bool) -> None:
     """List all sessions with their tokens and the disk they take."""
-    from kvswap.store.shelf import entries, quarantined, sessions_dir, used_bytes
+    from kvswap.sessions.shelf import entries, quarantined, sessions_dir, used_bytes
     from kvswap.units import format_bytes
 
     root = sessions_dir(context.obj)
@@ -62,7 +62,7 @@ def list_(context: click.Context, as_json: bool) -> None:
 def show(context: click.Context, name: str) -> None:
     """Show one session as JSON."""
     from kvswap.errors import DamagedError
-    from kvswap.store.shelf import entry, open_session
+    from kvswap.sessions.shelf import entry, open_session
 
     open_session(context.obj, name, write=False).close()  # says what is wrong
     found = entry(_path(context, name))
@@ -77,8 +77,8 @@ def show(context: click.Context, name: str) -> None:
 def check(context: click.Context, names: tuple[str, ...]) -> int:
     """Read sessions, all without a name, and compare everything with its checksums."""
     from kvswap.errors import KVSwapError
-    from kvswap.store.check import check as check_folder
-    from kvswap.store.shelf import entries, open_session, sessions_dir
+    from kvswap.sessions.check import check as check_folder
+    from kvswap.sessions.shelf import entries, open_session, sessions_dir
     from kvswap.units import format_bytes
 
     wrong = 0
@@ -108,7 +108,7 @@ def check(context: click.Context, names: tuple[str, ...]) -> int:
 @click.pass_context
 def repair(context: click.Context, name: str) -> None:
     """Go back to the longest context of a damaged session that is whole; the damaged files stay in quarantine."""
-    from kvswap.store.shelf import repair_session
+    from kvswap.sessions.shelf import repair_session
 
     words, place = repair_session(_path(context, name))
     click.echo(f"{name}: {words}")
@@ -122,8 +122,8 @@ def repair(context: click.Context, name: str) -> None:
 @click.pass_context
 def fork(context: click.Context, name: str, new_name: str) -> None:
     """Make a second session that begins as the first one is now, sharing its files."""
-    from kvswap.store.fork import fork as fork_folder
-    from kvswap.store.shelf import open_session
+    from kvswap.sessions.fork import fork as fork_folder
+    from kvswap.sessions.shelf import open_session
     from kvswap.units import format_bytes
 
     with open_session(context.obj, name) as folder:
@@ -136,7 +136,7 @@ def fork(context: click.Context, name: str, new_name: str) -> None:
 @click.pass_context
 def rm(context: click.Context, names: tuple[str, ...]) -> None:
     """Remove sessions. What forks share stays with them."""
-    from kvswap.store.shelf import remove
+    from kvswap.sessions.shelf import remove
 
     for name in names:
         remove(_path(context, name))
@@ -148,7 +148,7 @@ def rm(context: click.Context, names: tuple[str, ...]) -> None:
 @click.pass_context
 def wipe(context: click.Context, names: tuple[str, ...]) -> None:
     """Overwrite sessions with zeros, then remove them. What forks share stays with them as it is."""
-    from kvswap.store.shelf import remove
+    from kvswap.sessions.shelf import remove
     from kvswap.units import format_bytes
 
     for name in names:
@@ -160,7 +160,7 @@ def wipe(context: click.Context, names: tuple[str, ...]) -> None:
 @click.option("--keyring", is_flag=True, help="Keep it in the system's keyring instead of printing it.")
 def key(keyring: bool) -> None:
     """Make a new key for encrypted sessions. Whoever loses it loses them."""
-    from kvswap.store.keys import ENVIRONMENT, new_key, store_in_keyring
+    from kvswap.sessions.keys import ENVIRONMENT, new_key, store_in_keyring
 
     made = new_key()
     if keyring:
@@ -175,8 +175,8 @@ def key(keyring: bool) -> None:
 @click.pass_context
 def prune(context: click.Context) -> None:
     """Remove what interrupted work left behind, and sessions that hold nothing."""
-    from kvswap.store.shelf import prune as prune_all
-    from kvswap.store.shelf import sessions_dir
+    from kvswap.sessions.shelf import prune as prune_all
+    from kvswap.sessions.shelf import sessions_dir
 
     removed = prune_all(sessions_dir(context.obj))
     for words in removed:
@@ -191,8 +191,8 @@ def prune(context: click.Context) -> None:
 @click.pass_context
 def export(context: click.Context, name: str, file: Path) -> None:
     """Write the current context of a session to one file; it holds the text in plain form unless it is encrypted."""
-    from kvswap.store.shelf import open_session
-    from kvswap.store.transfer import export_session
+    from kvswap.sessions.shelf import open_session
+    from kvswap.sessions.transfer import export_session
     from kvswap.units import format_bytes
 
     with open_session(context.obj, name) as folder:
@@ -205,8 +205,8 @@ def export(context: click.Context, name: str, file: Path) -> None:
 @click.pass_context
 def import_(context: click.Context, file: Path, name: str | None) -> None:
     """Make a session from an exported file, after everything in it was checked."""
-    from kvswap.store.shelf import made
-    from kvswap.store.transfer import import_session
+    from kvswap.sessions.shelf import made
+    from kvswap.sessions.transfer import import_session
 
     path = made(_path(context, name or file.name.split(".")[0]))
     manifest = import_session(file.expanduser().absolute(), path)

@@ -9,7 +9,7 @@ import click
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from kvswap.tuned import Solution
+    from kvswap.tuning.tuned import Solution
 
 
 @click.command()
@@ -75,7 +75,7 @@ def tune(model: str, out: str, contexts: tuple[int, ...], verify: bool, **option
     display = Display()
     try:
         loaded = load_weights(model, display, dtype="auto")
-        from kvswap.device.tune import tune as find
+        from kvswap.tuning.tune import tune as find
 
         tuned = find(loaded, context_tokens=contexts, on_progress=display.progress, on_notice=display.notice, **options)
         tuned.save(out)
@@ -85,7 +85,7 @@ def tune(model: str, out: str, contexts: tuple[int, ...], verify: bool, **option
             show(console, solution)
         console.print(f"written to {out}", markup=False, soft_wrap=True)
         if verify:
-            from kvswap.device.verify import verify as run
+            from kvswap.lab.verify import verify as run
 
             rows = run(loaded, tuned.solutions[0], on_progress=display.progress)
             display.finish()

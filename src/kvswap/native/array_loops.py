@@ -20,7 +20,7 @@ class SlotArrays:
     """Where the arrays of a pool of slots begin, since asking each array each time would take longer than the loops.
 
     ``table`` int32 ``[rows, columns]``, ``owner`` int64, ``worth`` float32 and ``seen`` int32 ``[slots]``,
-    ``visits`` int32 ``[layers]`` (``kvswap.stage.slots``); ``powers`` float32 ``[n]``: what is left of worth 1 after so
+    ``visits`` int32 ``[layers]`` (``memory.slots``); ``powers`` float32 ``[n]``: what is left of worth 1 after so
     many visits.
     """
 
@@ -81,7 +81,7 @@ def find(
 ) -> tuple[Int, Int, Int, Int, Int, Int, Int, Int, int, int]:
     """``lookup`` of one layer's groups ``[B, n]`` and ``plan_reads`` of those that were not found, in one call.
 
-    Those from ``ends`` ``[B]`` on are none. Returns the fields of ``kvswap.fetch.Found``.
+    Those from ``ends`` ``[B]`` on are none. Returns the fields of ``kvswap.memory.lookup.Found``.
     """
     compiled = library()
     assert compiled is not None
@@ -121,7 +121,7 @@ def find(
 
 
 def plan_reads(files: Int, groups: Int, gap_groups: int, spare: int) -> tuple[Int, Int]:
-    """Extents of wanted groups (``kvswap.plan.extents``).
+    """Extents of wanted groups (``kvswap.store.extents``).
 
     Returns
     -------

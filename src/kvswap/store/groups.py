@@ -22,8 +22,8 @@ from kvswap.disk.slab import Slab
 from kvswap.disk.write_behind import WriteBehind
 from kvswap.errors import DamagedError, DiskError
 from kvswap.native import loops
+from kvswap.sessions.seal import Sealer, Seals
 from kvswap.store.layout import GroupLayout
-from kvswap.store.seal import Sealer, Seals
 from kvswap.store.segments import Segments
 
 Int = NDArray[np.int64]

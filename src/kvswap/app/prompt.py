@@ -1,0 +1,126 @@
+"""The text of a conversation: documents first, question last, in the model's chat template or in a plain form.
+
+Pure but for the tokenizer that is passed in.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from kvswap.app.documents import Document
+from kvswap.errors import DamagedError, InputError
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One turn of the user: ``context`` is the text of the documents, empty without any."""
+
+    context: str
+    question: str
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """What was asked and what the model answered."""
+
+    request: Request
+    answer: str
+
+
+def make_request(question: str, documents: Sequence[Document] = ()) -> Request:
+    """Join the documents. Raises InputError when the question is empty."""
+    if not question.strip():
+        raise InputError("the question is empty", hint="ask something")
+    texts = [document.text.strip() for document in documents]
+    if len(documents) > 1:  # names help only to tell several apart
+        texts = [f"Document {document.name}:\n\n{text}" for document, text in zip(documents, texts, strict=True)]
+    return Request("\n\n".join(texts), question.strip())
+
+
+def has_template(tokenizer: Any) -> bool:
+    """Whether the model was trained to chat."""
+    return bool(getattr(tokenizer, "chat_template", None))
+
+
+def render(tokenizer: Any, turns: Sequence[Turn], request: Request) -> str:
+    """The conversation so far and the new request, up to where the model answers."""
+    if not has_template(tokenizer):
+        return "".join(f"{_plain(turn.request)}{turn.answer}\n\n" for turn in turns) + _plain(request)
+    messages = []
+    for turn in turns:
+        messages.append({"role": "user", "content": _message(turn.request)})
+        messages.append({"role": "assistant", "content": turn.answer})
+    messages.append({"role": "user", "content": _message(request)})
+    text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return text
+
+
+def encode(tokenizer: Any, text: str, *, first: bool) -> list[int]:
+    """Token ids of ``text``; ``first`` when it begins the context. A chat template brings its own special tokens."""
+    special = first and not has_template(tokenizer)
+    ids: list[int] = tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
+    return ids
+
+
+@dataclass(slots=True)
+class Conversation:
+    """What was said so far: as turns, as the text that the template made of them, and as that text's token ids."""
+
+    turns: list[Turn] = field(default_factory=list)
+    text: str = ""
+    ids: list[int] = field(default_factory=list)
+
+    def prompt(self, tokenizer: Any, request: Request) -> tuple[str, list[int], bool]:
+        """Text and token ids of everything with a new request, and whether they go on from what was said.
+
+        They do not where the template words earlier turns anew.
+        """
+        text = render(tokenizer, self.turns, request)
+        if self.ids and text.startswith(self.text):
+            return text, self.ids + encode(tokenizer, text[len(self.text) :], first=False), True
+        return text, encode(tokenizer, text, first=True), False
+
+    def remember(self, tokenizer: Any, request: Request, text: str, ids: list[int], answer_ids: list[int]) -> None:
+        """Add a turn: the prompt's text and ids as ``prompt`` gave them, and the ids of the answer."""
+        whole = {"clean_up_tokenization_spaces": False}
+        self.turns.append(Turn(request, tokenizer.decode(answer_ids, skip_special_tokens=True, **whole)))
+        self.ids = ids + answer_ids
+        self.text = text + tokenizer.decode(answer_ids, skip_special_tokens=False, **whole)
+
+    def pack(self) -> bytes:
+        """Everything but the ids, of which only the number is kept, as JSON."""
+        told = [[turn.request.context, turn.request.question, turn.answer] for turn in self.turns]
+        return json.dumps({"turns": told, "text": self.text, "tokens": len(self.ids)}, ensure_ascii=False).encode()
+
+    @classmethod
+    def unpack(cls, data: bytes, ids: list[int], what: str) -> Conversation:
+        """What ``pack`` made of a conversation whose ids ``ids`` begin with. Raises DamagedError."""
+        if not data:
+            return cls()
+        try:
+            found = json.loads(data)
+            turns = [Turn(Request(*_texts(turn[:2])), *_texts(turn[2:])) for turn in found["turns"]]
+            (text,), tokens = _texts([found["text"]]), int(found["tokens"])
+            if not 0 <= tokens <= len(ids):
+                raise ValueError(f"{tokens} tokens")
+        except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
+            raise DamagedError(f"{what}: its conversation is malformed", hint="try: kvswap sessions repair") from error
+        return cls(turns, text, ids[:tokens])
+
+
+def _texts(values: Sequence[object]) -> list[str]:
+    if not all(isinstance(value, str) for value in values):
+        raise TypeError("not text")
+    return [str(value) for value in values]
+
+
+def _message(request: Request) -> str:
+    return f"{request.context}\n\n{request.question}" if request.context else request.question
+
+
+def _plain(request: Request) -> str:
+    head = f"{request.context}\n\n" if request.context else ""
+    return f"{head}Question: {request.question}\nAnswer:"

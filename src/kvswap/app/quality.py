@@ -1,0 +1,179 @@
+"""A meter of what selection costs: now and then a step is done over again with exact attention, and compared.
+
+``QualityMeter`` is called with the logits of every step, as ``generate`` calls a logits processor. When it checks, the
+step's token goes through the model once more; every offloaded layer then attends to all of its K, V, streamed from disk
+in tiles. Nothing is changed: logits pass through as they are. What earlier steps left behind stays as it is, so a check
+tells what selection did in this one step. The tiles, about 2,000 tokens of one layer, are held beside the memory limit.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn import functional
+from transformers.cache_utils import CacheLayerMixin
+
+from kvswap.app.stats import QualityStats
+from kvswap.core.attention import TiledAttention
+from kvswap.core.cache import KVSwapCache
+from kvswap.core.layer_major import LayerMajorCache, special
+from kvswap.core.prefill import stored_tiles
+from kvswap.errors import UnsupportedError
+from kvswap.models.adapter import LayerParts, cache_keyword
+
+COST_SHARE = 0.05
+
+
+class QualityMeter:
+    """Checks the first step, then as often as ``COST_SHARE`` of the time of decoding allows. One sequence."""
+
+    def __init__(self, model: Any, cache: KVSwapCache) -> None:
+        method = cache.method
+        if method.per_head or method.streams or method.rebuilds_keys:
+            raise UnsupportedError(f"checking the quality of method {method.name}", hint="use kvswap")
+        self._model, self._cache = model, cache
+        self._checks: list[tuple[float, float, bool]] = []
+        self._check_s = self._decode_s = 0.0
+        self._last_s: float | None = None
+        self._sliding: dict[int, Any] = {}
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Take the logits ``[1, V]`` after ``input_ids`` ``[1, T]``; gives them back as they are."""
+        now_s = time.perf_counter()
+        if self._last_s is not None:
+            self._decode_s += now_s - self._last_s
+            each_s = self._check_s / len(self._checks) if self._checks else 0.0
+            if self._check_s + each_s <= COST_SHARE * self._decode_s or not self._checks:
+                self.check(int(input_ids[0, -1]), scores[0])
+        self.remember()
+        self._last_s = time.perf_counter()
+        return scores
+
+    def remember(self) -> None:
+        """Keep what layers with a sliding window hold before a step that may be checked (no copy of tensors)."""
+        layers = enumerate(self._cache.layers)
+        self._sliding = {index: copy.copy(layer) for index, layer in layers if layer.is_sliding}
+
+    def mass(self, token: int) -> float:
+        """The share of attention mass that the last step, of ``token``, kept; mean over heads and layers."""
+        return self._exact(token)[1]
+
+    def check(self, token: int, logits: torch.Tensor) -> tuple[float, float]:
+        """Do the last step over again; ``logits`` ``[V]`` are what it gave.
+
+        Returns
+        -------
+        The share of attention mass that the selection kept, mean over heads and layers, and KL(exact || selected).
+        """
+        start_s = time.perf_counter()
+        exact, kept = self._exact(token)
+        found = logits.float().log_softmax(-1)
+        kl = float(functional.kl_div(found, exact, log_target=True, reduction="sum"))
+        self._checks.append((kept, kl, bool(found.argmax() == exact.argmax())))
+        self._check_s += time.perf_counter() - start_s
+        return kept, kl
+
+    @torch.no_grad()
+    def _exact(self, token: int) -> tuple[torch.Tensor, float]:
+        """Log-probabilities ``[V]`` of the last step done exactly, and the mass that it kept."""
+        view = _ExactView(self._cache, self._sliding)
+        tokens = torch.tensor([[token]], device=self._model.device)
+        output = self._model(input_ids=tokens, use_cache=True, logits_to_keep=1, **{cache_keyword(self._model): view})
+        return output.logits[0, -1].float().log_softmax(-1), float(np.mean(view.kept))
+
+    @property
+    def stats(self) -> QualityStats | None:
+        """Means over the checks; None where there was none."""
+        if not self._checks:
+            return None
+        kept, kl, same = (float(np.mean(values)) for values in zip(*self._checks, strict=True))
+        return QualityStats(
+            checks=len(self._checks),
+            mass_kept=kept,
+            mass_kept_least=min(each[0] for each in self._checks),
+            kl=kl,
+            same=same,
+            check_s=self._check_s,
+        )
+
+
+class _ExactView(LayerMajorCache):
+    """The context of a cache without its last token, attended to exactly; for one forward of that token."""
+
+    def __init__(self, cache: KVSwapCache, sliding: dict[int, Any]) -> None:
+        assert cache.decode is not None
+        self._decode, self._state = cache.decode, cache.decode.state
+        self._before = int(self._state.tokens[0]) - 1
+        self.kept: list[float] = []
+        layers = [sliding.get(part.index) or _Stored(self._before) for part in cache.parts.layers]
+        super().__init__(cache.parts, cache.implementation, layers, chunk_tokens=cache.chunk_tokens, on_progress=None)
+
+    def attention(
+        self,
+        part: LayerParts,
+        stock: Any,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        mask: Any,
+        kwargs: dict[str, Any],
+    ) -> torch.Tensor:
+        """Exact attention of one token, and how much of its mass the step before attended to."""
+        if special(kwargs):
+            raise UnsupportedError("checking quality with softcap or attention sinks", hint="leave --check-quality out")
+        assert part.order is not None
+        state, attended = self._state, torch.from_numpy(self._attended(part.order))
+        whole, chosen = (TiledAttention(query[0], state.shape.kv_heads, state.shape.scaling) for _ in range(2))
+        for start, tile_keys, tile_values in stored_tiles(state, part.order, 0, self._before):
+            whole.add(tile_keys, tile_values)
+            inside = attended[start : start + tile_keys.shape[1]].to(tile_keys.device)
+            if bool(inside.any()):
+                chosen.add(tile_keys[:, inside], tile_values[:, inside])
+        for each in (whole, chosen):
+            each.add(keys[0], values[0])
+        self.kept.append(float((chosen.log_total - whole.log_total).exp().mean()))
+        return whole.result()[None].to(query.dtype)
+
+    def _attended(self, order: int) -> np.ndarray[Any, np.dtype[np.bool_]]:
+        """Which of the tokens before the last one the last step attended to, ``[T - 1]``."""
+        window, fetch = self._state.window, self._decode.latest[order]
+        current = self._before // window.group_tokens
+        groups = np.zeros(current + 1, bool)
+        groups[: window.sink_groups] = True
+        groups[window.ring_start(current) :] = True
+        groups[fetch.chosen if fetch.valid is None else fetch.chosen[fetch.valid]] = True
+        return np.repeat(groups, window.group_tokens)[: self._before]
+
+
+class _Stored(CacheLayerMixin):
+    """One offloaded layer of a view."""
+
+    is_sliding = False
+    is_croppable = False
+
+    def __init__(self, tokens: int) -> None:
+        super().__init__()
+        self._tokens = tokens
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Nothing to set up."""
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """The new token's K, V as they are; nothing is stored."""
+        return key_states, value_states
+
+    def get_seq_length(self) -> int:
+        """Tokens before the one that is done over again."""
+        return self._tokens
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Length and offset of K in a mask."""
+        return self._tokens + query_length, 0
+
+    def get_max_length(self) -> int:
+        """No limit of its own."""
+        return -1

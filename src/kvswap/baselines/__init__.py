@@ -1,1 +1,0 @@
-"""kvswap and what it is compared with, one file a method, behind ``kvswap.method``."""

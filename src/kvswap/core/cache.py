@@ -1,0 +1,391 @@
+"""The transformers Cache object of a context on disk: what ``generate`` sees.
+
+``KVSwapCache`` keeps full-attention layers on disk; layers with a sliding window keep their stock in-memory state. The
+cache never sees token ids: as with any transformers cache, the caller vouches that the stored tokens are a prefix of
+the input.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from kvswap.config import Config
+from kvswap.core.decode import Decode
+from kvswap.core.layer_major import FullCache, LayerForward, LayerMajorCache, Progress, held_layers, special
+from kvswap.core.prefill import Prefill, attend_stored, chunk_spans
+from kvswap.core.rates import Rates
+from kvswap.core.state import BatchState, Shape, open_state
+from kvswap.core.trace import CacheStats
+from kvswap.disk.backend import ReadBackend
+from kvswap.errors import MemoryBudgetError, UnsupportedError
+from kvswap.memory.available import available_bytes
+from kvswap.memory.budget import PROMPT_PARTS, PrefillNeeds
+from kvswap.models.adapter import LayerParts, ModelParts
+from kvswap.models.masks import DeferredMask
+from kvswap.selection.method import Method, SketchMaker
+from kvswap.sessions.binding import Keeper, sliding_layers
+from kvswap.units import format_bytes
+
+
+class KVSwapCache(LayerMajorCache):
+    """Full-attention layers on disk, a sketch of their keys in memory. Made by ``attach``; one batch for its life."""
+
+    def __init__(
+        self,
+        parts: ModelParts,
+        implementation: str,
+        *,
+        config: Config,
+        method: Method,
+        backend: ReadBackend,
+        makers: Sequence[SketchMaker],
+        store_dtype: torch.dtype,
+        check_space: Callable[[int], None],
+        on_progress: Progress | None,
+        keeper: Keeper | None = None,
+    ) -> None:
+        layers = held_layers(parts, self)
+        super().__init__(parts, implementation, layers, chunk_tokens=config.chunk_tokens, on_progress=on_progress)
+        self.config, self.method, self.padded_tokens = config, method, keeper.tokens if keeper else 0
+        self._backend, self._makers, self._check_space = backend, makers, check_space
+        self._shape = Shape(
+            layers=len(parts.offloaded),
+            query_heads=parts.query_heads,
+            kv_heads=parts.kv_heads,
+            head_dim=parts.head_dim,
+            scaling=parts.scaling,
+            dtype=parts.dtype,
+            store_dtype=store_dtype,
+            device=parts.device,
+        )
+        self._keeper = keeper
+        self._again, self._rates = False, Rates()
+        self.after_prompt: Callable[[], None] | None = None
+        """Called between forwards when a prompt is through, by the thread that runs the model."""
+        self._sliding = sliding_layers(layers, [part.order for part in parts.layers]) if keeper else []
+        if keeper is not None:
+            keeper.restore_sliding(self._sliding, parts.dtype, parts.device)
+        self._state: BatchState | None = None
+        self._decode: Decode | None = None
+        self._prefill: Prefill | None = None
+        self._pads: NDArray[np.int64] = np.zeros(0, np.int64)
+        self._rope: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    # ---- a forward
+
+    def begin(self, hidden: torch.Tensor, mask: DeferredMask) -> None:
+        """Start a prompt or a decode step; the first prompt opens the batch state."""
+        super().begin(hidden, mask)
+        batch, tokens = hidden.shape[:2]
+        padding = mask.padding
+        decoding = tokens == 1 and self._stored > 0
+        passing_bytes = 0 if decoding else self._check_memory(hidden)
+        if self._state is None:
+            self._pads = _left_pads(padding, batch, self._stored + tokens)
+            self._state = self._open(batch, self._stored + tokens)
+            self._decode = Decode(self._state)
+        elif batch != self._state.batch:
+            raise UnsupportedError(f"batch of {batch} on a cache of {self._state.batch}", hint="attach anew for it")
+        elif padding is not None and not bool(padding[:, self._stored :].all()):
+            raise UnsupportedError("padding after stored tokens", hint="continue sequences of a batch by equal lengths")
+        assert self._decode is not None
+        if decoding:
+            self._prefill = None
+            self._decode.begin_step()
+            self._rope.clear()
+        else:
+            store, pads = self._state.store, np.zeros_like(self._pads) if self._stored else self._pads
+            store.streamed_bytes, store.streamed_s = 0, 0.0
+            self._prefill = Prefill(self._state, tokens, pads, again=self._again)
+            held, kept = self._state.ledger.held, self._stored or self._again
+            held_bytes = sum(held.values() if kept else (held[part] for part in PROMPT_PARTS))
+            self.trace.prefill_peak_bytes = max(self.trace.prefill_peak_bytes, passing_bytes + held_bytes)
+
+    def run_layer(self, part: LayerParts, forward: LayerForward, hidden: torch.Tensor, kwargs: dict[str, Any]) -> Any:
+        """Run one decoder layer; see the base class."""
+        output = super().run_layer(part, forward, hidden, kwargs)
+        if self.after_prompt is not None and hidden.shape[1] > 1 and not self._running:
+            self.after_prompt()
+        return output
+
+    def end(self, tokens: int) -> None:
+        """Count the tokens of this forward as stored."""
+        super().end(tokens)
+        assert self._decode is not None
+        if self._prefill is not None:
+            self._prefill.done()
+            self._prefill, self._again = None, False
+            self._rates = self._rates.better(self._measured(tokens))
+        else:
+            self._decode.end_step()
+            self.trace.decode_s += time.perf_counter() - self._started_s
+        self.padded_tokens += tokens
+
+    def leave(self, part: LayerParts) -> None:
+        """Hand the layer's K, V of a prompt to disk and sketch."""
+        if part.order is not None and self._prefill is not None:
+            self._prefill.finish(part.order)
+
+    def decode_layer(
+        self, part: LayerParts, forward: LayerForward, hidden: torch.Tensor, kwargs: dict[str, Any]
+    ) -> Any:
+        """Start what the next layer needs, then run this one."""
+        if part.index == 0:
+            self._prefetch(part, hidden, kwargs, part.layer_type)
+        if part.index + 1 < len(self.parts.layers):
+            self._prefetch(self.parts.layers[part.index + 1], hidden, kwargs, part.layer_type)
+        if part.order is None:
+            return super().decode_layer(part, forward, hidden, kwargs)
+        return forward(hidden, **{**kwargs, "attention_mask": None})
+
+    def attention(
+        self,
+        part: LayerParts,
+        stock: Callable[..., Any],
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        mask: Any,
+        kwargs: dict[str, Any],
+    ) -> torch.Tensor:
+        """Prefill: exact over the prompt (and the stored context). Decode: exact over what was selected."""
+        assert self._decode is not None and part.order is not None
+        if self._prefill is None:
+            if self.method.streams:
+                return self._stream(part.order, query)
+            if not self._decode.started(part.order):
+                self._decode.prefetch(part.order, query[:, :, 0])
+            keys, values, mask = self._decode.attend(part.order)
+            if mask is not None and mask.dtype == torch.bool and self.implementation == "eager":  # which adds its mask
+                mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, torch.finfo(query.dtype).min)
+        elif self._prefill.appending:
+            if special(kwargs):
+                raise UnsupportedError("appending with softcap or attention sinks", hint="start with the whole prompt")
+            return self._prefill.attend(part.order, query, mask)
+        return super().attention(part, stock, query, keys, values, mask, kwargs)
+
+    def adopt(self, source: FullCache) -> None:
+        """Take over the prompt that ``source`` holds, as if this cache had computed it. Both unpadded, this one empty.
+
+        Prefill is exact, so that comparing methods takes one computation of each prompt.
+        """
+        assert self._state is None, "a cache adopts a prompt once, before anything else"
+        batch, _, tokens, _ = source.layers[self.parts.offloaded[0].index].keys.shape
+        self._pads = np.zeros(batch, np.int64)
+        self._state = self._open(batch, tokens)
+        self._decode = Decode(self._state)
+        prefill = Prefill(self._state, tokens, self._pads)
+        for part in self.parts.layers:
+            layer = source.layers[part.index]
+            if part.order is None:
+                self.layers[part.index] = copy.copy(layer)  # its tensors are replaced, never written to
+            else:
+                prefill.extend(layer.keys, layer.values)
+                prefill.finish(part.order)
+        prefill.done()
+        self.padded_tokens = tokens
+
+    def take(self, order: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """New K, V of one offloaded layer."""
+        if self._prefill is not None:
+            return self._prefill.extend(keys, values)
+        assert self._decode is not None
+        self._decode.put(order, keys, values)
+        return keys, values
+
+    def mask_tokens(self, query_length: int) -> int:
+        """Length of K in the mask of the next chunk: the prompt so far, or everything while no prompt runs."""
+        if self._prefill is None:
+            return self.padded_tokens + query_length
+        return self._prefill.filled_tokens + query_length
+
+    def _check_memory(self, hidden: torch.Tensor) -> int:
+        """What a prompt needs in passing, in bytes. Raises MemoryBudgetError where that much is not free."""
+        shape, (batch, tokens, elements) = self._shape, hidden.shape
+        sliding = [self.parts.layer_kwargs[part.index] for part in self.parts.layers if part.order is None]
+        needs = PrefillNeeds(
+            batch=batch,
+            tokens=tokens,
+            chunk_tokens=max(stop - start for start, stop in chunk_spans(tokens, self.chunk_tokens)),
+            hidden_elements=elements,
+            inner_elements=getattr(self.parts.config, "intermediate_size", 4 * elements),
+            query_heads=shape.query_heads,
+            query_elements=shape.query_heads * shape.head_dim,
+            key_elements=shape.kv_heads * shape.head_dim,
+            itemsize_bytes=hidden.element_size(),
+            eager=self.implementation == "eager",
+            stored=self._stored > 0,
+            ropes=len({part.layer_type for part in self.parts.layers}),
+            sliding_tokens=sum(min(tokens, each.get("sliding_window") or 0) for each in sliding),
+        )
+        passing_bytes = needs.passing_bytes()
+        if hidden.device.type == "cpu" and passing_bytes > available_bytes():
+            raise MemoryBudgetError(
+                f"prefill of {batch * tokens:,} tokens needs {format_bytes(passing_bytes)} in passing, "
+                f"{format_bytes(available_bytes())} of memory are free",
+                hint="close other programs, shorten the context, or lower chunk_tokens",
+            )
+        return passing_bytes
+
+    def _prefetch(self, target: LayerParts, hidden: torch.Tensor, kwargs: dict[str, Any], layer_type: str) -> None:
+        if target.order is None:
+            return
+        assert self._decode is not None
+        if self.method.streams:
+            return
+        query = None
+        if not self._decode.selects_all(target.order) and self.method.query != "none":
+            if self.method.query == "true":
+                return  # ``attention`` does it
+            self.trace.lap()
+            cos, sin = kwargs["position_embeddings"]
+            if target.layer_type != layer_type:  # RoPE differs by layer type (Gemma 3)
+                cos, sin = self._rope_of(target.layer_type, hidden, kwargs["position_ids"])
+            source = target.index - (self.method.query == "previous_norm")
+            query = target.predict_query(hidden, cos, sin, self.parts.layers[max(0, source)].norm)
+            self.trace.lap("predict_s")
+        self._decode.prefetch(target.order, query)
+
+    def _stream(self, order: int, query: torch.Tensor) -> torch.Tensor:
+        """Attention of a decode step to all that is stored: ``[B, H_q, 1, d]`` to ``[B, 1, H_q, d]``."""
+        state = self._state
+        assert state is not None
+        rows = [
+            attend_stored(state, order, sequence, query[sequence], int(state.tokens[sequence]) + 1).result()
+            for sequence in range(state.batch)
+        ]
+        return torch.stack(rows).to(query.dtype)
+
+    def _rope_of(
+        self, layer_type: str, hidden: torch.Tensor, position_ids: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if layer_type not in self._rope:
+            self._rope[layer_type] = self.parts.position_embeddings(hidden, position_ids, layer_type)
+        return self._rope[layer_type]
+
+    def _open(self, batch: int, tokens: int) -> BatchState:
+        keeper = self._keeper
+        if keeper is not None and (batch != 1 or self._pads.any()):
+            raise UnsupportedError("a batch or padding in a session", hint="a session is one sequence without padding")
+        state = open_state(
+            self.config,
+            self.method,
+            self._shape,
+            self._backend,
+            self._makers,
+            batch=batch,
+            tokens=tokens,
+            trace=self.trace,
+            check_space=self._check_space,
+            named=keeper.files(self._backend, self._shape.layers) if keeper else None,
+            alignment_bytes=keeper.layout.alignment_bytes if keeper and keeper.layout else 0,
+        )
+        if keeper is not None:
+            keeper.restore(state)
+        return state
+
+    # ---- a session
+
+    def commit(self, ids: Sequence[int], talk: bytes = b"", *, interim: bool = False) -> None:
+        """Make the context durable, in a cache of a session; between forwards only.
+
+        ``ids`` are the token ids of the context, one more than tokens stored at most; ``talk`` is kept with them.
+        The next commit takes the place of an ``interim`` one. Raises DiskWriteError, DiskFullError.
+        """
+        if self._keeper is None or self._state is None or self._running:
+            raise UnsupportedError("a commit without a session, or within a forward", hint="attach with a session")
+        self._keeper.commit(self._state, self._sliding, ids, talk, interim=interim, rates=self._rates)
+
+    def compute_again(self) -> None:
+        """Have the next forward be given the whole context: what is stored of it is computed, not read.
+
+        Exact either way; K, V on disk stay. Between forwards only. Not for models with sliding-window layers, which
+        would have to begin anew.
+        """
+        if self._sliding:
+            raise UnsupportedError("computing again with sliding-window layers", hint="go on from what is stored")
+        self._again, self.padded_tokens = self.padded_tokens > 0, 0
+
+    def _measured(self, tokens: int) -> Rates:
+        """What the prompt that has just gone through says of this machine."""
+        assert self._state is not None
+        store, took_us = self._state.store, int(1e6 * (time.perf_counter() - self._started_s))
+        if not self._stored:
+            return Rates(prefill_tokens=tokens, prefill_us=took_us)
+        layer_bytes = self._shape.layers * self._state.layout.slot_bytes
+        return Rates(
+            load_tokens=store.streamed_bytes // layer_bytes * self.config.group_tokens,
+            load_us=int(1e6 * store.streamed_s),
+        )
+
+    # ---- what users see
+
+    @property
+    def decode(self) -> Decode | None:
+        """The path of decode steps, once there is a context."""
+        return self._decode
+
+    @property
+    def stats(self) -> CacheStats:
+        """Counters and sizes up to now."""
+        state, trace, counters = self._state, self.trace, self._backend.counters
+        if state is None:
+            return CacheStats(backend=self._backend.name, direct_io=self._backend.direct)
+        shape = self._shape
+        return CacheStats(
+            prefill_s=trace.prefill_s,
+            calibration_s=trace.calibration_s,
+            decode_steps=trace.decode_steps,
+            decode_s=trace.decode_s,
+            predict_s=trace.predict_s,
+            slots_s=trace.slots_s,
+            submit_s=trace.submit_s,
+            kv_full_bytes=int(state.tokens.sum()) * shape.layers * state.layout.geometry.token_bytes,
+            kv_memory_limit_bytes=state.ledger.limit_bytes,
+            kv_memory_peak_bytes=state.ledger.peak_bytes,
+            memory_parts=dict(state.ledger.peaks),
+            sliding_kv_bytes=_bytes_in(self.layers),
+            prefill_peak_bytes=trace.prefill_peak_bytes,
+            disk_write_bytes=counters.write_bytes,
+            disk_read_bytes=counters.read_bytes,
+            disk_reads=counters.reads,
+            selected_groups=trace.selected_groups,
+            reuse_slots=state.pool.reuse_slots,
+            reuse_rate=trace.reused_groups / max(1, trace.selected_groups),
+            io_wait_s=counters.wait_s,
+            backend=self._backend.name,
+            direct_io=self._backend.direct,
+            sketch=self._makers[0].label,
+        )
+
+    def close(self) -> None:
+        """Drop the files and the memory; the cache is of no use afterwards."""
+        if self._state is not None:
+            self._state.close()
+        else:
+            self._backend.close()
+
+
+def _left_pads(padding: torch.Tensor | None, batch: int, tokens: int) -> NDArray[np.int64]:
+    """Padding tokens on the left of each sequence. Raises UnsupportedError for any other mask."""
+    if padding is None:
+        return np.zeros(batch, np.int64)
+    mask = padding[:, :tokens].cpu().numpy().astype(bool)
+    if mask.shape != (batch, tokens) or (np.diff(mask.astype(np.int8), axis=1) < 0).any():
+        raise UnsupportedError("padding that is not on the left", hint='set tokenizer.padding_side = "left"')
+    if not mask.any(axis=1).all():
+        raise UnsupportedError("a sequence of padding alone", hint="give every sequence at least one token")
+    pads: NDArray[np.int64] = tokens - mask.sum(axis=1, dtype=np.int64)
+    return pads
+
+
+def _bytes_in(layers: Sequence[Any]) -> int:
+    tensors = (t for layer in layers for t in (getattr(layer, "keys", None), getattr(layer, "values", None)))
+    return sum(t.nbytes for t in tensors if t is not None)

@@ -1,0 +1,267 @@
+"""Prompts through a model one layer at a time, in chunks: what every cache of ours does.
+
+``LayerMajorCache`` is called by the wrapper round each decoder layer (``attach.py``). ``FullCache`` keeps K, V in
+memory with the same chunked prefill, for comparison.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable
+from typing import Any, Protocol, cast
+
+import torch
+from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, Cache, CacheLayerMixin
+
+from kvswap.core.attention import chunk_attention
+from kvswap.core.prefill import chunk_spans, run_layer
+from kvswap.core.trace import CacheStats, Trace
+from kvswap.errors import UnsupportedError
+from kvswap.models.adapter import LayerParts, ModelParts
+from kvswap.models.masks import DeferredMask, resolve
+
+Progress = Callable[[str, int, int], None]
+LayerForward = Callable[..., torch.Tensor]
+
+
+class LayerMajorCache(Cache):
+    """A cache whose prompts go through the model layer by layer, in chunks of ``chunk_tokens``."""
+
+    is_compileable = False
+
+    def __init__(
+        self,
+        parts: ModelParts,
+        implementation: str,
+        layers: list[Any],
+        *,
+        chunk_tokens: int,
+        on_progress: Progress | None,
+    ) -> None:
+        super().__init__(layers=layers)
+        self.parts, self.implementation, self.chunk_tokens = parts, implementation, chunk_tokens
+        self.trace = Trace()
+        self._on_progress = on_progress
+        self._started_s = 0.0
+        self._running = False
+        self._stored = 0  # padded tokens stored before the running forward
+
+    # ---- one layer of a forward, called by the wrapper round each decoder layer
+
+    def run_layer(self, part: LayerParts, forward: LayerForward, hidden: torch.Tensor, kwargs: dict[str, Any]) -> Any:
+        """Run one decoder layer on ``hidden`` ``[B, T, E]`` with the keyword arguments the model gave."""
+        mask = kwargs.get("attention_mask")
+        if part.index == 0:
+            if self._running:
+                raise UnsupportedError(
+                    "the last forward broke off, so layers hold different numbers of tokens",
+                    hint="leave the attach block and enter a new one",
+                )
+            self._stored = self.get_seq_length()
+            self.begin(hidden, self._check_call(mask, kwargs))
+            self._running = True
+        if hidden.shape[1] == 1 and self._stored:
+            output = self.decode_layer(part, forward, hidden, kwargs)
+        else:
+            output = self._prefill_layer(part, forward, hidden, kwargs)
+        if part.index == len(self.parts.layers) - 1:
+            self.end(hidden.shape[1])
+            self._running = False
+        return output
+
+    def begin(self, hidden: torch.Tensor, mask: DeferredMask) -> None:
+        """A forward begins."""
+        self._started_s = time.perf_counter()
+
+    def end(self, tokens: int) -> None:
+        """A forward is through all layers."""
+        if tokens > 1 or not self._stored:
+            self.trace.prefill_s += time.perf_counter() - self._started_s
+
+    def leave(self, part: LayerParts) -> None:
+        """A prompt is through one layer."""
+
+    def decode_layer(
+        self, part: LayerParts, forward: LayerForward, hidden: torch.Tensor, kwargs: dict[str, Any]
+    ) -> Any:
+        """Run one layer for a single new token."""
+        kwargs = {**kwargs, "attention_mask": resolve(kwargs.get("attention_mask"), self.implementation)}
+        return forward(hidden, **kwargs)
+
+    def attention(
+        self,
+        part: LayerParts,
+        stock: Callable[..., Any],
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        mask: Any,
+        kwargs: dict[str, Any],
+    ) -> torch.Tensor:
+        """Attention of one offloaded layer: ``[B, H_q, q, d]`` to ``[B, q, H_q, d]``."""
+        if self.implementation == "sdpa" and query.shape[2] > 1 and not special(kwargs):
+            return chunk_attention(query, keys, values, mask, self.parts.scaling)
+        output: torch.Tensor = stock(part.attention, query, keys, values, mask, **kwargs)[0]
+        return output
+
+    def _prefill_layer(
+        self, part: LayerParts, forward: LayerForward, hidden: torch.Tensor, kwargs: dict[str, Any]
+    ) -> Any:
+        tokens = hidden.shape[1]
+        chunks = len(list(chunk_spans(tokens, self.chunk_tokens)))
+        done = 0
+
+        def chunk(piece: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+            nonlocal done
+            output = forward(piece, **self._chunk_kwargs(part, kwargs, start, stop))
+            done += 1
+            if self._on_progress is not None:
+                self._on_progress("prefill", part.index * chunks + done, len(self.parts.layers) * chunks)
+            return output
+
+        output = run_layer(chunk, hidden, self.chunk_tokens)
+        _cut_loose(self.layers[part.index])
+        self.leave(part)
+        return output
+
+    def _chunk_kwargs(self, part: LayerParts, kwargs: dict[str, Any], start: int, stop: int) -> dict[str, Any]:
+        changed = dict(kwargs)
+        cos, sin = kwargs["position_embeddings"]
+        changed["position_embeddings"] = (cos[:, start:stop], sin[:, start:stop])
+        if kwargs.get("position_ids") is not None:
+            changed["position_ids"] = kwargs["position_ids"][:, start:stop]
+        mask = cast(DeferredMask, kwargs["attention_mask"])
+        changed["attention_mask"] = mask.chunk(
+            self.implementation,
+            q_offset=self._stored + start,
+            q_length=stop - start,
+            sizes=self.layers[part.index].get_mask_sizes(stop - start),
+            dtype=cos.dtype,
+        )
+        return changed
+
+    def _check_call(self, mask: Any, kwargs: dict[str, Any]) -> DeferredMask:
+        if not isinstance(mask, DeferredMask):
+            raise UnsupportedError("attention_mask: a prepared mask was given", hint="pass a 2-D padding mask or none")
+        if torch.is_grad_enabled():
+            raise UnsupportedError("gradients are enabled", hint="call the model under torch.no_grad()")
+        if kwargs.get("output_attentions") or getattr(self.parts.config, "output_attentions", False):
+            raise UnsupportedError("output_attentions=True", hint="attention weights are never made; leave it off")
+        return mask
+
+    # ---- what generate may ask for and cannot have
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Beam search moves sequences between beams; a cache on disk does not."""
+        raise UnsupportedError("beam search", hint="use num_beams=1")
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Assisted decoding takes tokens back; not supported."""
+        raise UnsupportedError("taking tokens back (assisted decoding)", hint="generate without an assistant model")
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Several continuations of one prompt; not supported."""
+        raise UnsupportedError("repeating a stored context", hint="repeat the prompt in the batch instead")
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Dropping sequences of a batch; not supported."""
+        raise UnsupportedError("selecting sequences of a batch", hint="run the sequences apart")
+
+
+class Holder(Protocol):
+    """A cache that keeps the K, V of its full-attention layers itself."""
+
+    padded_tokens: int
+
+    def take(self, order: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Take new K, V ``[B, H_kv, n, d]`` of one layer; what it returns is what attention is called with."""
+
+    def mask_tokens(self, query_length: int) -> int:
+        """Length of K in the mask of the next ``query_length`` tokens of a layer."""
+
+
+class HeldLayer(CacheLayerMixin):
+    """One full-attention layer as transformers sees it; its K, V are with the cache."""
+
+    is_sliding = False
+    is_croppable = False
+
+    def __init__(self, holder: Holder, order: int) -> None:
+        super().__init__()
+        self._holder, self._order = holder, order
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Nothing to set up."""
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Take new K, V ``[B, H_kv, n, d]``."""
+        return self._holder.take(self._order, key_states, value_states)
+
+    def get_seq_length(self) -> int:
+        """Padded tokens seen."""
+        return self._holder.padded_tokens
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Length and offset of K in a mask."""
+        return self._holder.mask_tokens(query_length), 0
+
+    def get_max_length(self) -> int:
+        """No limit of its own."""
+        return -1
+
+    def reset(self) -> None:
+        """What a cache holds is dropped by closing it."""
+        raise UnsupportedError("reset of a stored context", hint="leave the attach block and enter a new one")
+
+
+def held_layers(parts: ModelParts, holder: Holder) -> list[Any]:
+    """``HeldLayer`` for every full-attention layer, transformers' own in-memory state for the others."""
+    return [
+        HeldLayer(holder, part.order) if part.order is not None else stock
+        for part, stock in zip(parts.layers, stock_layers(parts), strict=True)
+    ]
+
+
+def stock_layers(parts: ModelParts) -> list[Any]:
+    """transformers' own in-memory state for every layer."""
+    return [
+        DYNAMIC_LAYER_TYPE_MAPPING[part.layer_type](**kwargs)
+        for part, kwargs in zip(parts.layers, parts.layer_kwargs, strict=True)
+    ]
+
+
+class FullCache(LayerMajorCache):
+    """Everything in memory, or where its ``layers`` keep it, with the same chunked prefill; for comparison."""
+
+    def adopt(self, source: FullCache) -> None:
+        """Take over what ``source`` holds. The tensors are shared: they are replaced, never written to."""
+        for index, layer in enumerate(source.layers):
+            self.layers[index] = copy.copy(layer)
+
+    @property
+    def stats(self) -> CacheStats:
+        """What is held now; there is no limit."""
+        sizes = [sum(t.nbytes for t in (layer.keys, layer.values) if t is not None) for layer in self.layers]
+        full = sum(size for size, part in zip(sizes, self.parts.layers, strict=True) if part.order is not None)
+        return CacheStats(
+            prefill_s=self.trace.prefill_s,
+            kv_full_bytes=full,
+            kv_memory_peak_bytes=full,
+            sliding_kv_bytes=sum(sizes) - full,
+        )
+
+    def close(self) -> None:
+        """Drop K and V; the cache is of no use afterwards."""
+        self.layers.clear()
+
+
+def _cut_loose(layer: Any) -> None:
+    """A sliding window is a view of window and chunk, and would keep all of it."""
+    if layer.is_sliding and layer.keys is not None:
+        layer.keys, layer.values = layer.keys.clone(), layer.values.clone()
+
+
+def special(kwargs: dict[str, Any]) -> bool:
+    """Whether attention is more than softmax(QK)V here, so that only the model's own function can do it."""
+    return any(kwargs.get(name) is not None for name in ("softcap", "s_aux", "position_bias"))

@@ -1,0 +1,259 @@
+"""All state of one batch that lives between calls: lengths, store, slots, sketches, under one ledger.
+
+``open_state`` divides the memory limit before anything is allocated and refuses what cannot work. One thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from kvswap.config import Config
+from kvswap.core.trace import Trace
+from kvswap.disk.backend import ReadBackend
+from kvswap.errors import MemoryBudgetError
+from kvswap.lab.rivals.previous_slots import PreviousSlots
+from kvswap.memory.budget import OWNER_BYTES, WRITE_QUEUE_BYTES, MemoryNeeds, capacity_for
+from kvswap.memory.ledger import Ledger
+from kvswap.memory.slots import SlotPool
+from kvswap.selection.method import Method, Sketch, SketchMaker
+from kvswap.selection.window import Window
+from kvswap.store.groups import GroupStore, NamedFiles
+from kvswap.store.layout import GroupLayout, tile_groups
+from kvswap.terms import KVGeometry, ceil_div
+from kvswap.units import KIB, format_bytes, format_parts, parse_bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shape:
+    """What a batch state is built for: the model's side of it."""
+
+    layers: int
+    query_heads: int
+    kv_heads: int
+    head_dim: int
+    scaling: float
+    dtype: torch.dtype
+    store_dtype: torch.dtype
+    device: torch.device
+
+
+@dataclass(slots=True, kw_only=True)
+class BatchState:
+    """State of B sequences over all offloaded layers; layers are counted by ``order``.
+
+    ``tokens[b]`` tokens are stored of sequence b, padding excluded; groups ``[0, flushed[layer, b])`` are on disk (or
+    queued) and sketched, later ones are in pinned slots alone. ``select_groups[layer]`` groups are chosen in each step.
+    """
+
+    config: Config
+    method: Method
+    shape: Shape
+    window: Window
+    layout: GroupLayout
+    needs: MemoryNeeds
+    ledger: Ledger
+    trace: Trace
+    store: GroupStore
+    pool: SlotPool
+    sketches: list[Sketch]
+    select_groups: list[int]
+    tokens: NDArray[np.int64]
+    flushed: NDArray[np.int64]
+    capacity_tokens: int
+
+    @property
+    def batch(self) -> int:
+        """B."""
+        return len(self.tokens)
+
+    def ensure_capacity(self, tokens: int) -> None:
+        """Make room for sequences of ``tokens``, giving up reuse slots for it. Raises MemoryBudgetError."""
+        if tokens <= self.capacity_tokens:
+            return
+        if self.config.kv_memory == "auto":  # a share of the context, which has grown
+            self.ledger.limit_bytes = max(self.ledger.limit_bytes, self.needs.auto_limit_bytes(tokens))
+        capacity = capacity_for(tokens)
+        before, after = self.needs.parts(self.capacity_tokens), self.needs.parts(capacity)
+        growth = {part: after[part] - before[part] for part in after}
+        short = sum(growth.values()) - self.ledger.free_bytes
+        slot_bytes = self.layout.slot_bytes
+        drop = max(0, ceil_div(short, slot_bytes))
+        if drop > self.pool.reuse_slots:
+            limit, minimum = self.ledger.limit_bytes, self.needs.minimum_bytes(tokens)
+            longest = self.needs.longest_tokens(limit)
+            raise MemoryBudgetError(
+                f"kv_memory: {format_bytes(limit)} is used up; it allows {longest:,} tokens, {tokens:,} are needed",
+                minimum_bytes=minimum,
+                longest_tokens=longest,
+                parts=(parts := self.needs.minimum_parts(tokens)),
+                hint=f"set kv_memory to at least {_smallest(parts)} or generate fewer tokens",
+            )
+        if drop:
+            self.pool.shrink_reuse(self.pool.reuse_slots - drop)
+            self.ledger.release("slots", drop * slot_bytes)
+        self.ledger.reserve_all(growth)
+        self.pool.grow_table(ceil_div(capacity, self.window.group_tokens))
+        self.capacity_tokens = capacity
+
+    def append(self, layer: int, sequence: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Store, sketch and pin tokens from group ``flushed[layer, sequence]`` on: K, V ``[H_kv, n, d]``.
+
+        Whole groups go to disk and into the sketch; the newest ones and an incomplete last one are pinned.
+        """
+        first, group_tokens = int(self.flushed[layer, sequence]), self.window.group_tokens
+        whole = keys.shape[1] // group_tokens
+        if whole:
+            cut = slice(0, whole * group_tokens)
+            self.store.append(layer, sequence, first, keys[:, cut], values[:, cut], self.pool.dtypes[layer])
+            self.sketches[layer].append(sequence, keys[:, cut])
+            self.flushed[layer, sequence] = first + whole
+
+    def pin(self, layer: int, sequence: int, keys: torch.Tensor, values: torch.Tensor, first: int) -> None:
+        """Put the groups that stay pinned into their slots: K, V ``[H_kv, n, d]`` begin at group ``first``."""
+        group_tokens, sinks = self.window.group_tokens, self.window.sink_groups
+        last = first + ceil_div(keys.shape[1], group_tokens)
+        spans = ((first, min(sinks, last)), (max(first, self.window.ring_start(last - 1)), last))
+        for low, high in spans:
+            if low < high:
+                cut = slice((low - first) * group_tokens, (high - first) * group_tokens)
+                self.pool.put_groups(layer, sequence, low, keys[:, cut], values[:, cut])
+
+    def close(self) -> None:
+        """Drop files and memory."""
+        self.store.close()
+        self.pool.close()
+        self.sketches.clear()
+
+
+def open_state(
+    config: Config,
+    method: Method,
+    shape: Shape,
+    backend: ReadBackend,
+    makers: Sequence[SketchMaker],
+    *,
+    batch: int,
+    tokens: int,
+    trace: Trace,
+    check_space: Callable[[int], None],
+    named: NamedFiles | None = None,
+    alignment_bytes: int = 0,
+) -> BatchState:
+    """Divide the memory limit for ``batch`` sequences of ``tokens``, then allocate.
+
+    ``check_space`` is called with the bytes that will be written and raises when the disk lacks them. ``named`` are the
+    files of a session, whose groups are laid out for ``alignment_bytes``. Raises MemoryBudgetError.
+    """
+    alignment_bytes = alignment_bytes or backend.alignment_bytes
+    seal_bytes = named.seals.itemsize if named is not None else 0
+    needs, layout = _needs(config, method, shape, alignment_bytes, makers, batch, seal_bytes)
+    ledger = Ledger(_limit_bytes(config, needs, tokens))
+    capacity, window = capacity_for(tokens), needs.window
+    groups = ceil_div(capacity, window.group_tokens)
+    ledger.reserve_all(needs.parts(capacity))
+    reuse = _reuse_slots(method, needs, capacity, ledger.free_bytes)
+    ledger.reserve("tables", reuse * OWNER_BYTES)
+    ledger.reserve("slots", reuse * layout.slot_bytes)
+    held = int(named.held.min()) if named is not None else 0
+    check_space(shape.layers * batch * layout.file_bytes(groups - held, fine=named is not None))
+    size: dict[str, Any] = {"layers": shape.layers, "batch": batch, "layout": layout}
+    pool = (PreviousSlots if method.reuse == "previous" else SlotPool)(
+        window=window,
+        staging_groups=needs.staging_groups,
+        reuse_slots=reuse,
+        capacity_groups=groups,
+        dtype=shape.store_dtype,
+        device=shape.device,
+        **size,
+    )
+    store = GroupStore(backend=backend, queue_bytes=WRITE_QUEUE_BYTES, groups=groups, named=named, **size)
+    return BatchState(
+        config=config,
+        method=method,
+        shape=shape,
+        window=window,
+        layout=layout,
+        needs=needs,
+        ledger=ledger,
+        trace=trace,
+        store=store,
+        pool=pool,
+        select_groups=_select_groups(config, window, shape.layers),
+        sketches=[maker.make(batch, capacity) for maker in makers],
+        tokens=np.zeros(batch, np.int64),
+        flushed=np.zeros((shape.layers, batch), np.int64),
+        capacity_tokens=capacity,
+    )
+
+
+def _needs(
+    config: Config,
+    method: Method,
+    shape: Shape,
+    alignment_bytes: int,
+    makers: Sequence[SketchMaker],
+    batch: int,
+    seal_bytes: int,
+) -> tuple[MemoryNeeds, GroupLayout]:
+    itemsize = shape.store_dtype.itemsize
+    geometry = KVGeometry(
+        kv_heads=shape.kv_heads, head_dim=shape.head_dim, group_tokens=config.group_tokens, itemsize_bytes=itemsize
+    )
+    layout = GroupLayout(geometry, max(alignment_bytes, itemsize))
+    needs = MemoryNeeds(
+        layers=shape.layers,
+        batch=batch,
+        scoring_token_bytes=makers[0].scratch_token_bytes,
+        window=replace(method.window(config), votes=shape.kv_heads if method.per_head else 1),
+        slot_bytes=layout.slot_bytes,
+        token_bytes=geometry.token_bytes,
+        compute_itemsize_bytes=shape.dtype.itemsize,
+        store_itemsize_bytes=itemsize,
+        sketch_token_bytes=makers[0].token_bytes,
+        basis_bytes=sum(maker.basis_bytes + batch * maker.sequence_bytes for maker in makers),
+        stream_bytes=2 * tile_groups(config.group_tokens) * layout.slot_bytes if method.streams else 0,
+        seal_group_bytes=seal_bytes,
+    )
+    return needs, layout
+
+
+def _select_groups(config: Config, window: Window, layers: int) -> list[int]:
+    """Groups that each layer selects: what the method's window says, or less where layers have budgets of their own."""
+    if config.layer_select_tokens is None:
+        return [window.select_groups] * layers
+    return [min(count, window.select_groups) for count in config.layer_select_groups(layers)]
+
+
+def _reuse_slots(method: Method, needs: MemoryNeeds, capacity_tokens: int, free_bytes: int) -> int:
+    if method.reuse == "none":
+        return 0
+    slots = needs.reuse_slots(capacity_tokens, free_bytes)
+    return min(slots, needs.sequences * needs.window.fetch_groups) if method.reuse == "previous" else slots
+
+
+def _limit_bytes(config: Config, needs: MemoryNeeds, tokens: int) -> int:
+    if config.kv_memory == "auto":
+        return needs.auto_limit_bytes(tokens)
+    limit, minimum = parse_bytes(config.kv_memory, name="kv_memory"), needs.minimum_bytes(tokens)
+    if limit < minimum:
+        longest = needs.longest_tokens(limit)
+        reach = f"it allows at most {longest:,} tokens" if longest else "it is too small for any context"
+        raise MemoryBudgetError(
+            f"kv_memory: {format_bytes(limit)} is too small for {tokens:,} tokens; {reach}",
+            minimum_bytes=minimum,
+            longest_tokens=longest,
+            parts=(parts := needs.minimum_parts(tokens)),
+            hint=f"set kv_memory to at least {_smallest(parts)} or leave it at auto",
+        )
+    return limit
+
+
+def _smallest(parts: dict[str, int]) -> str:
+    """The smallest limit that works and what it is made of, rounded up so that the number can be typed in."""
+    return f"{ceil_div(sum(parts.values()), KIB)}KiB ({format_parts(parts)})"

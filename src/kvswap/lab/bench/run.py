@@ -1,0 +1,282 @@
+"""A whole benchmark: every batch and context through all methods, into a results file that can be continued.
+
+The file is replaced in one move after each batch of prompts, so that whatever ends a run costs one of them. One thread.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kvswap.config import Config
+from kvswap.core.attachment import attach_each
+from kvswap.core.calibration import fingerprint
+from kvswap.disk import create_backend
+from kvswap.disk.files import default_kv_dir, filesystem_of, prepare_dir
+from kvswap.disk.json_files import read_results, write_json
+from kvswap.errors import ConfigError, InputError
+from kvswap.lab.bench.results import Record, record_of, summarise
+from kvswap.lab.bench.turns import FULL, WARM_STEPS, run_turns
+from kvswap.lab.bench.variants import Variant, changed
+from kvswap.models.adapter import inspect
+from kvswap.models.loading import LoadedModel
+from kvswap.tuning.disk_test import ReadTest, measure_reads
+from kvswap.tuning.machine import describe_machine
+
+FORMAT = 1
+Progress = Callable[[str, int, int], None]
+Place = dict[str, int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What to measure: ``repeat`` turns of ``new_tokens`` steps on each of ``prompts`` batches of prompts.
+
+    ``methods`` are names, some of them perhaps of ``variants``, which have a configuration of their own.
+    """
+
+    methods: Sequence[str]
+    contexts: Sequence[int]
+    batches: Sequence[int]
+    new_tokens: int
+    repeat: int
+    prompts: int
+    share_prompt: bool
+    label: str = ""
+    variants: Sequence[Variant] = ()
+
+    @property
+    def names(self) -> list[str]:
+        """``full`` first: the others are judged by it."""
+        return [FULL, *(name for name in self.methods if name != FULL)]
+
+    @property
+    def steps(self) -> int:
+        """Decode steps of each method on each batch of prompts."""
+        return WARM_STEPS + self.new_tokens * self.repeat
+
+    def variant(self, name: str) -> Variant | None:
+        """What has a configuration of its own under this name."""
+        return next((each for each in self.variants if each.name == name), None)
+
+    def choose(self, name: str, config: Config, place: Place) -> tuple[str, Config]:
+        """The method behind a name, and its configuration there; ``config`` is that of all but the variants."""
+        variant = self.variant(name)
+        return (name, config) if variant is None else (variant.method, variant.config(place))
+
+    def places(self) -> Iterator[Place]:
+        """Contexts, batches and prompts, short ones first."""
+        for context in self.contexts:
+            for batch in self.batches:
+                for prompt in range(self.prompts):
+                    yield {"context": context, "batch": batch, "prompt": prompt}
+
+
+def bench(
+    loaded: LoadedModel,
+    config: Config,
+    plan: Plan,
+    passages: Sequence[tuple[str, str]],
+    *,
+    file: Path,
+    on_progress: Progress,
+    on_notice: Callable[[str], None],
+) -> dict[str, Any]:
+    """Measure what ``file`` lacks; returns the whole content of the file.
+
+    ``passages`` are names and texts; prompts are stretches of them joined.
+
+    Raises
+    ------
+    ConfigError
+        When ``file`` holds results of another model, configuration, plan or disk, or a variant was tuned for another
+        model.
+    InputError
+        When a context is longer than the model's, or the text is too short.
+    """
+    content = _content(loaded, config, plan, file)
+    records: list[Record] = content["records"]
+    work = [(place, missing) for place in plan.places() if (missing := _missing(plan, records, place))]
+    ids = encode(loaded.tokenizer, passages)
+    lengths = [_prompt_tokens(loaded, plan, place) for place, _ in work]
+    batches = [
+        stretch(ids, place, prompt_tokens, plan.steps, plan.prompts)
+        for (place, _), prompt_tokens in zip(work, lengths, strict=True)
+    ]
+    if work:
+        content["environment"].append(_environment(config, _read_test(config, on_notice)))
+    for number, ((place, missing), prompt_tokens, batch) in enumerate(zip(work, lengths, batches, strict=True)):
+        total = len(missing) * plan.steps
+        done = 0
+
+        def on_step(number: int = number, total: int = total) -> None:
+            nonlocal done
+            done += 1
+            on_progress("bench", number * 100 + 100 * done // total, len(work) * 100)
+
+        wanted = [plan.choose(name, config, place) for name in missing]
+        with attach_each(loaded.model, wanted, tokenizer=loaded.tokenizer, on_notice=on_notice) as caches:
+            runs = run_turns(
+                loaded.model,
+                dict(zip(missing, caches, strict=True)),
+                torch.tensor(batch),
+                prompt_tokens=prompt_tokens,
+                turns=plan.repeat,
+                share_prompt=plan.share_prompt,
+                on_step=on_step,
+            )
+        known = {"prompt_tokens": prompt_tokens, "environment": len(content["environment"]) - 1, **place}
+        fresh = [name for name in missing if not _find(records, place, name)]
+        records += [record_of(name, {**known, **_own(plan, name, place)}, runs[name], runs.get(FULL)) for name in fresh]
+        content["results"] = _with_ceiling(summarise(records), content["environment"][-1]["read_test"])
+        write_json(file, content)
+    return content
+
+
+def encode(tokenizer: Any, passages: Sequence[tuple[str, str]]) -> list[int]:
+    """Token ids of all texts, joined."""
+    text = "\n\n".join(text for _, text in passages)
+    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return ids
+
+
+def stretch(ids: Sequence[int], place: Place, prompt_tokens: int, steps: int, prompts: int) -> list[list[int]]:
+    """Token ids of a batch: stretches of prompt and forced tokens, one after another as far as there is text.
+
+    Where there is less text than ``prompts`` such batches take, stretches overlap, evenly. Raises InputError for
+    less than one.
+    """
+    needed = prompt_tokens + steps
+    if needed > len(ids):
+        raise InputError(
+            f"context {place['context']:,}: {needed:,} tokens of text are needed, there are {len(ids):,}",
+            hint="give a longer --document, or several",
+        )
+    first = place["prompt"] * place["batch"]
+    offset = min(needed, (len(ids) - needed) // max(1, prompts * place["batch"] - 1))
+    return [list(ids[start * offset : start * offset + needed]) for start in range(first, first + place["batch"])]
+
+
+def ceiling_bytes_per_s(test: dict[str, Any], read_bytes: float) -> float:
+    """What the disk test says that random reads of this size can reach, at depth 64.
+
+    Between its two sizes by interpolation; below the smaller one the rate of requests holds, above the larger that of
+    bytes.
+    """
+    small, large = test["small"], test["large"]
+    low, high = small["read_bytes"], large["read_bytes"]
+    if read_bytes <= low:
+        return float(small["bytes_per_s"] * read_bytes / low)
+    share = min(1.0, (read_bytes - low) / (high - low))
+    return float(small["bytes_per_s"] + share * (large["bytes_per_s"] - small["bytes_per_s"]))
+
+
+def step_over_bound(row: Record) -> float:
+    """Time of a step over the least it could take: computing alone, or its bytes at the ceiling's rate.
+
+    Computing is the step less the wait for reads; where reads hide behind it completely, this is 1.
+    """
+    step_s = row["batch"] / row["decode_tokens_per_s"]
+    reading_s = row["batch"] * row["read_bytes_per_token"] / row["ceiling_bytes_per_s"]
+    return float(step_s / max(step_s * (1 - row["exposed_wait_fraction"]), reading_s))
+
+
+def _with_ceiling(rows: list[Record], test: dict[str, Any]) -> list[Record]:
+    for row in rows:
+        size = row["read_size_bytes"]
+        row["ceiling_bytes_per_s"] = ceiling_bytes_per_s(test, size) if size else None
+        row["step_over_bound"] = step_over_bound(row) if size else None
+    return rows
+
+
+def _find(records: Sequence[Record], place: Place, method: str) -> bool:
+    wanted = {**place, "method": method}.items()
+    return any(wanted <= {key: record[key] for key in (*place, "method")}.items() for record in records)
+
+
+def _missing(plan: Plan, records: Sequence[Record], place: Place) -> list[str]:
+    """``full`` and the methods that have no record there, or nothing."""
+    missing = [name for name in plan.names if not _find(records, place, name)]
+    return list(dict.fromkeys([FULL, *missing])) if missing else []
+
+
+def _prompt_tokens(loaded: LoadedModel, plan: Plan, place: Place) -> int:
+    """Tokens of each prompt: the context, less where the steps after it would pass the model's limit."""
+    limit = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
+    context = place["context"]
+    if isinstance(limit, int) and context > limit:
+        raise InputError(f"context {context:,}: the model's limit is {limit:,} tokens", hint="use a shorter one")
+    return min(context, limit - plan.steps) if isinstance(limit, int) else context
+
+
+def _read_test(config: Config, on_notice: Callable[[str], None]) -> ReadTest:
+    folder = prepare_dir(Path(config.kv_dir) if config.kv_dir else default_kv_dir())
+    return measure_reads(create_backend(config.backend, folder, config.read_depth, on_notice=on_notice))
+
+
+def _content(loaded: LoadedModel, config: Config, plan: Plan, file: Path) -> dict[str, Any]:
+    """What the results file holds already, for this plan."""
+    identity = _identity(loaded, config, plan)
+    empty = {"format": FORMAT, "identity": identity, "environment": [], "results": [], "records": []}
+    content = read_results(file, empty, kind="a benchmark", older={"config": _settings(Config())})
+    _add_variants(loaded, content["identity"], plan.variants, file)
+    return content
+
+
+def _identity(loaded: LoadedModel, config: Config, plan: Plan) -> dict[str, Any]:
+    """What must be the same for results to stand in one file."""
+    return {
+        "model": loaded.short_name,
+        "dtype": str(loaded.model.dtype).removeprefix("torch."),
+        "config": _settings(config),
+        "new_tokens": plan.new_tokens,
+        "repeat": plan.repeat,
+        "prompts": plan.prompts,
+        "share_prompt": plan.share_prompt,
+        "label": plan.label,
+    }
+
+
+def _settings(config: Config) -> dict[str, Any]:
+    return {key: value for key, value in config.to_dict().items() if key != "kv_dir"}
+
+
+def _add_variants(loaded: LoadedModel, identity: dict[str, Any], variants: Sequence[Variant], file: Path) -> None:
+    """Put the variants into the identity of a file. Raises ConfigError where a name stands for something else there."""
+    known = dict(identity.get("variants", {}))
+    for variant in variants:
+        variant.check_model(fingerprint(inspect(loaded.model)))
+        if known.setdefault(variant.name, variant.identity()) != variant.identity():
+            raise ConfigError(
+                f"results file {file}: its {variant.name} had another configuration",
+                hint="rename the configuration's file, or give another --json file",
+            )
+    if known:
+        identity["variants"] = known
+
+
+def _own(plan: Plan, name: str, place: Place) -> dict[str, Any]:
+    """What a record of a variant says about its configuration: the keys that are not the defaults."""
+    variant = plan.variant(name)
+    return {} if variant is None else {"config": changed(variant.config(place))}
+
+
+def _environment(config: Config, test: ReadTest) -> dict[str, Any]:
+    """The machine, the folder and what the disk can do, as they are now."""
+    values = dataclasses.asdict(test)
+    for name, rate in (("small", test.small), ("large", test.large), ("single", test.single)):
+        values[name] |= {"bytes_per_s": rate.bytes_per_s, "reads_per_s": rate.reads_per_s}
+    folder = config.kv_dir or default_kv_dir()
+    return {
+        "machine": dataclasses.asdict(describe_machine()),
+        "threads": torch.get_num_threads(),
+        "filesystem": filesystem_of(folder),
+        "read_test": values,
+        "versions": {name: importlib.metadata.version(name) for name in ("kvswap", "torch", "transformers", "numpy")},
+    }

@@ -1,0 +1,211 @@
+"""A whole evaluation: every sample of every task through all methods, into a results file that can be continued.
+
+The file is replaced in one move after each sample, so that whatever ends a run costs one sample. One thread.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import itertools
+import platform
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kvswap.config import Config
+from kvswap.core.layer_major import Progress
+from kvswap.disk.json_files import read_results, write_json
+from kvswap.errors import InputError
+from kvswap.lab.evals.measure import FULL, Measured, Variant, measure
+from kvswap.lab.evals.prompts import PromptShelf
+from kvswap.lab.evals.results import Record, summarise
+from kvswap.lab.evals.samples import Outcome, Sample, Source, Task
+from kvswap.lab.evals.settings import Setting
+from kvswap.models.loading import LoadedModel
+
+FORMAT = 2
+UNITS = 100  # of progress, a sample
+MACHINE_SETTINGS = ("kv_memory", "kv_dir", "backend", "read_depth", "read_gap_bytes")
+"""These change no result, or are told apart in records."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What to evaluate. ``samples`` of each task and context; every method under each limit, with each setting."""
+
+    tasks: Sequence[Task]
+    methods: Sequence[str]
+    contexts: Sequence[int]
+    kv_memory: Sequence[str]
+    samples: int
+    settings: Sequence[Setting | None] = (None,)
+
+    @property
+    def variants(self) -> list[Variant]:
+        """``full`` first, which all are compared with."""
+        others = [method for method in self.methods if method != FULL.method]
+        each = itertools.product(self.kv_memory, self.settings, others)
+        return [FULL, *(Variant(method, limit, setting) for limit, setting, method in each)]
+
+
+@dataclass(frozen=True, slots=True)
+class _Work:
+    sample: Sample
+    tasks: list[tuple[Task, list[Variant]]]  # with the variants whose records are missing
+
+    @property
+    def variants(self) -> list[Variant]:
+        """``full`` first, whether its record is missing or not."""
+        return list(dict.fromkeys([FULL, *(variant for _, missing in self.tasks for variant in missing)]))
+
+    def settled(self, text: str) -> bool:
+        """Whether no task gives an answer that begins with ``text`` another score."""
+        outcome = Outcome(nll=0.0, same=0.0, text=text)
+        return all(task.settled and task.score(self.sample, outcome) == 1 for task, _ in self.tasks)
+
+
+def evaluate(
+    loaded: LoadedModel,
+    config: Config,
+    plan: Plan,
+    source: Source,
+    *,
+    file: Path,
+    shelf: PromptShelf,
+    limit_s: float | None = None,
+    on_progress: Progress,
+    on_notice: Callable[[str], None],
+) -> list[Record]:
+    """Evaluate what ``file`` lacks, up to the sample during which ``limit_s`` passes; returns the rows of all in it.
+
+    Raises
+    ------
+    ConfigError
+        When ``file`` holds results of another model, configuration or text.
+    InputError
+        When a context is longer than the model's, or the text is too short.
+    """
+    longest = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
+    for context in plan.contexts:
+        _check_length(context, context, longest)
+    identity = _identity(loaded, config, source)
+    empty = {"format": FORMAT, "identity": identity, "samples": []}
+    records: list[Record] = read_results(file, empty, kind="a results file of kvswap eval")["samples"]
+    started_s = time.monotonic()
+    work = list(_missing(plan, source, records))
+    for each in work:
+        follows = max(len(each.sample.forced), each.sample.max_new_tokens)
+        _check_length(each.sample.context, len(each.sample.prompt) + follows, longest)
+    for number, each in enumerate(work):
+
+        def on_fraction(share: float, number: int = number) -> None:
+            on_progress("evaluate", number * UNITS + int(share * UNITS), len(work) * UNITS)
+
+        found = measure(
+            loaded,
+            config,
+            each.variants,
+            each.sample,
+            shelf=shelf,
+            settled=each.settled,
+            on_fraction=on_fraction,
+            on_progress=on_progress,
+            on_notice=on_notice,
+        )
+        records += [
+            _record(task, each.sample, variant, found[variant]) for task, missing in each.tasks for variant in missing
+        ]
+        _write(file, identity, records)
+        if limit_s is not None and time.monotonic() - started_s >= limit_s and number + 1 < len(work):
+            on_notice(f"stopped after {limit_s / 60:g} min; {len(work) - number - 1} samples are left")
+            break
+    return summarise(records)
+
+
+def _missing(plan: Plan, source: Source, records: list[Record]) -> Iterator[_Work]:
+    """Samples with variants that are not in the records; tasks that share a sample are done together.
+
+    All tasks' first texts come before any second one. Prompts that begin alike follow each other.
+    """
+    done = {tuple(each[key] for key in ("task", "method", "kv_memory", "setting", "prompt_hash")) for each in records}
+    for context in plan.contexts:
+        made: dict[str, _Work] = {}
+        for task in plan.tasks:
+            for sample in task.make(source, context, plan.samples):
+                key = sample.prompt_hash
+                missing = [variant for variant in plan.variants if (task.name, *variant.key, key) not in done]
+                if missing:
+                    made.setdefault(key, _Work(sample, [])).tasks.append((task, missing))
+        yield from sorted(made.values(), key=lambda work: (work.sample.text, work.sample.prompt))
+
+
+def _check_length(context: int, needed: int, longest: int | None) -> None:
+    if isinstance(longest, int) and needed > longest:
+        follows = f": {needed:,} tokens with what follows" if needed > context else ""
+        raise InputError(
+            f"context {context:,}{follows}, the model's limit is {longest:,}",
+            hint=f"use a context of at most {longest - needed + context:,}",
+        )
+
+
+def _record(task: Task, sample: Sample, variant: Variant, measured: Measured) -> Record:
+    outcome = measured.outcome
+    return {
+        "task": task.name,
+        "method": variant.method,
+        "context": sample.context,
+        "kv_memory": variant.kv_memory,
+        "setting": variant.key[-1],
+        "index": sample.index,
+        "text_number": sample.text,
+        "prompt_hash": sample.prompt_hash,
+        "prompt_tokens": len(sample.prompt),
+        **sample.labels,
+        "score": task.score(sample, outcome),
+        "expected": list(sample.answers),
+        "answer": outcome.text,
+        "kl": measured.kl,
+        "mass": measured.mass,
+        "same": outcome.same,
+        "nll": outcome.nll,
+        "sketch": measured.sketch,
+        "reuse_rate": measured.reuse_rate,
+        "kv_memory_limit_bytes": measured.kv_memory_limit_bytes,
+        "kv_memory_peak_bytes": measured.kv_memory_peak_bytes,
+    }
+
+
+def _identity(loaded: LoadedModel, config: Config, source: Source) -> dict[str, Any]:
+    """What must be the same for results to stand in one file."""
+    text = hashlib.sha256("\0".join(text for _, text in source.passages).encode()).hexdigest()[:16]
+    settings = {key: value for key, value in config.to_dict().items() if key not in MACHINE_SETTINGS}
+    return {
+        "model": loaded.short_name,
+        "dtype": str(loaded.model.dtype).removeprefix("torch."),
+        "config": settings,
+        "seed": source.seed,
+        "steps": source.steps,
+        "text_sha256": text,
+        "kvswap_version": importlib.metadata.version("kvswap"),
+    }
+
+
+def _write(file: Path, identity: dict[str, Any], records: list[Record]) -> None:
+    content = {
+        "format": FORMAT,
+        "identity": identity,
+        "machine": {
+            "system": platform.platform(),
+            "processor": platform.processor(),
+            "torch": torch.__version__,
+            "transformers": importlib.metadata.version("transformers"),
+        },
+        "results": summarise(records),
+        "samples": records,
+    }
+    write_json(file, content)

@@ -1,0 +1,36 @@
+"""The tasks by name, as import paths: naming them loads nothing. One file a kind of task."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+from kvswap.errors import ConfigError
+
+if TYPE_CHECKING:
+    from kvswap.lab.evals.samples import Task
+
+TASKS = {
+    "agreement": "kvswap.lab.evals.tasks.text:AGREEMENT",
+    "perplexity": "kvswap.lab.evals.tasks.text:PERPLEXITY",
+    "needle": "kvswap.lab.evals.tasks.needle:NEEDLE",
+    "ruler-s1": "kvswap.lab.evals.tasks.ruler:S1",
+    "ruler-s2": "kvswap.lab.evals.tasks.ruler:S2",
+    "ruler-mk1": "kvswap.lab.evals.tasks.ruler:MK1",
+    "ruler-mq": "kvswap.lab.evals.tasks.ruler:MQ",
+    "ruler-mv": "kvswap.lab.evals.tasks.ruler:MV",
+    "ruler-vt": "kvswap.lab.evals.tasks.ruler:VT",
+    "ruler-qa1": "kvswap.lab.evals.tasks.passages:QA1",
+    "ruler-qa2": "kvswap.lab.evals.tasks.passages:QA2",
+    "text2json": "kvswap.lab.evals.tasks.text2json:TEXT2JSON",
+    "longbench": "kvswap.lab.evals.tasks.longbench:LONGBENCH",
+}
+
+
+def find_task(name: str) -> Task:
+    """The task of this name. Raises ConfigError with the names there are."""
+    if name not in TASKS:
+        raise ConfigError(f"task: got {name!r}", hint=f"use one of {', '.join(TASKS)}")
+    module, _, attribute = TASKS[name].partition(":")
+    task: Task = getattr(importlib.import_module(module), attribute)
+    return task

@@ -1,0 +1,141 @@
+"""Questions over documents, made from passages of the evaluation text: the places of QA1 and QA2 in RULER's list.
+
+QA1: a sentence of one of the documents is given with a word left out, which is asked for. QA2: a sentence is given, and
+the title of the document it stands in is asked for, which takes two looks: where it is, and what stands above it. Both
+are made from the text alone, so that they need no data set. Four questions of each kind are asked about the same
+documents.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+
+from kvswap.errors import InputError
+from kvswap.lab.evals.samples import Prompt, Sample, Source, Task, ask, contains_any, fit, forced_answer
+
+PIECE_CHARACTERS = 900
+NEW_TOKENS = 24
+SENTENCE_WORDS = range(9, 30)
+QUESTIONS = 4  # of each kind, about the same documents
+LEAST_PIECES, PIECE_TOKENS = 4, 250
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """One document of a prompt."""
+
+    title: str
+    text: str
+    sentences: list[str]
+
+
+def _pieces(source: Source, dice: random.Random) -> list[_Piece]:
+    """The text cut into documents of some hundred tokens each, in an order that ``dice`` decides."""
+    found = []
+    for name, text in source.passages:
+        body = " ".join(text.split())
+        for number, start in enumerate(range(0, len(body) - PIECE_CHARACTERS, PIECE_CHARACTERS)):
+            piece = body[start : start + PIECE_CHARACTERS]
+            parts = re.split(r"(?<=[.!?])\s+", piece)[1:-1]  # whole sentences only
+            if len(parts) > 1:
+                found.append(_Piece(f"{name}, part {number + 1}", " ".join(parts), parts))
+    dice.shuffle(found)
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """A question about documents: how the answer begins, and what it is."""
+
+    question: str
+    prefix: str
+    answer: str
+
+
+def _asked(pieces: list[_Piece], dice: random.Random) -> list[_Asked]:
+    """QUESTIONS of each kind, the gaps first, about documents spread over ``pieces``. Raises InputError."""
+    found: list[_Asked] = []
+    for ask_about in (_missing_word, _next_title):
+        for number in range(QUESTIONS):
+            start = int((number + dice.random()) / QUESTIONS * len(pieces))
+            order = [*range(start, len(pieces)), *range(start)]
+            able = (each for place in order if (each := ask_about(pieces, place, dice)) is not None)
+            first = next(able, None)
+            if first is None:
+                raise InputError("the text has no sentences to ask about", hint="evaluate on more text")
+            found.append(next((each for each in itertools.chain([first], able) if each not in found), first))
+    return found
+
+
+def _samples(kind: int, source: Source, context: int, count: int) -> Iterator[Sample]:
+    """Samples of one kind, 0 or 1: both ask about the same documents."""
+    for text in range(-(-count // QUESTIONS)):
+        pieces = _pieces(source, random.Random(f"documents/{source.seed}/{text}"))
+        asked: dict[Prompt, _Asked] = {}
+
+        def build(
+            n: int, text: int = text, pieces: list[_Piece] = pieces, asked: dict[Prompt, _Asked] = asked
+        ) -> list[Prompt]:
+            whole = "\n\n".join(f"Document: {piece.title}\n{piece.text}" for piece in pieces[:n])
+            questions = _asked(pieces[:n], random.Random(f"questions/{source.seed}/{text}"))
+            prompts = [ask(source, whole, each.question, each.prefix) for each in questions]
+            asked.update(zip(prompts, questions, strict=True))
+            return prompts
+
+        for question, prompt in enumerate(fit(context, build, len(pieces), LEAST_PIECES, PIECE_TOKENS)):
+            number, index = question - kind * QUESTIONS, text * QUESTIONS + question - kind * QUESTIONS
+            if 0 <= number < QUESTIONS and index < count:
+                yield _sample(source, context, index, text, prompt, asked[prompt])
+
+
+def _sample(source: Source, context: int, index: int, text: int, prompt: Prompt, asked: _Asked) -> Sample:
+    return Sample(
+        context=context,
+        index=index,
+        text=text,
+        prompt=prompt,
+        forced=forced_answer(source, f" {asked.answer}"),
+        answers=(asked.answer,),
+        max_new_tokens=NEW_TOKENS,
+    )
+
+
+def _missing_word(pieces: list[_Piece], place: int, dice: random.Random) -> _Asked | None:
+    for sentence in pieces[place].sentences:
+        words = sentence.split()
+        long = [n for n, word in enumerate(words) if 3 < n < len(words) - 1 and re.fullmatch(r"[a-z]{7,}", word)]
+        if len(words) in SENTENCE_WORDS and long:
+            gap = dice.choice(long)
+            shown = " ".join([*words[:gap], "____", *words[gap + 1 :]])
+            question = f'Which word stands at the gap in this sentence of the documents?\n"{shown}"'
+            return _Asked(question, f' The sentence is: "{" ".join(words[:gap])}', words[gap])
+    return None
+
+
+def _next_title(pieces: list[_Piece], place: int, dice: random.Random) -> _Asked | None:
+    for sentence in pieces[place].sentences:
+        if len(sentence.split()) in SENTENCE_WORDS:
+            question = f'One document has this sentence:\n"{sentence}"\nWhat is the title of that document?'
+            return _Asked(question, " The title of that document is: Document:", pieces[place].title)
+    return None
+
+
+QA1 = Task(
+    name="ruler-qa1",
+    summary="a word of a sentence in one of many documents",
+    make=partial(_samples, 0),
+    score=contains_any,
+    settled=True,
+)
+QA2 = Task(
+    name="ruler-qa2",
+    summary="the title of the document that a sentence stands in",
+    make=partial(_samples, 1),
+    score=contains_any,
+    settled=True,
+)

@@ -1,0 +1,26 @@
+"""FlexGen's way with a cache on disk (arXiv 2303.06865): each layer's whole K, V pass through memory at every step.
+
+Pieces of 1,024 tokens are read in order, the next one while one is attended to, and merged exactly. Nothing is selected
+and nothing but two pieces is held. FlexGen also begins the next layer's reads before this one ends; with the disk busy
+all the time that changes nothing.
+"""
+
+from __future__ import annotations
+
+from kvswap.lab.rivals.window import makers, never, window_without_selection
+from kvswap.selection.method import Method
+
+
+def method() -> Method:
+    """Exact, and limited by the disk alone."""
+    return Method(
+        name="reload",
+        paper="arXiv 2303.06865",
+        makers=makers,
+        score=never,
+        query="none",
+        reuse="none",
+        streams=True,
+        calibrated=False,
+        window=window_without_selection,
+    )

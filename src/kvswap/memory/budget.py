@@ -1,0 +1,172 @@
+"""How one memory limit is divided. Pure arithmetic: from geometry and parameters to bytes of each part.
+
+Everything that lives through decode is here. What is left of the limit after the fixed parts becomes reuse slots.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kvswap.selection.window import Window
+from kvswap.store.layout import TILE_TOKENS
+from kvswap.terms import ceil_div, round_up
+
+GROWTH_TOKENS = 256
+WRITE_QUEUE_BYTES = 1 << 20
+OWNER_BYTES = 8 + 4 + 4  # who lives in a reuse slot, its worth, and when that was true
+STAGING_SLACK = 2.0  # room for gaps that are read through
+SKETCH_TILE_TOKENS = 2048
+"""Tokens of a prompt that go into the sketch at a time."""
+PROMPT_PARTS = ("basis", "sketch", "tables", "tails", "write_queue")
+"""Parts that a first prompt fills. Slots, staging and scratch are not touched before decode."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryNeeds:
+    """All that decides how much memory a request takes.
+
+    ``sketch_token_bytes``: sketch of one token in one layer, scales included. ``scoring_token_bytes``: what scoring it
+    takes in passing. ``basis_bytes``: all layers together. ``stream_bytes``: where whole layers pass through.
+    ``seal_group_bytes``: of a session's group, else 0.
+    """
+
+    layers: int
+    batch: int
+    scoring_token_bytes: int
+    window: Window
+    slot_bytes: int
+    token_bytes: int
+    compute_itemsize_bytes: int
+    store_itemsize_bytes: int
+    sketch_token_bytes: int
+    basis_bytes: int
+    stream_bytes: int = 0
+    seal_group_bytes: int = 0
+
+    @property
+    def sequences(self) -> int:
+        """Sequence-layer pairs."""
+        return self.layers * self.batch
+
+    @property
+    def staging_groups(self) -> int:
+        """Groups that can land for one layer."""
+        return self.batch * max(1, int(self.window.fetch_groups * STAGING_SLACK))
+
+    def parts(self, capacity_tokens: int) -> dict[str, int]:
+        """Bytes of every part but the slots when the context may grow to ``capacity_tokens``."""
+        window = self.window
+        groups = ceil_div(capacity_tokens, window.group_tokens)
+        attended = self.batch * window.attended_groups
+        gathered = attended * self.slot_bytes + attended * window.group_tokens * self.token_bytes * (
+            self.compute_itemsize_bytes // self.store_itemsize_bytes or 1
+        )
+        scoring = self.batch * capacity_tokens * self.scoring_token_bytes
+        return {
+            "basis": self.basis_bytes,
+            "sketch": self.sequences * capacity_tokens * self.sketch_token_bytes,
+            "tables": self.sequences * groups * (4 + self.seal_group_bytes),
+            "tails": self.sequences * window.pinned_groups * self.slot_bytes,
+            "staging": 2 * self.staging_groups * self.slot_bytes,
+            "scratch": gathered + scoring + self.stream_bytes,
+            "write_queue": WRITE_QUEUE_BYTES,
+        }
+
+    def minimum_parts(self, tokens: int) -> dict[str, int]:
+        """What each part needs at the smallest limit under which a context of ``tokens`` works, without any reuse."""
+        return self.parts(capacity_for(tokens))
+
+    def minimum_bytes(self, tokens: int) -> int:
+        """Smallest limit under which a context of ``tokens`` works, without any reuse."""
+        return sum(self.minimum_parts(tokens).values())
+
+    def longest_tokens(self, limit_bytes: int) -> int:
+        """Longest context that works under ``limit_bytes``; 0 when none does."""
+        low, high = 0, 1 << 32
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if self.minimum_bytes(middle) <= limit_bytes else (low, middle - 1)
+        return low
+
+    def full_bytes(self, tokens: int) -> int:
+        """K and V of all offloaded layers for ``tokens`` tokens a sequence, as stored, without padding."""
+        return self.sequences * tokens * self.token_bytes
+
+    def auto_limit_bytes(self, tokens: int) -> int:
+        """The limit that ``"auto"`` means: an eighth of the full 16-bit KV, at least the workable minimum."""
+        sixteen_bit = self.full_bytes(tokens) * 2 // self.store_itemsize_bytes
+        return max(sixteen_bit // 8, self.minimum_bytes(tokens))
+
+    def reuse_slots(self, capacity_tokens: int, free_bytes: int) -> int:
+        """Reuse slots that ``free_bytes`` pay for, no more than there are groups."""
+        groups = self.sequences * ceil_div(capacity_tokens, self.window.group_tokens)
+        return max(0, min(groups, free_bytes // (self.slot_bytes + OWNER_BYTES)))
+
+
+def capacity_for(tokens: int) -> int:
+    """Tokens to make room for when the context has ``tokens``: whole growth steps with some headroom."""
+    return round_up(tokens + GROWTH_TOKENS, GROWTH_TOKENS)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrefillNeeds:
+    """What a prompt needs in passing, beside what lives on: one layer's K, V, hidden states and one chunk.
+
+    ``chunk_tokens``: the longest chunk. ``eager``: attention weights are made, in float32. ``stored``: the prompt is
+    appended to a context, which streams past in tiles. ``ropes``: kinds of positions (Gemma 3 has two).
+    ``sliding_tokens``: windows of all layers that keep one in memory, together.
+    """
+
+    batch: int
+    tokens: int
+    chunk_tokens: int
+    hidden_elements: int
+    inner_elements: int
+    query_heads: int
+    query_elements: int
+    key_elements: int
+    itemsize_bytes: int
+    eager: bool = False
+    stored: bool = False
+    ropes: int = 1
+    sliding_tokens: int = 0
+
+    def passing_bytes(self) -> int:
+        """K, V of one layer and of windows; hidden states in, between and out; positions, mask; the widest moment."""
+        token_bytes = 2 * self.batch * self.key_elements * self.itemsize_bytes
+        keys_values = self.tokens * token_bytes
+        hidden = 3 * self.batch * self.tokens * self.hidden_elements * self.itemsize_bytes
+        widest = max(self._chunk_bytes(), self._attention_bytes(), self._finish_bytes(keys_values))
+        positions = 2 * self.ropes * self.tokens * self._head_dim * self.itemsize_bytes
+        return keys_values + self.sliding_tokens * token_bytes + hidden + positions + self._mask_bytes() + widest
+
+    def _chunk_bytes(self) -> int:
+        """The widest moment of the linear layers: three of the MLP's inner states, four of the others."""
+        wide = max(3 * self.inner_elements, 4 * self.query_elements) + 4 * self.hidden_elements
+        return self.batch * self.chunk_tokens * wide * self.itemsize_bytes
+
+    def _attention_bytes(self) -> int:
+        """Attention that makes weights, beside queries and output: logits and what they become are there at once."""
+        states = self.batch * self.chunk_tokens * 2 * (self.query_elements + self.hidden_elements)
+        rows = self.query_heads * self.chunk_tokens
+        if self.stored:  # tile by tile and one sequence at a time, in float32
+            return states * self.itemsize_bytes + rows * (2 * TILE_TOKENS + 3 * self._head_dim) * 4
+        if self.eager:  # K and V are repeated for all heads of queries
+            repeated = 2 * self.batch * self.tokens * self.query_elements
+            return (states + repeated) * self.itemsize_bytes + 2 * self.batch * rows * self.tokens * 4
+        return states * self.itemsize_bytes
+
+    def _finish_bytes(self, keys_values_bytes: int) -> int:
+        """A tile on its way into the sketch, as rows and up to four times projected; tokens that waited before it."""
+        tile = min(self.tokens, SKETCH_TILE_TOKENS) * 4 * self.key_elements * 4
+        return tile + (keys_values_bytes // self.batch if self.stored else 0)
+
+    def _mask_bytes(self) -> int:
+        """All chunks but the first share one band; a prompt of one chunk needs none."""
+        if self.tokens <= self.chunk_tokens:
+            return 0
+        return self.chunk_tokens * (self.tokens + self.chunk_tokens) * self.itemsize_bytes
+
+    @property
+    def _head_dim(self) -> int:
+        return self.query_elements // self.query_heads

@@ -1,0 +1,307 @@
+"""Slots: all memory that holds groups through decode, in one slab, pooled over layers and sequences.
+
+Three regions, in this order::
+
+    pinned    sinks, ring of newest groups, rolling tail: fixed places for every (layer, sequence)
+    staging   two halves in turn: where the reads of one layer land while the layer before computes
+    reuse     groups worth keeping, of any layer and sequence, found through a table
+
+On the CPU the slab is the memory that direct reads land in. On another device the slots live there, reads land in
+pinned host memory and ``land`` copies them over on a side stream.
+
+Replacement: a slot's worth is one for a selection just now, and decays each time its own layer selects without it.
+A missed group replaces only a slot of less worth. Since all layers are visited in a cycle, plain recency would always
+throw out what is needed soonest; comparing worth at each layer's own last visit does not.
+Not thread-safe: one thread, the one that runs the model.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from kvswap.disk.slab import Slab
+from kvswap.native import array_loops, loops
+from kvswap.native.array_loops import SlotArrays
+from kvswap.selection.window import Window
+from kvswap.store.layout import GroupLayout
+
+Int = NDArray[np.int64]
+
+WORTH_DECAY = 0.9
+FLOAT16_MAX = 65504.0
+LOOK_AT = 8  # slots looked at for every group that wants one
+POWERS = (WORTH_DECAY ** np.arange(256)).astype(np.float32)  # what is left after so many visits, the last for more
+
+
+class SlotPool:
+    """Memory for groups of ``layers`` x ``batch`` sequences.
+
+    ``dtypes`` holds the stored dtype of each layer (equal sizes) and may be changed before a layer's first use;
+    ``arrays`` are what compiled loops look groups up in.
+    """
+
+    compiled_lookup = True
+    """Whether the compiled loops do what ``lookup`` does here."""
+
+    def __init__(
+        self,
+        *,
+        layers: int,
+        batch: int,
+        layout: GroupLayout,
+        window: Window,
+        staging_groups: int,
+        reuse_slots: int,
+        capacity_groups: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.layout, self.window, self.batch, self.layers = layout, window, batch, layers
+        self.dtypes = [dtype] * layers
+        self.staging_groups = staging_groups
+        self.staging_start = layers * batch * window.pinned_groups
+        self.reuse_start = self.staging_start + 2 * staging_groups
+        slots = self.reuse_start + reuse_slots
+        self.host = device.type == "cpu"
+        if self.host:
+            self.slab = Slab(slots * layout.slot_bytes)
+            raw = torch.from_numpy(self.slab.array)[: slots * layout.slot_bytes]
+            self._landing_address = self.slab.address + self.staging_start * layout.slot_bytes
+        else:
+            raw = torch.zeros(slots * layout.slot_bytes, dtype=torch.uint8, device=device)
+            pinned = device.type == "cuda"
+            self._landing = torch.zeros(2 * staging_groups * layout.slot_bytes, dtype=torch.uint8, pin_memory=pinned)
+            self._landing_address = self._landing.data_ptr()
+            self._stream = torch.cuda.Stream(device) if pinned else None
+        self._raw = raw
+        self._rows = {d: raw.view(d).view(slots, layout.slot_elements) for d in (dtype, *_same_size(dtype))}
+        self.table: NDArray[np.int32] = np.full((layers * batch, capacity_groups), -1, np.int32)
+        self.owner: Int = np.full(reuse_slots, -1, np.int64)
+        self.worth: NDArray[np.float32] = np.full(reuse_slots, -1, np.float32)
+        self.seen: NDArray[np.int32] = np.zeros(reuse_slots, np.int32)  # visit of its layer when worth was true
+        self._visits: NDArray[np.int32] = np.zeros(layers, np.int32)
+        self._hand, self._used = 0, 0  # where to look next; slots that were ever given
+        self.arrays = self._locate()
+
+    # ---- shape
+
+    @property
+    def reuse_slots(self) -> int:
+        """Slots that selected groups compete for."""
+        return len(self.owner)
+
+    def grow_table(self, capacity_groups: int) -> None:
+        """Make room in the table for longer sequences."""
+        wider = np.full((len(self.table), capacity_groups), -1, np.int32)
+        wider[:, : self.table.shape[1]] = self.table
+        owned = np.flatnonzero(self.owner >= 0)
+        sequence, group = np.divmod(self.owner[owned], self.table.shape[1])
+        self.owner[owned] = sequence * capacity_groups + group
+        self.table = wider
+        self.arrays = self._locate()
+
+    def shrink_reuse(self, reuse_slots: int) -> None:
+        """Give up the last reuse slots and return their memory to the system (host slots)."""
+        gone = self.owner[reuse_slots:]
+        self.table.reshape(-1)[gone[gone >= 0]] = -1
+        self.owner, self.worth = self.owner[:reuse_slots].copy(), self.worth[:reuse_slots].copy()
+        self.seen, self._hand = self.seen[:reuse_slots].copy(), 0
+        self._used = min(self._used, reuse_slots)
+        self.arrays = self._locate()
+        if self.host:
+            self.slab.shrink((self.reuse_start + reuse_slots) * self.layout.slot_bytes)
+
+    def close(self) -> None:
+        """Drop all views and release the slab."""
+        self._rows.clear()
+        del self._raw
+        if self.host:
+            self.slab.close()
+
+    # ---- views
+
+    def groups(self, layer: int) -> torch.Tensor:
+        """All slots as ``[slots, 2, H_kv, G, d]`` in this layer's stored dtype; a view."""
+        rows = self._rows[self.dtypes[layer]]
+        groups: torch.Tensor = rows[:, : self.layout.group_elements].unflatten(1, self.layout.group_shape)
+        return groups
+
+    def home_base(self, layer: int, sequence: int) -> int:
+        """First pinned slot of this layer and sequence."""
+        return (layer * self.batch + sequence) * self.window.pinned_groups
+
+    # ---- pinned
+
+    def put_groups(self, layer: int, sequence: int, first: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Put groups from ``first`` on into their pinned slots: K, V ``[H_kv, n, d]``; the last may be partial."""
+        group_tokens, tokens = self.window.group_tokens, keys.shape[1]
+        home = self.home_base(layer, sequence) + self.window.home(
+            first + np.arange(-(-tokens // group_tokens), dtype=np.int64)
+        )
+        slots = self.groups(layer)
+        whole = tokens // group_tokens
+        index = torch.from_numpy(home[:whole]).to(slots.device)
+        for part, source in enumerate((keys, values)):
+            body = source[:, : whole * group_tokens].unflatten(1, (whole, group_tokens)).transpose(0, 1)
+            slots[:, part].index_copy_(0, index, body.to(slots.dtype))
+            if whole < len(home):
+                slots[int(home[-1]), part, :, : tokens - whole * group_tokens] = source[:, whole * group_tokens :].to(
+                    slots.dtype
+                )
+
+    def put_token(self, layer: int, home: Int, offset: Int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Put every sequence's newest token: K, V ``[B, H_kv, 1, d]``, ``home`` and ``offset`` ``[B]``."""
+        rows = self._rows[self.dtypes[layer]]
+        if loops.converts_here(rows.dtype, keys.dtype, rows.device) and keys.stride(3) == values.stride(3) == 1:
+            loops.put_tokens(rows, home, offset, self.layout.group_shape, keys, values)
+            return
+        kv = torch.stack((keys[:, :, 0], values[:, :, 0]), dim=1)
+        if rows.dtype == torch.float16 and kv.dtype != torch.float16:
+            kv = kv.clamp(-FLOAT16_MAX, FLOAT16_MAX)
+        self.groups(layer)[torch.from_numpy(home), :, :, torch.from_numpy(offset)] = kv.to(rows.dtype)
+
+    def read_home(self, layer: int, sequence: int, first: int, count: int) -> torch.Tensor:
+        """Copy of ``count`` pinned groups from ``first`` on: ``[2, H_kv, count * G, d]`` in the stored dtype."""
+        home = self.home_base(layer, sequence) + self.window.home(first + np.arange(count, dtype=np.int64))
+        return self.gather(layer, home[None], self.dtypes[layer])[:, 0]
+
+    # ---- reuse
+
+    def lookup(self, layer: int, sequences: Int, groups: Int) -> Int:
+        """Slot of each group, or -1 where it must be read. Hits gain worth, the rest of the layer decays."""
+        rows = layer * self.batch + sequences
+        self._visits[layer] += 1
+        if array_loops.available():
+            visit = int(self._visits[layer])
+            return array_loops.lookup(self.arrays, rows, groups, first=self.reuse_start, visit=visit)
+        found = self.table[rows, groups].astype(np.int64)
+        hits = found[found >= 0] - self.reuse_start
+        self.worth[hits] = self._worth_now(hits) + 1
+        self.seen[hits] = self._visits[layer]
+        return found
+
+    def _worth_now(self, slots: Int) -> NDArray[np.float32]:
+        """Worth with the decay since each was last touched: one step for every visit of its own layer."""
+        layers = np.maximum(self.owner[slots], 0) // (self.batch * self.table.shape[1])
+        idle = self._visits[layers] - self.seen[slots]
+        worth: NDArray[np.float32] = self.worth[slots] * POWERS[np.minimum(idle, len(POWERS) - 1)]
+        return worth
+
+    def admit(self, layer: int, sequences: Int, groups: Int, staged: Int) -> None:
+        """Keep groups that have just landed in slots ``staged``, as far as something of less worth can go.
+
+        Looking at all slots would cost more with every gigabyte of them; a hand goes round instead. Slots that were
+        never used come first, in order: the system clears memory when it is first touched, huge page by huge page.
+        """
+        room = min(len(groups), self.reuse_slots)
+        if room == 0:
+            return
+        if self._used < self.reuse_slots:
+            hand, room = self._used, min(room, self.reuse_slots - self._used)
+            looked, self._used = room, hand + room
+        else:
+            looked, hand = min(self.reuse_slots, room * LOOK_AT + 64), self._hand
+            self._hand = (hand + looked) % self.reuse_slots
+        keys = self._keys(layer, sequences[:room], groups[:room])
+        if self.host and array_loops.available():
+            array_loops.admit(
+                self.arrays,
+                layer=layer,
+                layer_keys=self.batch * self.table.shape[1],
+                hand=hand,
+                looked=looked,
+                keys=keys,
+                staged=staged,
+                memory=self.slab.address,
+                slot_bytes=self.layout.slot_bytes,
+                first=self.reuse_start,
+            )
+            return
+        candidates = (hand + np.arange(looked)) % self.reuse_slots
+        worth = np.where(self.owner[candidates] < 0, -1, self._worth_now(candidates))
+        least = np.sort(np.argsort(worth, kind="stable")[:room])
+        victims = candidates[least[worth[least] < 1]]
+        self._replace(victims, layer, keys, staged)
+        self.seen[victims] = self._visits[layer]
+
+    def _keys(self, layer: int, sequences: Int, groups: Int) -> Int:
+        """Where in the flat table groups are found."""
+        keys: Int = (layer * self.batch + sequences) * self.table.shape[1] + groups
+        return keys
+
+    def _replace(self, victims: Int, layer: int, keys: Int, staged: Int) -> None:
+        """Give reuse slots ``victims`` to the first of the groups that ``keys`` find, with worth 1."""
+        count = len(victims)
+        if count == 0:
+            return
+        flat = self.table.reshape(-1)
+        old = self.owner[victims]
+        flat[old[old >= 0]] = -1
+        self.owner[victims], self.worth[victims] = keys[:count], 1
+        target = victims + self.reuse_start
+        flat[keys[:count]] = target
+        rows = self._rows[self.dtypes[layer]]
+        rows[torch.from_numpy(target)] = rows[torch.from_numpy(staged[:count])]
+
+    def _locate(self) -> SlotArrays:
+        return SlotArrays(self.table, self.owner, self.worth, self.seen, self._visits, POWERS)
+
+    # ---- staging and gathering
+
+    def landing_address(self, half: int) -> int:
+        """Host address where reads of staging half 0 or 1 begin."""
+        return self._landing_address + half * self.staging_groups * self.layout.slot_bytes
+
+    def landing_slot(self, half: int) -> int:
+        """Slot in which landing place 0 of this half is found after ``land``."""
+        return self.staging_start + half * self.staging_groups
+
+    def landed(self, half: int, slots: Int) -> tuple[NDArray[np.uint8], Int]:
+        """Where reads of one half landed, uint8 ``(staging_groups, slot_bytes)``, and the places of ``slots`` in it."""
+        size, places = self.layout.slot_bytes, slots - self.landing_slot(half)
+        start = half * self.staging_groups * size
+        if self.host:
+            start += self.staging_start * size
+            memory = self.slab.array
+        else:
+            memory = self._landing.numpy()
+        landing: NDArray[np.uint8] = memory[start : start + self.staging_groups * size].reshape(-1, size)
+        return landing, places
+
+    def land(self, half: int, count: int) -> None:
+        """Make the first ``count`` landing places visible as slots: a copy, unless slots are host memory."""
+        if self.host or count == 0:
+            return
+        size = self.layout.slot_bytes
+        start, source = self.landing_slot(half) * size, half * self.staging_groups * size
+        target, landed = self._raw[start : start + count * size], self._landing[source : source + count * size]
+        if self._stream is None:
+            target.copy_(landed)
+            return
+        current = torch.cuda.current_stream(self._raw.device)
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
+            target.copy_(landed, non_blocking=True)
+        current.wait_stream(self._stream)
+        self._stream.synchronize()  # the host half is overwritten by the reads after next
+
+    def gather(self, layer: int, slots: Int, dtype: torch.dtype) -> torch.Tensor:
+        """Copy of slots ``[B, W]`` as ``[2, B, H_kv, W * G, d]`` of ``dtype``, in the order of the slots."""
+        rows = self._rows[self.dtypes[layer]]
+        batch, width = slots.shape
+        if loops.converts_here(rows.dtype, dtype, rows.device):
+            return loops.gather(rows, slots, self.layout.group_shape)
+        index = torch.from_numpy(slots.reshape(-1)).to(rows.device)
+        picked = rows.index_select(0, index)[:, : self.layout.group_elements]
+        kv = picked.unflatten(1, self.layout.group_shape).unflatten(0, (batch, width)).permute(2, 0, 3, 1, 4, 5)
+        gathered = torch.empty(kv.shape, dtype=dtype, device=kv.device)
+        gathered.copy_(kv)  # one pass: rearranges and converts
+        return gathered.flatten(3, 4)
+
+
+def _same_size(dtype: torch.dtype) -> tuple[torch.dtype, ...]:
+    """The other 16-bit dtype, since a layer whose values overflow float16 is stored as bfloat16."""
+    pair = (torch.float16, torch.bfloat16)
+    return tuple(d for d in pair if d != dtype) if dtype in pair else ()

@@ -1,0 +1,197 @@
+"""Transform coding of keys: directions that matter for logits, each with the precision it deserves, no scale a token.
+
+What a sketch is for is the product of a key with queries. So directions are those of the centred keys under the metric
+of the queries that were seen in calibration (query-weighted principal components), a direction's error then counts as
+its variance does, and digits go where they lower the error most: reverse water-filling, as in any transform code
+(Goyal, "Theoretical foundations of transform coding", 2001). Steps are fixed by the calibration; a key that is further
+out is clipped. The mean of the keys is left out, and so is the middle of the codes: both shift all logits of a head by
+the same amount, which a softmax does not see.
+
+A code of several digits is kept as rows of equal width: the row of the k-th digit has ``2 ** (bits * k)`` times the
+weight. One kernel thus scores any mix of precisions.
+
+Contexts past ``FLAT_TOKENS`` are scored in two levels: every token by the few bytes that hold the directions of most
+weight, of which a tile of 64 tokens keeps the best, then the tokens of the best tiles in full, and of a begun one.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import numpy as np
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+from kvswap.native import loops, query_loops
+from kvswap.selection.basis import TRANSFORM, Basis, KeyCovariance
+from kvswap.selection.codes import LayerSketch
+from kvswap.selection.score import float_products, integer_products
+
+# Of a Gaussian of variance 1, by bits: error of the best uniform quantiser, and its step (Max, 1960).
+ERRORS = {0: 1.0, 2: 0.1188, 4: 0.01154, 6: 0.00104, 8: 0.000090}
+STEPS = {2: 0.9957, 4: 0.3352, 6: 0.1041, 8: 0.0308}
+FLAT_TOKENS = 32768  # up to here all tokens are scored in full at each step
+FINE_TOKENS = 16384  # of longer contexts, those scored in full after all were scored by a few bytes each
+COARSE_SHARE = 24  # of a token's bytes, one in so many: those with the directions of most weight, which come first
+SMALLEST_QUERY = 1e-3  # of the largest: directions that no query looked at in calibration still get some weight
+
+
+def transform_basis(statistics: KeyCovariance, rows: int, bits: int) -> Basis:
+    """Basis of ``rows`` digits of ``bits`` (2 or 4) a token.
+
+    Its matrix is ``[2 * D, rows]`` float16: what encodes, and what queries are multiplied by, each column up to a
+    scale. Its rows are those two scales, the share of the keys' mean, the bits of the whole code, and which digit of it
+    this is.
+    """
+    root, inverse = _roots(statistics.queries)
+    mean = statistics.total / max(1, statistics.count)
+    centred = statistics.matrix / max(1, statistics.count) - torch.outer(mean, mean)
+    variances, vectors = torch.linalg.eigh(root @ centred @ root)
+    variances = variances.clamp(min=max(1e-12 * float(variances[-1]), 1e-20))
+    directions, digits = _spend(variances, rows, bits)
+    whole = bits * torch.bincount(directions, minlength=len(variances))[directions]
+    order = _by_weight(variances[directions].sqrt() * torch.exp2(bits * digits - whole), 8 // bits)
+    directions, digits, whole = directions[order], digits[order], whole[order]
+    steps = torch.tensor([STEPS[int(each)] for each in whole], dtype=torch.float64) * variances[directions].sqrt()
+    encode = (root @ vectors)[:, directions] / steps
+    decode = (inverse @ vectors)[:, directions] * steps * 2.0 ** (bits * digits)
+    halves = [_half(each) for each in (encode, decode)]
+    (rounded, scale), (_, query_scale) = halves
+    shares = torch.stack((scale, query_scale, mean @ (rounded.double() * scale), whole.double(), digits.double()))
+    return Basis(torch.cat([matrix for matrix, _ in halves]), TRANSFORM, shares.float())
+
+
+def full_precision_basis(matrix: torch.Tensor) -> Basis:
+    """A basis from ``[2 * D + 3, rows]`` float32, as sessions of version 1 have it: no scales of columns yet."""
+    encode, decode = matrix[:-3].double().chunk(2)
+    halves = [_half(each) for each in (encode, decode)]
+    shares = torch.cat((torch.stack([scale for _, scale in halves]).float(), matrix[-3:]))
+    return Basis(torch.cat([rounded for rounded, _ in halves]), TRANSFORM, shares)
+
+
+def _half(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A float64 matrix as float16 with a scale for each column, which makes its largest element one."""
+    scale = matrix.abs().amax(0).clamp(min=1e-30)
+    return (matrix / scale).half(), scale
+
+
+def basis_bytes(elements: int, rows: int) -> int:
+    """What a basis for keys of D elements takes."""
+    return 2 * elements * rows * 2 + 5 * rows * 4
+
+
+def _spend(variances: torch.Tensor, rows: int, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where ``rows`` digits lower the error most: direction and digit (0 the finest) of each row."""
+    levels = [ERRORS[each] for each in range(0, 9, bits)]
+    gains = variances[:, None] * -torch.diff(torch.tensor(levels, dtype=torch.float64))
+    best = gains.flatten().topk(min(rows, gains.numel())).indices.sort().values
+    return best // gains.shape[1], best % gains.shape[1]  # gains fall with each digit, so a code has its first digits
+
+
+def _by_weight(weights: torch.Tensor, parts: int) -> torch.Tensor:
+    """Order of rows so that those of most weight share the first bytes of a packed token.
+
+    Row ``k * n + r`` is in the k-th of ``parts`` of byte r of n. Coarse scores read a few bytes of each token.
+    """
+    order = weights.argsort(descending=True, stable=True)
+    if len(order) % parts:
+        return order
+    interleaved: torch.Tensor = order.view(-1, parts).T.flatten()
+    return interleaved
+
+
+def _roots(queries: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Square root of the query moments ``[H_kv, d, d]`` as one ``[D, D]``, and its inverse."""
+    roots, inverses = [], []
+    for moments in queries:
+        values, vectors = torch.linalg.eigh(moments)
+        values = values.clamp(min=max(SMALLEST_QUERY * float(values[-1]), 1e-30)).sqrt()
+        roots.append((vectors * values) @ vectors.T)
+        inverses.append((vectors / values) @ vectors.T)
+    return torch.block_diag(*roots), torch.block_diag(*inverses)
+
+
+class TransformSketch(LayerSketch):
+    """``LayerSketch`` with codes by a transform basis. Its logits lack a constant of each head; no scales are kept."""
+
+    scale_rows = 0
+
+    def __init__(self, *, basis: Basis, device: torch.device, **size: int) -> None:
+        super().__init__(basis=basis, device=device, **size)
+        assert basis.rows is not None
+        self._rows = basis.rows.to(device)
+
+    @staticmethod
+    def token_bytes(rank: int, bits: int) -> int:
+        """What one token of one layer takes: codes alone."""
+        return rank * bits // 8
+
+    @staticmethod
+    def scratch_bytes(rank: int, bits: int, heads: int, device: torch.device, group_tokens: int) -> int:
+        """What scoring one token takes in passing."""
+        if loops.scores_here(bits, group_tokens, device):
+            return loops.scratch_token_bytes(heads, group_tokens)
+        return LayerSketch.scratch_bytes(rank, bits, heads, device, group_tokens)
+
+    @staticmethod
+    def matrices(basis: Basis) -> tuple[torch.Tensor, torch.Tensor]:
+        """What keys and what queries are multiplied by, ``[D, R]`` each, up to a scale of each column."""
+        encode, decode = basis.matrix.chunk(2)
+        return encode, decode
+
+    def project(self, keys: torch.Tensor) -> torch.Tensor:
+        """Keys ``[n, D]`` float32 in units of the finest step, ``[n, R]``."""
+        return (keys @ self._matrix.float()).mul_(self._rows[0])
+
+    def group_mass(self, query: torch.Tensor, scaling: float, group_tokens: int) -> torch.Tensor:
+        """Estimated attention mass of each group; see the base class."""
+        if not loops.scores_here(self.bits, group_tokens, query.device):
+            return super().group_mass(query, scaling, group_tokens)
+        low_rank = self.low_rank(query, scaling)
+        if int(self.tokens.max()) <= FLAT_TOKENS:
+            tiles = self._codes.tiles
+            return loops.group_mass(tiles, low_rank, self._rows[1], self.bits, self.tokens, group_tokens)
+        found = [self._two_levels(b, each, group_tokens) for b, each in enumerate(low_rank)]
+        return found[0][None] if len(found) == 1 else pad_sequence(found, batch_first=True)
+
+    def low_rank(self, query: torch.Tensor, scaling: float) -> torch.Tensor:
+        """Scaled queries projected; see the base class."""
+        if query_loops.computes_here(query):
+            return query_loops.project(query, self._by_head, scaling)
+        return super().low_rank(query, scaling)
+
+    def _two_levels(self, sequence: int, low_rank: torch.Tensor, group_tokens: int) -> torch.Tensor:
+        """Mass of one sequence's groups, ``[N]``; past ``FLAT_TOKENS`` only of those in the tiles that look best."""
+        codes, tokens = self._codes.tiles[sequence], int(self.tokens[sequence])
+        score = partial(loops.group_mass, codes[None], low_rank[None], self._rows[1], self.bits)
+        if tokens <= FLAT_TOKENS:
+            return score(self.tokens[sequence : sequence + 1], group_tokens)[0]
+        tile_tokens, parts = loops.TILE_TOKENS, 8 // self.bits
+        few = min(codes.shape[1], loops.COARSE_ROWS * self.bits // 8, max(2, codes.shape[1] // COARSE_SHARE))
+        columns = low_rank.unflatten(1, (parts, -1))[:, :, :few].flatten(1)
+        scales = self._rows[1].unflatten(0, (parts, -1))[:, :few].flatten()
+        whole, rest = divmod(tokens, tile_tokens)
+        coarse = loops.tile_mass(codes[:, :few], columns, scales, self.bits, whole * tile_tokens)
+        best = loops.top_groups(coarse[None], 0, [whole], FINE_TOKENS // tile_tokens)[0]
+        tiles = np.append(best, np.full(int(rest > 0), whole))  # a begun tile is always in
+        fine = score(self.tokens[sequence : sequence + 1], group_tokens, tiles)[0]
+        mass = torch.zeros(whole + (rest > 0), tile_tokens // group_tokens)
+        padded = torch.nn.functional.pad(fine, (0, -len(fine) % mass.shape[1]))
+        mass[torch.from_numpy(tiles)] = padded.view(len(tiles), -1)
+        return mass.flatten()[: tokens // group_tokens]
+
+    def encode(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Digits ``[n, R]`` uint8 of projected keys ``[n, R]``; no scales, ``[0, n]``."""
+        mean, bits, digit = self._rows[2:]
+        levels = torch.exp2(bits)
+        whole = (rows - mean).floor_().add_(levels / 2)
+        whole = torch.minimum(whole.clamp_(min=0), levels - 1).to(torch.uint8)
+        codes = (whole >> (digit * self.bits).to(torch.uint8)) & ((1 << self.bits) - 1)
+        return codes, rows.new_empty(0, len(rows), dtype=torch.float16)
+
+    def products(self, low_rank: torch.Tensor, width: int) -> torch.Tensor:
+        """Projected queries ``[B, H_q, R]`` times the keys that the first ``width`` codes stand for."""
+        multiply = integer_products if self._integer else float_products
+        low_rank = low_rank * self._rows[1]
+        pairs = ((query, self._codes.rows(sequence, 0, width)) for sequence, query in enumerate(low_rank))
+        return torch.stack([multiply(query, codes, self.bits) for query, codes in pairs])

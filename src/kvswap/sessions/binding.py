@@ -1,0 +1,329 @@
+"""A cache's state to and from a session's folder.
+
+``Keeper`` opens a session's files for the group store, restores what a checkpoint keeps, and commits. What comes back
+is exactly what was there: which groups are on disk, sketched and pinned decides the next selection, so all of that is
+kept as it was, and nothing is flushed for a commit. The thread that runs the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from kvswap.config import Config
+from kvswap.core.rates import Rates
+from kvswap.core.state import BatchState
+from kvswap.disk.backend import ReadBackend
+from kvswap.errors import ConfigError, DamagedError, SessionError, UnsupportedError
+from kvswap.selection.basis import Basis
+from kvswap.selection.codes import LayerSketch
+from kvswap.selection.transform import full_precision_basis
+from kvswap.sessions.folder import Commit, SessionFolder
+from kvswap.sessions.index import Arrays, LayerIndex, take
+from kvswap.sessions.manifest import ITEMSIZES_BYTES, Layout, Manifest, Model
+from kvswap.sessions.reader import Stored
+from kvswap.store.groups import NamedFiles
+from kvswap.store.segments import Segments
+from kvswap.terms import ceil_div
+
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_MODEL_WORDS = {
+    "fingerprint": "has other weights",
+    "tokenizer": "has another tokenizer",
+    "rope": "has other positions (RoPE)",
+    "dtype": "computes in another dtype",
+}
+
+
+class Keeper:
+    """One session under one cache. ``tokens`` is how many the session holds when the cache begins.
+
+    ``room(bytes)`` is asked before files take more space, and may refuse.
+    """
+
+    def __init__(
+        self, folder: SessionFolder, model: Model, *, verify: bool = True, room: Callable[[int], None] | None = None
+    ) -> None:
+        self.folder, self.model = folder, model
+        self._verify, self.room = verify, room or (lambda nbytes: None)
+        self._check_model()
+        self._stored: Stored | None = folder.load()
+        self.tokens = self._stored.tokens if self._stored else 0
+        self._data_bytes = 0
+
+    # ---- before a cache is made
+
+    @property
+    def layout(self) -> Layout | None:
+        """What the session's groups look like; None in an empty one."""
+        return self.folder.manifest.layout
+
+    def config(self, config: Config) -> Config:
+        """``config`` with what the session has fixed. Raises ConfigError where it was set to something else."""
+        layout = self.layout
+        if layout is None:
+            return config
+        fixed: dict[str, Any] = {
+            "group_tokens": layout.group_tokens,
+            "sink_tokens": layout.sink_tokens,
+            "recent_tokens": layout.recent_tokens,
+            "sketch_rank": layout.sketch_rank,
+        }
+        if ITEMSIZES_BYTES.get(config.store_dtype, 0) != ITEMSIZES_BYTES[layout.dtypes[0]]:
+            fixed["store_dtype"] = layout.dtypes[0] if layout.dtypes[0] == "float32" else "auto"
+        for key, value in fixed.items():
+            wanted, default = getattr(config, key), getattr(Config(), key)
+            if wanted not in (value, default):
+                raise ConfigError(
+                    f"{key}: got {wanted!r}, {self.folder.what} was made with {value!r}",
+                    hint="leave it out, or start another session",
+                )
+        return config.replace(**fixed)
+
+    def bases(self, device: torch.device) -> list[tuple[Basis, int]] | None:
+        """The directions of every layer's sketch and their bits, as stored; None in an empty session."""
+        layout = self.layout
+        if layout is None:
+            return None
+        matrices = [torch.from_numpy(matrix.copy()).to(device) for matrix in self.folder.basis()]
+        split: Callable[[torch.Tensor], Basis] = partial(Basis.split, kind=layout.sketch_kind)
+        if any(len(matrix) != layout.basis_rows for matrix in matrices):
+            split = full_precision_basis
+        return [(split(matrix), layout.sketch_bits) for matrix in matrices]
+
+    def restore_sliding(self, layers: Sequence[tuple[int, Any]], dtype: torch.dtype, device: torch.device) -> None:
+        """Give decoder layers that are not offloaded their state: pairs of the layer's index and its cache layer."""
+        if self._stored is None or not layers:
+            return
+        layout, tail, what = self.layout, self._stored.tail, self.folder.what
+        assert layout is not None
+        lengths = take(tail, "sliding-lengths", np.int64, what, len(layers))
+        for (index, layer), length in zip(layers, lengths.tolist(), strict=True):
+            kept = min(length, int(layer.sliding_window) - 1)
+            found = []
+            for part in ("keys", "values"):
+                raw = take(tail, f"sliding-{index}-{part}", np.uint8, what)
+                values = torch.from_numpy(raw.view(np.uint8).copy()).view(dtype)
+                if length != self.tokens or kept <= 0 or values.numel() % kept:
+                    raise DamagedError(f"{what} is damaged: state of layer {index}", hint="try: kvswap sessions repair")
+                found.append(values.view(1, -1, kept, layout.head_dim).to(device))
+            layer.lazy_initialization(*found)
+            layer.keys, layer.values = found
+            layer.cumulative_length = length
+
+    # ---- while one lives
+
+    def files(self, backend: ReadBackend, layers: int) -> NamedFiles:
+        """The session's files, opened in ``backend``."""
+        current = self.folder.base
+        held = np.array(current.flushed if current else [0] * layers, np.int64)
+        sealer = self.folder.sealer
+        seals = np.zeros((layers, int(held.max())), sealer.dtype)
+        starts = np.empty((0, layers), np.int64)
+        files = np.empty((0, layers), np.int64)
+        segments = Segments(starts, files)
+        for number, _ in current.segments if current else ():
+            segment = self.folder.manifest.segment(number)
+            segments.add(np.array(segment.start, np.int64), self._adopt(backend, number, layers))
+        for layer, index in enumerate(self._stored.groups if self._stored else ()):
+            seals[layer, : len(index.seals)] = index.seals
+
+        def begin(first: NDArray[np.int64]) -> NDArray[np.int64]:
+            number = self.folder.begin_segment(tuple(first.tolist()))
+            return self._adopt(backend, number, layers)
+
+        return NamedFiles(
+            segments=segments,
+            held=held,
+            seals=seals,
+            sealer=sealer,
+            appendable=self.folder.appendable(),
+            verify=self._verify,
+            what=self.folder.what,
+            begin=begin,
+            grow=self.room,
+        )
+
+    def restore(self, state: BatchState) -> None:
+        """Bring back the current checkpoint into a new state."""
+        stored, self._stored = self._stored, None
+        layout = self.layout
+        if stored is None or layout is None:
+            return
+        state.tokens[0] = stored.tokens
+        state.flushed[:, 0] = stored.flushed
+        for layer, index in enumerate(stored.groups):
+            state.pool.dtypes[layer] = DTYPES[layout.dtypes[layer]]
+            _codes(state, layer).restore(0, index.codes, index.scales)
+            _pin(state, layer, stored)
+
+    def commit(
+        self,
+        state: BatchState,
+        sliding: Sequence[tuple[int, Any]],
+        ids: Sequence[int],
+        talk: bytes = b"",
+        *,
+        interim: bool = False,
+        rates: Rates,
+    ) -> None:
+        """Make the state durable with its token ids, one more than tokens at most, and the conversation as JSON.
+
+        The next commit takes the place of an ``interim`` one.
+        """
+        state.store.sync()
+        named, current = state.store.named, self.folder.base
+        assert named is not None and state.batch == 1
+        tokens, flushed = int(state.tokens[0]), tuple(state.flushed[:, 0].tolist())
+        if not tokens <= len(ids) <= tokens + 1:
+            raise ValueError(f"{len(ids)} token ids for {tokens} tokens")
+        before = current.flushed if current else (0,) * len(flushed)
+        group_tokens, groups = state.window.group_tokens, []
+        for layer, (start, stop) in enumerate(zip(before, flushed, strict=True)):
+            codes, scales = _codes(state, layer).dump(0, start * group_tokens, stop * group_tokens)
+            groups.append(LayerIndex(named.seals[layer, start:stop].copy(), codes, scales))
+        written_bytes = state.store.backend.counters.write_bytes
+        self.folder.commit(
+            Commit(
+                model=self.model,
+                layout=_layout(state),
+                basis=_basis_arrays(state) if self.folder.manifest.basis is None else None,
+                tokens=tokens,
+                flushed=flushed,
+                groups=groups,
+                tail=_tail(state, sliding, ids, talk),
+                data_bytes=written_bytes - self._data_bytes,
+                interim=interim,
+                rates=rates,
+            )
+        )
+        self._data_bytes = written_bytes
+
+    def _adopt(self, backend: ReadBackend, segment: int, layers: int) -> NDArray[np.int64]:
+        open_data = self.folder.open_data
+        opened = [backend.adopt(open_data(segment, layer, direct=backend.direct)) for layer in range(layers)]
+        return np.array(opened, np.int64)
+
+    def _check_model(self) -> None:
+        stored = self.folder.manifest.model
+        if stored is None:
+            return
+        for key, words in _MODEL_WORDS.items():
+            if getattr(stored, key) != getattr(self.model, key):
+                detail = f" ({self.model.dtype}, not {stored.dtype})" if key == "dtype" else ""
+                raise SessionError(
+                    f"{self.folder.what} belongs to {stored.name}; the model given {words}{detail}",
+                    hint="give the model that it was made with, or start another session",
+                )
+
+
+def made_alike(manifest: Manifest, model: Model, config: Config) -> bool:
+    """Whether a session is of that model and has what a new one would get by ``config``."""
+    layout = manifest.layout
+    if (
+        layout is None
+        or manifest.model is None
+        or any(getattr(manifest.model, key) != getattr(model, key) for key in _MODEL_WORDS)
+    ):
+        return False
+    elements, bits = layout.kv_heads * layout.head_dim, config.sketch_bits
+    rank = config.sketch_rank or min(elements, config.sketch_bytes(elements) * 8 // bits)
+    size_bytes = ITEMSIZES_BYTES.get(config.store_dtype, 2)
+    same_store = ITEMSIZES_BYTES[layout.dtypes[0]] == size_bytes and (
+        config.store_dtype == "auto" or set(layout.dtypes) == {config.store_dtype}
+    )
+    window = (layout.group_tokens, layout.sink_tokens, layout.recent_tokens)
+    return (
+        same_store
+        and window == (config.group_tokens, config.sink_tokens, config.recent_tokens)
+        and (layout.sketch_kind, layout.sketch_rank, layout.sketch_bits) == ("transform", rank, bits)
+    )
+
+
+def sliding_layers(layers: Sequence[Any], orders: Sequence[int | None]) -> list[tuple[int, Any]]:
+    """Index and cache layer of those that are not offloaded. Raises UnsupportedError where one cannot be kept."""
+    found = [(index, layer) for index, (layer, order) in enumerate(zip(layers, orders, strict=True)) if order is None]
+    for index, layer in found:
+        if not hasattr(layer, "sliding_window"):
+            raise UnsupportedError(
+                f"a session of a model whose layer {index} has no K, V to keep", hint="run it without --session"
+            )
+    return found
+
+
+def _pin(state: BatchState, layer: int, stored: Stored) -> None:
+    """Sinks and recent window from disk, what was on no disk from the tail."""
+    window, flushed, dtype = state.window, stored.flushed[layer], state.pool.dtypes[layer]
+    ring = window.ring_start((stored.tokens - 1) // window.group_tokens)
+    for low, high in ((0, min(window.sink_groups, flushed)), (ring, flushed)):
+        if low < high:
+            reader = state.store.read_tiles(layer, 0, high, high - low, dtype, first=low)
+            try:
+                for keys, values in reader:
+                    state.pool.put_groups(layer, 0, low, keys, values)
+            finally:
+                reader.close()
+    waiting = stored.tail[f"waiting-{layer}"]
+    if waiting.size:
+        shape = (2, state.shape.kv_heads, -1, state.shape.head_dim)
+        kv = torch.from_numpy(waiting.view(np.uint8).copy()).view(dtype).view(shape).to(state.shape.device)
+        state.pool.put_groups(layer, 0, flushed, kv[0], kv[1])
+
+
+def _tail(state: BatchState, sliding: Sequence[tuple[int, Any]], ids: Sequence[int], talk: bytes) -> Arrays:
+    tokens, group_tokens = int(state.tokens[0]), state.window.group_tokens
+    tail: Arrays = {"ids": np.array(ids, np.int64)}
+    for layer in range(state.shape.layers):
+        flushed = int(state.flushed[layer, 0])
+        waiting = tokens - flushed * group_tokens
+        if waiting:
+            kv = state.pool.read_home(layer, 0, flushed, ceil_div(waiting, group_tokens))[:, :, :waiting]
+            tail[f"waiting-{layer}"] = _raw(kv)
+        else:
+            tail[f"waiting-{layer}"] = np.empty(0, np.uint8)
+    for index, stock in sliding:
+        tail[f"sliding-{index}-keys"], tail[f"sliding-{index}-values"] = _raw(stock.keys), _raw(stock.values)
+    if sliding:
+        tail["sliding-lengths"] = np.array([stock.cumulative_length for _, stock in sliding], np.int64)
+    if talk:
+        tail["conversation"] = np.frombuffer(talk, np.uint8)
+    return tail
+
+
+def _raw(tensor: torch.Tensor) -> NDArray[np.uint8]:
+    raw: NDArray[np.uint8] = tensor.detach().cpu().contiguous().view(torch.uint8).reshape(-1).numpy()
+    return raw
+
+
+def _layout(state: BatchState) -> Layout:
+    config, shape, sketch = state.config, state.shape, _codes(state, 0)
+    return Layout(
+        layers=shape.layers,
+        kv_heads=shape.kv_heads,
+        head_dim=shape.head_dim,
+        group_tokens=config.group_tokens,
+        dtypes=tuple(_NAMES[dtype] for dtype in state.pool.dtypes),
+        alignment_bytes=state.layout.alignment_bytes,
+        sketch_rank=sketch.rank,
+        sketch_bits=sketch.bits,
+        sketch_kind=sketch.basis.kind,
+        sink_tokens=config.sink_tokens,
+        recent_tokens=config.recent_tokens,
+    )
+
+
+def _basis_arrays(state: BatchState) -> Arrays:
+    bases = (_codes(state, layer).basis for layer in range(state.shape.layers))
+    return {str(layer): basis.joined().cpu().numpy() for layer, basis in enumerate(bases)}
+
+
+def _codes(state: BatchState, layer: int) -> LayerSketch:
+    sketch = state.sketches[layer]
+    assert isinstance(sketch, LayerSketch)  # attach refuses sessions of other methods
+    return sketch

@@ -1,0 +1,68 @@
+"""What decode steps would read: the engine's own slots and read planner, fed with recorded rankings instead of a model.
+
+A ranking says, for each step and layer, which groups are worth most, best first. From it follows, for any number of
+selected groups and of reuse slots, what is in memory already and which reads the rest takes.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from kvswap.memory.slots import SlotPool
+from kvswap.selection.window import Window
+from kvswap.store.extents import plan_reads
+from kvswap.store.layout import GroupLayout
+from kvswap.terms import KVGeometry
+from kvswap.tuning.cost import Traffic
+
+WARM_SHARE = 0.25
+"""Steps at the start that fill the slots and are not counted."""
+
+
+def simulate(
+    ranking: NDArray[np.int32], groups: list[int], *, reuse_slots: int, slot_bytes: int, gap_bytes: int
+) -> Traffic:
+    """Traffic of one sequence, mean over texts: ``ranking`` ``[texts, steps, L, K]``; layer l selects ``groups[l]``."""
+    counts = np.mean([_count(text, groups, reuse_slots, slot_bytes, gap_bytes) for text in ranking], axis=0)
+    return Traffic(
+        selected_groups=np.array(groups, float), missed_groups=counts[0], reads=counts[1], read_bytes=counts[2]
+    )
+
+
+def _count(
+    ranking: NDArray[np.int32], groups: list[int], reuse_slots: int, slot_bytes: int, gap_bytes: int
+) -> NDArray[np.float64]:
+    """Missed groups, reads and bytes of a step by layer, ``[3, L]``, over the steps of one text ``[steps, L, K]``."""
+    steps, layers, width = ranking.shape
+    most = max(groups)
+    assert most <= width, (most, width)
+    window = Window(1, 0, 1, most)
+    places = 2 * most
+    pool = SlotPool(
+        layers=layers,
+        batch=1,
+        layout=GroupLayout(KVGeometry(kv_heads=1, head_dim=1, group_tokens=1, itemsize_bytes=2), 2),
+        window=window,
+        staging_groups=places,
+        reuse_slots=reuse_slots,
+        capacity_groups=int(ranking.max()) + 1,
+        dtype=torch.float16,
+        device=torch.device("cpu"),
+    )
+    counts = np.zeros((3, steps, layers))
+    try:
+        for step in range(steps):
+            for layer, count in enumerate(groups):
+                wanted = np.sort(ranking[step, layer, :count]).astype(np.int64)
+                sequences = np.zeros(count, np.int64)
+                missing = pool.lookup(layer, sequences, wanted) < 0
+                missed = wanted[missing]
+                plan = plan_reads(sequences[missing], missed, gap_groups=gap_bytes // slot_bytes, places=places)
+                pool.admit(layer, sequences[missing], missed, pool.landing_slot(0) + plan.place)
+                counts[:, step, layer] = len(missed), len(plan.first), plan.count.sum() * slot_bytes
+    finally:
+        pool.close()
+    found: NDArray[np.float64] = counts[:, int(steps * WARM_SHARE) :].mean(axis=1)
+    return found

@@ -1,0 +1,68 @@
+"""Law 3: memory never exceeds the limit, and the account of it agrees with what is allocated."""
+
+from __future__ import annotations
+
+import pytest
+
+from kvswap.config import Config
+from kvswap.core.attachment import attach
+from kvswap.errors import MemoryBudgetError
+from tests.helpers.families import FAMILIES, forced_logits, tiny_model, tokens
+
+
+def allocated_bytes(state) -> dict[str, int]:
+    """What the parts of a state really hold."""
+    pool = state.pool
+    slot_bytes = state.layout.slot_bytes
+    return {
+        "sketch": sum(sketch.nbytes for sketch in state.sketches),
+        "tables": pool.table.nbytes + pool.owner.nbytes + pool.worth.nbytes + pool.seen.nbytes,
+        "slots": pool.reuse_slots * slot_bytes,
+        "staging": 2 * pool.staging_groups * slot_bytes,
+        "tails": pool.staging_start * slot_bytes,
+        "write_queue": state.store.writer.nbytes,
+    }
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_ledger_agrees_with_allocations_and_limit(family, tmp_path):
+    model = tiny_model(family)
+    with attach(model, Config(kv_memory="3MiB", kv_dir=str(tmp_path), select_tokens=100)) as cache:
+        for turn in range(3):
+            forced_logits(model, tokens(2, 600, seed=turn), tokens(2, 40, seed=9), cache)
+            state = cache._state
+            for part, count_bytes in allocated_bytes(state).items():
+                assert count_bytes <= state.ledger.held[part], part
+                assert count_bytes >= 0.8 * state.ledger.held[part] - 4096, part
+            stats = cache.stats
+            assert stats.kv_memory_peak_bytes <= stats.kv_memory_limit_bytes == 3 << 20
+
+
+def test_growth_takes_slots_and_then_stops_with_an_error(tmp_path):
+    model = tiny_model("llama")
+    config = Config(kv_dir=str(tmp_path), select_tokens=100, kv_memory="auto")
+    with attach(model, config) as cache:
+        forced_logits(model, tokens(1, 300), tokens(1, 2), cache)
+        limit = cache.stats.kv_memory_limit_bytes
+    with attach(model, config.replace(kv_memory=limit)) as cache:
+        forced_logits(model, tokens(1, 300), tokens(1, 2), cache)
+        with pytest.raises(MemoryBudgetError, match="kv_memory"):
+            for turn in range(20):
+                forced_logits(model, tokens(1, 700, seed=turn), tokens(1, 2), cache)
+        assert cache.stats.kv_memory_peak_bytes <= limit
+
+
+def test_too_small_a_limit_names_the_smallest_and_the_longest(tmp_path):
+    model = tiny_model("llama")
+    config = Config(kv_dir=str(tmp_path), select_tokens=100, kv_memory=1_400_000)
+    with attach(model, config) as cache, pytest.raises(MemoryBudgetError) as caught:
+        forced_logits(model, tokens(1, 6000), tokens(1, 1), cache)
+    error = caught.value
+    assert sum(error.parts.values()) == error.minimum_bytes
+    assert f"{-(-error.minimum_bytes // 1024)}KiB (" in str(error)  # can be typed in as it is
+    assert all(part.replace("_", " ") in str(error) for part, size in error.parts.items() if size)
+    assert 0 < error.longest_tokens < 6000 and error.minimum_bytes > 1_400_000
+    with attach(model, config.replace(kv_memory=error.minimum_bytes)) as cache:
+        forced_logits(model, tokens(1, 6000), tokens(1, 1), cache)
+    with attach(model, config) as cache:
+        forced_logits(model, tokens(1, error.longest_tokens), tokens(1, 1), cache)

@@ -1,0 +1,99 @@
+"""A session of format version 1, as an earlier kvswap exported it, is read, goes on, and becomes one of version 2."""
+
+from __future__ import annotations
+
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from kvswap.selection.basis import Basis
+from kvswap.selection.transform import full_precision_basis
+from kvswap.sessions.check import check
+from kvswap.sessions.folder import Commit, SessionFolder
+from kvswap.sessions.index import LayerIndex
+from kvswap.sessions.transfer import import_session
+
+ARCHIVE = Path(__file__).with_name("session-v1.kvswap")
+SUMS = [9296889317656033521, 1532985518080010198]  # of all checksums of a layer, as they were written
+CODES = [15887, 15494]
+
+
+@pytest.fixture
+def old(tmp_path) -> Path:
+    """The session as version 1 had it on disk."""
+    path = tmp_path / "old"
+    path.mkdir(mode=0o700)
+    with tarfile.open(ARCHIVE) as archive:
+        for member in archive.getmembers():
+            (path / member.name).write_bytes(archive.extractfile(member).read())
+            (path / member.name).chmod(0o600)
+    assert (path / "manifest").read_bytes().startswith(b"kvswap-session 1 ")
+    return path
+
+
+def test_it_is_read_as_it_was_written(old) -> None:
+    with SessionFolder.open(old, write=False) as folder:
+        stored = folder.load()
+        assert folder.manifest.encryption is None and folder.manifest.layout.sketch_kind == "transform"
+        assert stored.tokens == 35 and len(stored.ids) == 36 and stored.conversation == b'["hello"]'
+        assert [int(layer.seals.sum()) for layer in stored.groups] == SUMS
+        assert [int(layer.codes.sum()) for layer in stored.groups] == CODES
+        assert [layer.scales.shape for layer in stored.groups] == [(0, 32)] * 2
+        assert check(folder).problems == []
+
+
+def test_its_basis_becomes_one_of_today(old) -> None:
+    with SessionFolder.open(old, write=False) as folder:
+        for matrix in folder.basis():
+            assert matrix.shape == (2 * 16 + 3, 8)
+            basis = full_precision_basis(torch.from_numpy(matrix.copy()))
+            again = Basis.split(basis.joined(), "transform")
+            assert torch.equal(again.matrix, basis.matrix) and torch.equal(again.rows, basis.rows)
+            encode, decode = (basis.matrix.float() * basis.rows[:2].repeat_interleave(16, 0)).chunk(2)
+            for found, wanted in ((encode, matrix[:16]), (decode, matrix[16:32])):
+                assert np.allclose(found.numpy(), wanted, atol=1e-3)
+            assert np.array_equal(basis.rows[2:].numpy(), matrix[32:])
+
+
+def test_it_goes_on_and_its_old_batches_stay(old) -> None:
+    with SessionFolder.open(old, write=True) as folder:
+        stored, manifest = folder.load(), folder.manifest
+        layout, first = manifest.layout, manifest.current.flushed[0]
+        layers = []
+        for layer in range(layout.layers):
+            slots = np.full((1, layout.slot_bytes), layer + 1, np.uint8)
+            slots[:, layout.geometry.group_bytes :] = 0
+            with open(folder.open_data(0, layer, direct=False), "r+b") as file:
+                file.seek(first * layout.slot_bytes)
+                file.write(slots.tobytes())
+            seals = folder.sealer.seal(layer, first, slots[:, : layout.geometry.group_bytes])
+            codes = np.ones((layout.code_rows, layout.group_tokens), np.uint8)
+            layers.append(LayerIndex(seals, codes, np.empty((0, layout.group_tokens), np.uint16)))
+        folder.commit(
+            Commit(
+                model=manifest.model,
+                layout=layout,
+                basis=None,
+                tokens=stored.tokens + layout.group_tokens,
+                flushed=(first + 1,) * layout.layers,
+                groups=layers,
+                tail={**stored.tail, "ids": np.arange(stored.tokens + layout.group_tokens)},
+                data_bytes=0,
+                interim=False,
+            )
+        )
+    assert (old / "manifest").read_bytes().startswith(b"kvswap-session 2 ")
+    with SessionFolder.open(old, write=False) as folder:
+        found = folder.load()
+        assert check(folder).problems == []
+        assert [int(layer.codes.sum()) - layer.codes.shape[0] * layout.group_tokens for layer in found.groups] == CODES
+
+
+def test_its_archive_is_imported(tmp_path) -> None:
+    import_session(ARCHIVE, tmp_path / "new")
+    with SessionFolder.open(tmp_path / "new", write=False) as folder:
+        assert folder.load().tokens == 35
+    assert (tmp_path / "new" / "manifest").read_bytes().startswith(b"kvswap-session 2 ")
