@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from kvswap import Config
-from kvswap.core.attachment import attach_each
+from kvswap.core.attach import attach_each
 from kvswap.core.calibration import fingerprint
 from kvswap.disk.json_files import write_json
 from kvswap.lab.evals.panel import force_together
@@ -29,6 +29,7 @@ from kvswap.lab.evals.samples import Sample, Source
 from kvswap.lab.evals.settings import PARTS, Setting
 from kvswap.lab.evals.tasks import find_task
 from kvswap.lab.evals.text import evaluation_text
+from kvswap.lab.rivals.registry import with_methods
 from kvswap.models.adapter import inspect
 from kvswap.models.loading import load_model
 from kvswap.tuning.tuned import Solution, load_tuned
@@ -60,7 +61,9 @@ def run_text(
 ) -> dict[str, Any]:
     """One text through full attention and all variants."""
     first = next(iter(wanted.values()))[1]
-    with attach_each(loaded.model, [("full", first), *wanted.values()], tokenizer=loaded.tokenizer) as caches:
+    with attach_each(
+        loaded.model, with_methods([("full", first), *wanted.values()]), tokenizer=loaded.tokenizer
+    ) as caches:
         row = shelf.fill(loaded.model, caches[0], sample.prompt)
         for cache in caches[1:]:
             cache.adopt(caches[0])

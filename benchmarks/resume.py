@@ -176,7 +176,7 @@ def decode(
     for number, token in enumerate(forced):
         kind = kinds[number % len(kinds)]
         if number:  # the first one opens the store
-            session.cache._state.store.named.verify = kind != "unverified"
+            session.cache._state.store.checked = kind != "unverified"
         meter.reset()
         started_s = time.perf_counter()
         step = torch.tensor([[token]], device=model.device)

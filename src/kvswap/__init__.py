@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from kvswap.app.engine import Engine, load
     from kvswap.config import Config
-    from kvswap.core.attachment import attach
+    from kvswap.core.attach import attach
     from kvswap.errors import KVSwapError
     from kvswap.sessions.session import Session
     from kvswap.tuning.tune import tune
@@ -19,7 +19,7 @@ _HOMES = {
     "Config": "kvswap.config",
     "Engine": "kvswap.app.engine",
     "KVSwapError": "kvswap.errors",
-    "attach": "kvswap.core.attachment",
+    "attach": "kvswap.core.attach",
     "Session": "kvswap.sessions.session",
     "load": "kvswap.app.engine",
     "tune": "kvswap.tuning.tune",

@@ -15,6 +15,7 @@ from kvswap.app.documents import Document
 from kvswap.app.engine import Engine, load
 from kvswap.config import Config
 from kvswap.errors import ConfigError, InputError, MemoryBudgetError
+from kvswap.lab.rivals.registry import find
 from kvswap.models.adapter import cache_keyword
 from kvswap.models.loading import LoadedModel, load_model
 from tests.helpers.families import full_cache
@@ -128,7 +129,7 @@ def test_stats_have_every_number_and_are_json(loaded, tmp_path):
 
 
 def test_full_method_has_no_limit_and_no_disk(loaded):
-    with load(loaded, method="full") as engine:
+    with load(loaded, method=find("full")) as engine:
         list(engine.ask("Who?", [DOCUMENT], max_new_tokens=5))
     stats = engine.stats
     assert (stats.kv_memory_limit_bytes, stats.disk_read_bytes, stats.disk_write_bytes) == (None, 0, 0)

@@ -8,8 +8,9 @@ from torch.nn import functional
 
 from kvswap.app.quality import QualityMeter
 from kvswap.config import Config
-from kvswap.core.attachment import attach, attach_each
+from kvswap.core.attach import attach, attach_each
 from kvswap.errors import UnsupportedError
+from kvswap.lab.rivals.registry import find, with_methods
 from tests.helpers.families import forced_logits, given, tiny_model, tokens
 
 PROMPT = 700
@@ -24,7 +25,7 @@ def step(model, cache, token):
 def test_kl_of_the_first_step_is_that_of_full_attention(family, tmp_path):
     model, ids, token = tiny_model(family), tokens(1, PROMPT), tokens(1, 1, seed=1)[:, 0]
     config = Config(kv_dir=str(tmp_path), select_tokens=60, recent_tokens=16, store_dtype="float32")
-    with attach_each(model, [("full", config), ("kvswap", config)]) as (full, ours):
+    with attach_each(model, with_methods([("full", config), ("kvswap", config)])) as (full, ours):
         forced_logits(model, ids, ids[:, :0], full)
         forced_logits(model, ids, ids[:, :0], ours)
         meter = QualityMeter(model, ours)
@@ -73,5 +74,5 @@ def test_checks_cost_what_is_said(tmp_path):
 
 def test_methods_that_cannot_be_checked(tmp_path):
     model, config = tiny_model("llama"), Config(kv_dir=str(tmp_path))
-    with attach(model, config, method="reload") as cache, pytest.raises(UnsupportedError, match="method reload"):
+    with attach(model, config, method=find("reload")) as cache, pytest.raises(UnsupportedError, match="method reload"):
         QualityMeter(model, cache)

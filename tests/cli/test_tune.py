@@ -65,7 +65,7 @@ def test_tuned_file_says_why_and_run_keeps_its_promise(tiny, tmp_path, capfd):
 def test_memory_of_the_engine_is_what_was_promised(tiny, tmp_path, capfd):
     assert run_command(words(tiny, tmp_path)) == 0
     tuned = load_tuned(tmp_path / "tuned.json")
-    from kvswap.core.attachment import attach
+    from kvswap.core.attach import attach
     from kvswap.models.loading import load_model
     from tests.helpers.families import forced_logits, tokens
 

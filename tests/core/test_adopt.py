@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from kvswap.config import Config
-from kvswap.core.attachment import attach_each
+from kvswap.core.attach import attach_each
 from kvswap.lab.evals.forced import ForcedRun, force, share_prompt
+from kvswap.lab.rivals.registry import with_methods
 from tests.helpers.families import forced_logits, given, tiny_model, tokens
 
 
@@ -16,7 +17,11 @@ from tests.helpers.families import forced_logits, given, tiny_model, tokens
 def test_adopted_prompt_is_as_good_as_computed(family, method, tmp_path):
     model, ids, forced = tiny_model(family), tokens(1, 700), tokens(1, 12, seed=1)
     config = Config(kv_dir=str(tmp_path), select_tokens=100, recent_tokens=16, chunk_tokens=512)
-    with attach_each(model, [("full", config), (method, config), (method, config)]) as (full, own, adopted):
+    with attach_each(model, with_methods([("full", config), (method, config), (method, config)])) as (
+        full,
+        own,
+        adopted,
+    ):
         share_prompt(model, [full, adopted], ids[0].tolist())
         expected = forced_logits(model, ids, forced, own)[1:]
         with torch.no_grad():
@@ -28,7 +33,7 @@ def test_adopted_prompt_is_as_good_as_computed(family, method, tmp_path):
 def test_forced_answer_counts_its_first_token(tmp_path):
     model, ids = tiny_model("llama"), tokens(1, 80)[0].tolist()
     config = Config(kv_dir=str(tmp_path))
-    with attach_each(model, [("full", config), ("kvswap", config)]) as caches:
+    with attach_each(model, with_methods([("full", config), ("kvswap", config)])) as caches:
         row = share_prompt(model, caches, ids[:70])
         named, runs = {"full": caches[0], "kvswap": caches[1]}, {"full": ForcedRun(), "kvswap": ForcedRun()}
         force(model, named, ids[70:], dict.fromkeys(named, row), runs)

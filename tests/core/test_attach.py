@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, DynamicCache, StoppingCriteriaList, TextIteratorStreamer
 
 from kvswap.config import Config
-from kvswap.core.attachment import attach
+from kvswap.core.attach import attach
 from kvswap.errors import ConfigError, ModelError, UnsupportedError
 from tests.helpers.families import forced_logits, full_cache, given, tiny_model, tokens
 

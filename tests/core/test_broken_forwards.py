@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from kvswap.config import Config
-from kvswap.core.attachment import attach
+from kvswap.core.attach import attach
 from kvswap.disk import Faults
 from kvswap.errors import DiskFullError, DiskReadError, StorageError, UnsupportedError
 from tests.helpers.families import forced_logits, given, tiny_model, tokens
@@ -105,7 +105,7 @@ def test_memory_is_checked_before_anything_is_computed(config: Config, monkeypat
     from kvswap.errors import MemoryBudgetError
 
     with attach(model, config) as cache, torch.no_grad():
-        with pytest.raises(MemoryBudgetError, match=r"in passing, 1\.0 MiB of memory are free"):
+        with pytest.raises(MemoryBudgetError, match=r"temporarily, 1\.0 MiB of memory are free"):
             model(tokens(1, 3000), **given(model, cache))
         monkeypatch.undo()
         assert model(tokens(1, 30), **given(model, cache)).logits.isfinite().all()
@@ -132,7 +132,7 @@ def test_interrupt_in_prefill_leaves_nothing(config: Config, tmp_path: Path) -> 
 
 CHILD = """
 import os, signal, sys, torch
-from kvswap.core.attachment import attach
+from kvswap.core.attach import attach
 from kvswap.config import Config
 from tests.helpers.families import given, tiny_model, tokens
 model = tiny_model("llama")

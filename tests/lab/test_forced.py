@@ -7,8 +7,9 @@ import torch
 from transformers import DynamicCache
 
 from kvswap.config import Config
-from kvswap.core.attachment import attach, attach_each
+from kvswap.core.attach import attach, attach_each
 from kvswap.lab.evals.forced import run_forced
+from kvswap.lab.rivals.registry import with_methods
 from tests.helpers.families import tiny_model, tokens
 
 
@@ -21,7 +22,7 @@ def test_caches_side_by_side_do_as_each_alone(family, tmp_path):
     for name, values in (("four", config), ("eight", other)):
         with attach(model, values) as cache:
             alone[name] = run_forced(model, {"full": DynamicCache(config=model.config), name: cache}, ids, 20)[name]
-    with attach_each(model, [("full", config), ("kvswap", config), ("kvswap", other)]) as caches:
+    with attach_each(model, with_methods([("full", config), ("kvswap", config), ("kvswap", other)])) as caches:
         runs = run_forced(model, dict(zip(("full", "four", "eight"), caches, strict=True)), ids, 20)
     for name, run in alone.items():
         assert runs[name].kl == pytest.approx(run.kl, abs=1e-6)
@@ -48,6 +49,9 @@ def test_a_failing_cache_gives_the_model_back(tmp_path):
     model = tiny_model("llama")
     forward = model.model.layers[0].forward
     bad = Config(kv_dir=str(tmp_path), backend="memory", kv_memory="1KiB")
-    with pytest.raises(Exception, match="kv_memory"), attach_each(model, [("full", bad), ("kvswap", bad)]) as caches:
+    with (
+        pytest.raises(Exception, match="kv_memory"),
+        attach_each(model, with_methods([("full", bad), ("kvswap", bad)])) as caches,
+    ):
         run_forced(model, {"full": caches[0], "kvswap": caches[1]}, tokens(1, 50)[0].tolist(), 5)
     assert model.model.layers[0].forward == forward

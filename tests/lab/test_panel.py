@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from kvswap.config import Config
-from kvswap.core.attachment import attach_each
+from kvswap.core.attach import attach_each
 from kvswap.lab.evals.forced import ForcedRun, force, share_prompt
 from kvswap.lab.evals.panel import force_together, greedy_together
+from kvswap.lab.rivals.registry import with_methods
 from tests.helpers.families import tiny_model, tokens
 
 
@@ -27,7 +28,7 @@ def test_steps_together_are_steps_alone(family, tmp_path):
     config = Config(kv_dir=str(tmp_path), select_tokens=100, recent_tokens=16)
     wanted = [(name, config) for name in METHODS if family != "gemma3" or name != "quest"]
     calls: list[tuple[int, int]] = []
-    with attach_each(model, wanted * 2, tokenizer=_Tokenizer()) as caches:
+    with attach_each(model, with_methods(wanted * 2), tokenizer=_Tokenizer()) as caches:
         row = share_prompt(model, caches, ids[:680])
         together, alone = ({name: c for (name, _), c in zip(wanted, part, strict=True)} for part in halves(caches))
         found = force_together(model, together, ids[680:], row, on_step=lambda *each: calls.append(each))
@@ -48,10 +49,10 @@ def test_rows_answer_as_generate_does_and_stop_apart(tmp_path):
     expected = model.generate(torch.tensor([ids]), max_new_tokens=9, do_sample=False)[0, 90:].tolist()
     stop = expected[4]
     wanted = [("full", config), ("full", config), ("kvswap", config)]
-    with attach_each(model, wanted) as (holder, *caches):
+    with attach_each(model, with_methods(wanted)) as (holder, *caches):
         row = share_prompt(model, [holder, *caches], ids)
         assert greedy_together(model, caches, row, 9, stops=lambda found: False) == [expected] * 2
-    with attach_each(model, wanted) as (holder, *caches):
+    with attach_each(model, with_methods(wanted)) as (holder, *caches):
         row = share_prompt(model, [holder, *caches], ids)
         found = greedy_together(model, caches, row, 9, stops=lambda found: found[-1] == stop)
     assert found == [expected[: expected.index(stop) + 1]] * 2

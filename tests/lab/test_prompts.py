@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from kvswap.config import Config
-from kvswap.core.attachment import attach_each
+from kvswap.core.attach import attach_each
 from kvswap.lab.evals.prompts import PromptShelf
+from kvswap.lab.rivals.registry import with_methods
 from tests.helpers.families import tiny_model, tokens
 
 
@@ -19,7 +20,7 @@ def test_a_common_beginning_is_computed_once(family, shared, tmp_path):
     model.model.embed_tokens.register_forward_pre_hook(lambda _, given: lengths.append(given[0].shape[1]))
     for shelf in (PromptShelf(), PromptShelf()):
         for ids in (first, second) if not found else (second,):
-            with attach_each(model, [("full", config)]) as (full,):
+            with attach_each(model, with_methods([("full", config)])) as (full,):
                 row = shelf.fill(model, full, ids)
                 kv = [(layer.keys, layer.values) for layer in full.layers]
         found.append((row, kv))
@@ -36,7 +37,7 @@ def test_the_same_prompt_again_computes_its_last_chunk(tmp_path):
     model.model.embed_tokens.register_forward_pre_hook(lambda _, given: lengths.append(given[0].shape[1]))
     shelf, rows = PromptShelf(), []
     for _ in range(2):
-        with attach_each(model, [("full", Config(kv_dir=str(tmp_path)))]) as (full,):
+        with attach_each(model, with_methods([("full", Config(kv_dir=str(tmp_path)))])) as (full,):
             rows.append(shelf.fill(model, full, ids))
             assert full.get_seq_length() == 1024
     assert lengths == [1024, 512]

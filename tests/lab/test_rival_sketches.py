@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvswap.config import Config
-from kvswap.lab.rivals import registry
-from kvswap.lab.rivals.head_votes import groups_of_heads
+from kvswap.lab.rivals import find
+from kvswap.lab.rivals.decoding import groups_of_heads
 from kvswap.lab.rivals.heads import best_of_each, best_of_sum
 from kvswap.lab.rivals.infinigen import strongest
 from kvswap.selection.basis import KeyCovariance
@@ -47,7 +47,7 @@ def facts() -> KeyFacts:
 
 
 def filled(name: str, keys: torch.Tensor, rank: int | None):
-    method = registry.find(name)
+    method = find(name)
     config = method.configure(Config(sketch_rank=rank))
     (maker,) = method.makers(facts(), config)
     sketch = maker.make(1, 64)

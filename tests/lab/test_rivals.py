@@ -8,10 +8,12 @@ import torch
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from kvswap.config import Config
-from kvswap.core.attachment import attach, attach_each
+from kvswap.core.attach import attach, attach_each
 from kvswap.core.prefill import Prefill
 from kvswap.errors import ConfigError, UnsupportedError
-from kvswap.lab.rivals import registry
+from kvswap.lab.rivals import find, registry
+from kvswap.lab.rivals.registry import with_methods
+from kvswap.lab.rivals.slots import NoReuse
 from tests.helpers.families import forced_logits, full_cache, tiny_model, tokens
 from tests.helpers.folders import save_tiny
 
@@ -38,7 +40,7 @@ def test_attending_to_everything_equals_full_attention(name, family, select_all)
     reference = forced_logits(model, ids, forced, full_cache(model))
     exact = name != "shadowkv"  # its keys are rounded to 16 bits even at full rank
     config = select_all if exact else select_all.replace(sketch_rank=32)
-    with attach(model, config, tokenizer=Letters(), method=name) as cache:
+    with attach(model, config, tokenizer=Letters(), method=find(name)) as cache:
         result = forced_logits(model, ids, forced, cache)
     torch.testing.assert_close(result, reference, rtol=0, atol=1e-5 if exact else 3e-3)
 
@@ -50,13 +52,13 @@ def test_selection_does_not_depend_on_memory(name, tmp_path):
     config = Config(kv_dir=str(tmp_path), select_tokens=100, recent_tokens=16)
     results, rates = [], []
     for limit in ("3MiB", "8MiB"):
-        with attach(model, config.replace(kv_memory=limit), tokenizer=Letters(), method=name) as cache:
+        with attach(model, config.replace(kv_memory=limit), tokenizer=Letters(), method=find(name)) as cache:
             results.append(forced_logits(model, ids, forced, cache))
             stats = cache.stats
             assert stats.kv_memory_peak_bytes <= stats.kv_memory_limit_bytes
             rates.append(stats.reuse_rate)
     assert torch.equal(*results)
-    assert (rates[1] > 0) == (registry.find(name).reuse != "none")
+    assert (rates[1] > 0) == (find(name).slots is not NoReuse)
     assert rates[0] <= rates[1]
 
 
@@ -64,17 +66,19 @@ def test_selection_does_not_depend_on_memory(name, tmp_path):
 def test_account_of_the_sketch_agrees_with_it(name, tmp_path):
     model = tiny_model("llama")
     config = Config(kv_memory="8MiB", kv_dir=str(tmp_path), select_tokens=100)
-    with attach(model, config, tokenizer=Letters(), method=name) as cache:
+    with attach(model, config, tokenizer=Letters(), method=find(name)) as cache:
         forced_logits(model, tokens(2, 600), tokens(2, 30), cache)
         state = cache._state
-        held, allowed = sum(sketch.nbytes for sketch in state.sketches), state.ledger.held["sketch"]
+        held, allowed = sum(sketch.nbytes for sketch in state.sketches), state.ledger.reserved["sketch"]
         assert 0.8 * allowed <= held <= allowed
 
 
 def test_names_are_listed_when_one_is_unknown(tmp_path):
     model = tiny_model("llama")
-    with pytest.raises(ConfigError, match="'magic'; use one of kvswap, kvswap-paper"), attach(model, method="magic"):
-        pass
+    with pytest.raises(ConfigError, match="'magic'; use one of kvswap, kvswap-paper"):
+        find("magic")
+    with pytest.raises(ConfigError, match=r"method: got 'quest'.*kvswap\.lab\.rivals\.find\('quest'\)"):
+        attach(model, method="quest").__enter__()
     with attach(model):  # nothing of the model was touched
         pass
 
@@ -83,15 +87,15 @@ def chosen(cache, monkeypatch):
     """Groups that decode chooses, one list a call, and the queries it had."""
     seen = []
     decode = cache._decode
-    choose = decode._choose
+    choose = decode.choose
 
     def watch(layer, query, step):
-        groups, valid, votes = choose(layer, query, step)
+        groups, valid = choose(layer, query, step)
         real = groups[0] if valid is None else groups[0][valid[0]]
         seen.append((layer, query, real.tolist(), step.ends[0]))
-        return groups, valid, votes
+        return groups, valid
 
-    monkeypatch.setattr(decode, "_choose", watch)
+    monkeypatch.setattr(decode, "choose", watch)
     return seen
 
 
@@ -110,7 +114,7 @@ def test_published_scheme(tmp_path, monkeypatch):
         finish(self, layer)
 
     monkeypatch.setattr(Prefill, "finish", watch)
-    with attach(model, config, tokenizer=Letters(), method="kvswap-paper") as cache:
+    with attach(model, config, tokenizer=Letters(), method=find("kvswap-paper")) as cache:
         forced_logits(model, ids, ids[:, :0], cache)
         seen = chosen(cache, monkeypatch)
         bases = [sketch._matrix for sketch in cache._state.sketches]
@@ -151,18 +155,18 @@ def test_attention_gets_the_chosen_tokens_and_no_others(name, tmp_path, monkeypa
         finish(self, layer)
 
     monkeypatch.setattr(Prefill, "finish", watch)
-    with attach(model, config, tokenizer=Letters(), method=name) as cache:
+    with attach(model, config, tokenizer=Letters(), method=find(name)) as cache:
         forced_logits(model, ids * mask, ids[:, :0], cache, mask)
         monkeypatch.setattr(Prefill, "finish", finish)
         decode, window, given_to = cache._decode, cache._state.window, {}
-        choose, attend = decode._choose, decode.attend
+        choose, collect = decode.choose, decode.collect
         picks = {}
-        monkeypatch.setattr(decode, "_choose", lambda *args: picks.setdefault(args[0], choose(*args)))
-        monkeypatch.setattr(decode, "attend", lambda layer: given_to.setdefault(layer, attend(layer)))
+        monkeypatch.setattr(decode, "choose", lambda *args: picks.setdefault(args[0], choose(*args)))
+        monkeypatch.setattr(decode, "collect", lambda layer: given_to.setdefault(layer, collect(layer)))
         longer = torch.cat((mask, torch.ones_like(mask[:, :1])), 1)
         forced_logits(model, ids[:, :1], ids[:, :0], cache, longer)
     for layer, (keys, values, allowed) in given_to.items():
-        groups, valid, votes = picks[layer]
+        (groups, valid), votes = picks[layer], getattr(decode, "_votes", {}).get(layer)
         valid = np.ones(groups.shape, bool) if valid is None else valid
         for b, length in enumerate(lengths):
             end = max(window.sink_groups, length // window.group_tokens - window.recent_groups)
@@ -191,7 +195,7 @@ def test_keys_are_not_read_where_they_are_rebuilt(tmp_path):
     sizes = {}
     for name, changes in (("shadowkv", {}), ("quest", {})):
         config = Config(kv_dir=str(tmp_path), select_tokens=96, recent_tokens=8, backend="memory", **changes)
-        with attach(model, config, method=name) as cache:
+        with attach(model, config, method=find(name)) as cache:
             forced_logits(model, tokens(1, 900), tokens(1, 1), cache)
             stats, layout = cache.stats, cache._state.layout
             sizes[name] = stats.disk_read_bytes / layout.slot_bytes / (stats.selected_groups * (1 - stats.reuse_rate))
@@ -200,7 +204,7 @@ def test_keys_are_not_read_where_they_are_rebuilt(tmp_path):
 
 
 def test_published_scheme_needs_a_calibration():
-    with pytest.raises(UnsupportedError, match="tokenizer"), attach(tiny_model("llama"), method="kvswap-paper"):
+    with pytest.raises(UnsupportedError, match="tokenizer"), attach(tiny_model("llama"), method=find("kvswap-paper")):
         pass
 
 
@@ -208,7 +212,7 @@ def test_window_attends_to_sinks_and_the_newest(tmp_path):
     model = tiny_model("llama")
     ids, forced = tokens(1, 300), tokens(1, STEPS, seed=1)
     config = Config(kv_dir=str(tmp_path), select_tokens=100, store_dtype="float32")
-    with attach(model, config, method="window") as cache:
+    with attach(model, config, method=find("window")) as cache:
         result = forced_logits(model, ids, forced, cache)
         assert cache.stats.disk_reads == 0 and cache.stats.sketch == "none"
     whole = torch.cat((ids, forced), 1)
@@ -225,7 +229,8 @@ def test_methods_side_by_side_on_a_saved_model(tmp_path):
 
     loaded = load_model(str(save_tiny(tmp_path / "model")))
     config = Config(kv_dir=str(tmp_path / "kv"), select_tokens=100, kv_memory="4MiB")
-    with attach_each(loaded.model, [(name, config) for name in registry.NAMES], tokenizer=loaded.tokenizer) as caches:
+    methods = with_methods((name, config) for name in registry.NAMES)
+    with attach_each(loaded.model, methods, tokenizer=loaded.tokenizer) as caches:
         for cache in caches:
             forced_logits(loaded.model, tokens(1, 300), tokens(1, 5), cache)
     assert not list((tmp_path / "kv").iterdir())

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from kvswap.config import Config
-from kvswap.core.attachment import attach
+from kvswap.core.attach import attach
 from kvswap.native import array_loops, loops
 from tests.helpers.backends import NAMES, make
 from tests.helpers.families import FAMILIES, forced_logits, tiny_model, tokens

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kvswap.core.attachment import attach
+from kvswap.core.attach import attach
 from tests.helpers.families import FAMILIES, forced_logits, full_cache, given, tiny_model, tokens
 
 STEPS = 70  # more than the recent window, so that groups leave it and come back from disk

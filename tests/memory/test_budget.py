@@ -137,25 +137,25 @@ PROMPT = PrefillNeeds(
 )
 def test_prefill_needs_grow_with_each_dimension(name: str) -> None:
     larger = dataclasses.replace(PROMPT, **{name: 4 * getattr(PROMPT, name)})
-    assert larger.passing_bytes() > PROMPT.passing_bytes() >= 3 * 4096 * 576 * 4
+    assert larger.transient_bytes() > PROMPT.transient_bytes() >= 3 * 4096 * 576 * 4
 
 
 def test_windows_and_their_positions_count() -> None:
     gemma = dataclasses.replace(PROMPT, ropes=2, sliding_tokens=5 * 512)
-    assert gemma.passing_bytes() - PROMPT.passing_bytes() == 2 * 64 * 4096 * 4 + 5 * 512 * 2 * 192 * 4
+    assert gemma.transient_bytes() - PROMPT.transient_bytes() == 2 * 64 * 4096 * 4 + 5 * 512 * 2 * 192 * 4
 
 
 def test_prefill_needs_are_those_of_its_widest_moment() -> None:
     kept = (2 * 192 + 3 * 576 + 2 * 64) * 4096 * 4  # one layer's K, V, three hidden states, sines and cosines
     band, mlp = 512 * (4096 + 512) * 4, 512 * (3 * 1536 + 4 * 576) * 4
-    assert PROMPT.passing_bytes() == kept + band + mlp
+    assert PROMPT.transient_bytes() == kept + band + mlp
     whole = dataclasses.replace(PROMPT, chunk_tokens=4096)  # no mask where there is one chunk
-    assert whole.passing_bytes() == kept + 8 * mlp
+    assert whole.transient_bytes() == kept + 8 * mlp
 
 
 @pytest.mark.parametrize("change", [{"eager": True}, {"stored": True}])
 def test_attention_that_makes_weights_needs_room_for_them(change: dict[str, bool]) -> None:
     need = dataclasses.replace(PROMPT, **change)
-    assert need.passing_bytes() > PROMPT.passing_bytes() + 9 * 512 * 1024 * 4
+    assert need.transient_bytes() > PROMPT.transient_bytes() + 9 * 512 * 1024 * 4
     twice = dataclasses.replace(need, query_heads=18)
-    assert twice.passing_bytes() > need.passing_bytes() + 9 * 512 * 1024 * 7
+    assert twice.transient_bytes() > need.transient_bytes() + 9 * 512 * 1024 * 7

@@ -17,8 +17,8 @@ def test_past_the_limit_nothing_is_taken() -> None:
         ledger.reserve("slots", 5 * MIB)
     assert caught.value.minimum_bytes == 11 * MIB
     assert "11.0 MiB" in caught.value.hint
-    assert (ledger.held_bytes, ledger.free_bytes, ledger.peak_bytes) == (6 * MIB, 4 * MIB, 6 * MIB)
-    assert "slots" not in ledger.held
+    assert (ledger.reserved_bytes, ledger.free_bytes, ledger.peak_bytes) == (6 * MIB, 4 * MIB, 6 * MIB)
+    assert "slots" not in ledger.reserved
     ledger.reserve("slots", 4 * MIB)
     assert ledger.free_bytes == 0
 
@@ -46,7 +46,7 @@ def test_books_against_a_plain_account(limit: int, steps: list[tuple[str, int, b
             ledger.release(part, count)
             held[part] -= count
         peak, parts_peak[part] = max(peak, sum(held.values())), max(parts_peak[part], held[part])
-        assert ledger.held_bytes == sum(held.values()) <= limit
-        assert ledger.free_bytes == limit - ledger.held_bytes
+        assert ledger.reserved_bytes == sum(held.values()) <= limit
+        assert ledger.free_bytes == limit - ledger.reserved_bytes
     assert ledger.peak_bytes == peak
     assert {part: ledger.peaks.get(part, 0) for part in "abc"} == parts_peak

@@ -114,7 +114,7 @@ def room_of(name: str) -> str:
     if name in WORDS:
         return "words"
     top = name.split(".")[0]
-    return top if top in RANK and top != "words" and "." in name or name in RANK else ""
+    return top if (top in RANK and top != "words" and "." in name) or name in RANK else ""
 
 
 def upward(modules: Modules) -> list[str]:

@@ -45,7 +45,7 @@ def play(name: str, config: Config, *, again: bool, reopen: bool) -> tuple[list[
     whole = [*session.token_ids, *MORE]
     written = session.cache.stats.disk_write_bytes
     if again:
-        session.cache.compute_again()
+        session.cache.recompute()
         assert session.tokens == 0
     session._forward(whole[session.tokens : -1])
     streamed = session.cache._state.store.streamed_bytes
@@ -73,7 +73,7 @@ def test_sliding_windows_are_gone_on_with(config) -> None:
         session.folder.put(replace(session.folder.manifest, rates=SLOW_DISK))
         assert not session.weigh(len(PROMPT) + 40).again
         with pytest.raises(UnsupportedError, match="sliding-window"):
-            session.cache.compute_again()
+            session.cache.recompute()
 
 
 def test_rates_are_measured_kept_and_left_behind(config, tmp_path) -> None:

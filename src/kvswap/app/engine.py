@@ -23,19 +23,20 @@ from kvswap.app.prompt import Conversation, Request, make_request
 from kvswap.app.quality import QualityMeter
 from kvswap.app.stats import RunStats, latency_percentiles_ms, tokens_per_s
 from kvswap.config import Config
-from kvswap.core.attachment import attach
+from kvswap.core.attach import attach
 from kvswap.core.cache import KVSwapCache
-from kvswap.core.layer_major import FullCache, Progress
+from kvswap.core.layer_major import FullCache, InMemory, Progress
 from kvswap.core.rates import Choice
 from kvswap.core.trace import CacheStats
 from kvswap.disk.files import default_kv_dir
 from kvswap.errors import InputError, SessionError, UnsupportedError
-from kvswap.lab.rivals import registry
 from kvswap.memory.available import peak_rss_bytes
 from kvswap.models.adapter import context_limit
 from kvswap.models.loading import LoadedModel, load_model
 from kvswap.models.sampling import Sampling
 from kvswap.models.streaming import Generation, end_tokens
+from kvswap.selection.kvswap import method as own_method
+from kvswap.selection.method import Method
 from kvswap.sessions.folder import SessionFolder
 from kvswap.sessions.quota import Limits
 from kvswap.sessions.session import Session
@@ -46,7 +47,7 @@ def load(
     model: str | LoadedModel,
     config: Config | None = None,
     *,
-    method: str = "kvswap",
+    method: Method | InMemory | None = None,
     dtype: str = "auto",
     mmap: bool = True,
     session: str | SessionFolder | None = None,
@@ -62,7 +63,7 @@ def load(
     model
         Local directory, ``.gguf`` file, hub id or ``smollm2-135m``; or what ``load_model`` gave.
     method
-        A name in ``kvswap.lab.rivals.registry``, for comparison; ``"full"`` keeps the cache in memory.
+        A method to compare with, as ``kvswap.lab.rivals.find`` gives it; None is kvswap's own.
     dtype, mmap
         As for ``load_model``.
     session
@@ -80,7 +81,6 @@ def load(
     ------
     ModelError, ConfigError, StorageError
     """
-    registry.check_name(method)
     notice = on_notice or logging.getLogger("kvswap").warning
     loaded = load_model(model, dtype=dtype, mmap=mmap, on_notice=notice) if isinstance(model, str) else model
     config = config or Config()
@@ -101,14 +101,14 @@ class Engine:
         loaded: LoadedModel,
         config: Config,
         *,
-        method: str = "kvswap",
+        method: Method | InMemory | None = None,
         session: SessionFolder | None = None,
         verify: bool = True,
         limits: Limits | None = None,
         on_progress: Progress | None = None,
         on_notice: Callable[[str], None] | None = None,
     ) -> None:
-        self.config, self.method, self.check_quality = config, method, False
+        self.config, self.method, self.check_quality = config, method or own_method(), False
         self._loaded, self._on_progress, self._on_notice = loaded, on_progress, on_notice
         self._notices: list[str] = []
         self._stack = ExitStack()
@@ -239,7 +239,7 @@ class Engine:
             self._cache = self._session.cache
             self._choice = self._session.weigh(len(ids))
             if self._choice.again:
-                self._session.cache.compute_again()
+                self._session.cache.recompute()
             if lender is not None:
                 self._notice(f"{self._session.folder.what} begins with {kept:,} tokens that session {lender} holds")
             if kept < before:
@@ -272,8 +272,8 @@ class Engine:
     # ---- the session
 
     def _join(self, folder: SessionFolder, verify: bool, limits: Limits | None) -> None:
-        if self.method != "kvswap":
-            raise UnsupportedError(f"a session with method {self.method}", hint="only kvswap keeps sessions")
+        if self.method.name != own_method().name:
+            raise UnsupportedError(f"a session with method {self.method.name}", hint="only kvswap keeps sessions")
         tell: dict[str, Any] = {"on_progress": self._report, "on_notice": self._notice}
         self._session = Session(folder, self._loaded, self.config, verify=verify, limits=limits, **tell)
         self._stack.callback(self._session.detach)
@@ -335,7 +335,7 @@ class Engine:
     def _blank(self) -> RunStats:
         return RunStats(
             model=self._loaded.name,
-            method=self.method,
+            method=self.method.name,
             config=self._resolved(None),
             kvswap_version=importlib.metadata.version("kvswap"),
             torch_version=importlib.metadata.version("torch"),
@@ -363,7 +363,7 @@ class Engine:
     ) -> RunStats:
         loaded, times_s, token_ids = self._loaded, generation.times_s, generation.token_ids
         cache = after.since(before)
-        if self.method in registry.MEMORY:
+        if isinstance(self.method, InMemory):
             cache["kv_memory_limit_bytes"] = None
         return replace(
             self._blank(),

@@ -32,9 +32,8 @@ class QualityMeter:
     """Checks the first step, then as often as ``COST_SHARE`` of the time of decoding allows. One sequence."""
 
     def __init__(self, model: Any, cache: KVSwapCache) -> None:
-        method = cache.method
-        if method.per_head or method.streams or method.rebuilds_keys:
-            raise UnsupportedError(f"checking the quality of method {method.name}", hint="use kvswap")
+        if not cache.shared_selection:
+            raise UnsupportedError(f"checking the quality of method {cache.method.name}", hint="use kvswap")
         self._model, self._cache = model, cache
         self._checks: list[tuple[float, float, bool]] = []
         self._check_s = self._decode_s = 0.0

@@ -147,9 +147,10 @@ class Wanted:
                 close_session(session)
             raise
         from kvswap.app.engine import load
+        from kvswap.lab.rivals import find
 
         tell: dict[str, Any] = {"on_progress": display.progress, "on_notice": display.notice}
-        engine = load(loaded, config, method=method, session=session, verify=verify, limits=self.limits, **tell)
+        engine = load(loaded, config, method=find(method), session=session, verify=verify, limits=self.limits, **tell)
         engine.check_quality = self.check_quality
         return engine
 

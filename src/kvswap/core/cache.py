@@ -1,8 +1,8 @@
 """The transformers Cache object of a context on disk: what ``generate`` sees.
 
-``KVSwapCache`` keeps full-attention layers on disk; layers with a sliding window keep their stock in-memory state. The
-cache never sees token ids: as with any transformers cache, the caller vouches that the stored tokens are a prefix of
-the input.
+``KVSwapCache`` keeps full-attention layers on disk. Layers with a sliding window keep transformers' own state in
+memory. The cache never sees token ids: as with any transformers cache, the caller vouches that the stored tokens are a
+prefix of the input.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ import torch
 from numpy.typing import NDArray
 
 from kvswap.config import Config
+from kvswap.core.binding import Binding
 from kvswap.core.decode import Decode
-from kvswap.core.layer_major import FullCache, LayerForward, LayerMajorCache, Progress, held_layers, special
-from kvswap.core.prefill import Prefill, attend_stored, chunk_spans
+from kvswap.core.layer_major import FullCache, LayerForward, LayerMajorCache, Progress, offloaded_layers, special
+from kvswap.core.prefill import Prefill, chunk_spans
 from kvswap.core.rates import Rates
 from kvswap.core.state import BatchState, Shape, open_state
 from kvswap.core.trace import CacheStats
@@ -30,7 +31,6 @@ from kvswap.memory.budget import PROMPT_PARTS, PrefillNeeds
 from kvswap.models.adapter import LayerParts, ModelParts
 from kvswap.models.masks import DeferredMask
 from kvswap.selection.method import Method, SketchMaker
-from kvswap.sessions.binding import Keeper, sliding_layers
 from kvswap.units import format_bytes
 
 
@@ -49,11 +49,11 @@ class KVSwapCache(LayerMajorCache):
         store_dtype: torch.dtype,
         check_space: Callable[[int], None],
         on_progress: Progress | None,
-        keeper: Keeper | None = None,
+        binding: Binding | None = None,
     ) -> None:
-        layers = held_layers(parts, self)
+        layers = offloaded_layers(parts, self)
         super().__init__(parts, implementation, layers, chunk_tokens=config.chunk_tokens, on_progress=on_progress)
-        self.config, self.method, self.padded_tokens = config, method, keeper.tokens if keeper else 0
+        self.config, self.method, self.padded_tokens = config, method, binding.tokens if binding else 0
         self._backend, self._makers, self._check_space = backend, makers, check_space
         self._shape = Shape(
             layers=len(parts.offloaded),
@@ -65,18 +65,17 @@ class KVSwapCache(LayerMajorCache):
             store_dtype=store_dtype,
             device=parts.device,
         )
-        self._keeper = keeper
-        self._again, self._rates = False, Rates()
+        self._binding = binding
+        self._recomputing, self._rates = False, Rates()
         self.after_prompt: Callable[[], None] | None = None
         """Called between forwards when a prompt is through, by the thread that runs the model."""
-        self._sliding = sliding_layers(layers, [part.order for part in parts.layers]) if keeper else []
-        if keeper is not None:
-            keeper.restore_sliding(self._sliding, parts.dtype, parts.device)
+        if binding is not None:
+            binding.restore_layers(layers, [part.order for part in parts.layers], parts.dtype, parts.device)
         self._state: BatchState | None = None
         self._decode: Decode | None = None
         self._prefill: Prefill | None = None
         self._pads: NDArray[np.int64] = np.zeros(0, np.int64)
-        self._rope: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._decode_type: type[Decode] = method.decode or Decode
 
     # ---- a forward
 
@@ -86,11 +85,11 @@ class KVSwapCache(LayerMajorCache):
         batch, tokens = hidden.shape[:2]
         padding = mask.padding
         decoding = tokens == 1 and self._stored > 0
-        passing_bytes = 0 if decoding else self._check_memory(hidden)
+        transient_bytes = 0 if decoding else self._check_memory(hidden)
         if self._state is None:
             self._pads = _left_pads(padding, batch, self._stored + tokens)
             self._state = self._open(batch, self._stored + tokens)
-            self._decode = Decode(self._state)
+            self._decode = self._decode_type(self._state, self.parts)
         elif batch != self._state.batch:
             raise UnsupportedError(f"batch of {batch} on a cache of {self._state.batch}", hint="attach anew for it")
         elif padding is not None and not bool(padding[:, self._stored :].all()):
@@ -99,14 +98,13 @@ class KVSwapCache(LayerMajorCache):
         if decoding:
             self._prefill = None
             self._decode.begin_step()
-            self._rope.clear()
         else:
             store, pads = self._state.store, np.zeros_like(self._pads) if self._stored else self._pads
             store.streamed_bytes, store.streamed_s = 0, 0.0
-            self._prefill = Prefill(self._state, tokens, pads, again=self._again)
-            held, kept = self._state.ledger.held, self._stored or self._again
-            held_bytes = sum(held.values() if kept else (held[part] for part in PROMPT_PARTS))
-            self.trace.prefill_peak_bytes = max(self.trace.prefill_peak_bytes, passing_bytes + held_bytes)
+            self._prefill = Prefill(self._state, tokens, pads, recompute=self._recomputing)
+            reserved, filled = self._state.ledger.reserved, self._stored or self._recomputing
+            lasting_bytes = sum(reserved.values() if filled else (reserved[part] for part in PROMPT_PARTS))
+            self.trace.prefill_peak_bytes = max(self.trace.prefill_peak_bytes, transient_bytes + lasting_bytes)
 
     def run_layer(self, part: LayerParts, forward: LayerForward, hidden: torch.Tensor, kwargs: dict[str, Any]) -> Any:
         """Run one decoder layer; see the base class."""
@@ -121,7 +119,7 @@ class KVSwapCache(LayerMajorCache):
         assert self._decode is not None
         if self._prefill is not None:
             self._prefill.done()
-            self._prefill, self._again = None, False
+            self._prefill, self._recomputing = None, False
             self._rates = self._rates.better(self._measured(tokens))
         else:
             self._decode.end_step()
@@ -137,10 +135,8 @@ class KVSwapCache(LayerMajorCache):
         self, part: LayerParts, forward: LayerForward, hidden: torch.Tensor, kwargs: dict[str, Any]
     ) -> Any:
         """Start what the next layer needs, then run this one."""
-        if part.index == 0:
-            self._prefetch(part, hidden, kwargs, part.layer_type)
-        if part.index + 1 < len(self.parts.layers):
-            self._prefetch(self.parts.layers[part.index + 1], hidden, kwargs, part.layer_type)
+        assert self._decode is not None
+        self._decode.enter(part, hidden, kwargs)
         if part.order is None:
             return super().decode_layer(part, forward, hidden, kwargs)
         return forward(hidden, **{**kwargs, "attention_mask": None})
@@ -157,19 +153,19 @@ class KVSwapCache(LayerMajorCache):
     ) -> torch.Tensor:
         """Prefill: exact over the prompt (and the stored context). Decode: exact over what was selected."""
         assert self._decode is not None and part.order is not None
-        if self._prefill is None:
-            if self.method.streams:
-                return self._stream(part.order, query)
-            if not self._decode.started(part.order):
-                self._decode.prefetch(part.order, query[:, :, 0])
-            keys, values, mask = self._decode.attend(part.order)
-            if mask is not None and mask.dtype == torch.bool and self.implementation == "eager":  # which adds its mask
+
+        def attend(keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+            if self._prefill is None and mask is not None and self.implementation == "eager":  # which adds its mask
                 mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, torch.finfo(query.dtype).min)
-        elif self._prefill.appending:
+            return super(KVSwapCache, self).attention(part, stock, query, keys, values, mask, kwargs)
+
+        if self._prefill is None:
+            return self._decode.attention(part.order, query, attend)
+        if self._prefill.appending:
             if special(kwargs):
                 raise UnsupportedError("appending with softcap or attention sinks", hint="start with the whole prompt")
             return self._prefill.attend(part.order, query, mask)
-        return super().attention(part, stock, query, keys, values, mask, kwargs)
+        return attend(keys, values, mask)
 
     def adopt(self, source: FullCache) -> None:
         """Take over the prompt that ``source`` holds, as if this cache had computed it. Both unpadded, this one empty.
@@ -180,7 +176,7 @@ class KVSwapCache(LayerMajorCache):
         batch, _, tokens, _ = source.layers[self.parts.offloaded[0].index].keys.shape
         self._pads = np.zeros(batch, np.int64)
         self._state = self._open(batch, tokens)
-        self._decode = Decode(self._state)
+        self._decode = self._decode_type(self._state, self.parts)
         prefill = Prefill(self._state, tokens, self._pads)
         for part in self.parts.layers:
             layer = source.layers[part.index]
@@ -192,8 +188,8 @@ class KVSwapCache(LayerMajorCache):
         prefill.done()
         self.padded_tokens = tokens
 
-    def take(self, order: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """New K, V of one offloaded layer."""
+    def extend(self, order: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Take new K, V ``[B, H_kv, n, d]`` of one offloaded layer; see ``LayerOwner``."""
         if self._prefill is not None:
             return self._prefill.extend(keys, values)
         assert self._decode is not None
@@ -207,7 +203,7 @@ class KVSwapCache(LayerMajorCache):
         return self._prefill.filled_tokens + query_length
 
     def _check_memory(self, hidden: torch.Tensor) -> int:
-        """What a prompt needs in passing, in bytes. Raises MemoryBudgetError where that much is not free."""
+        """Temporary memory that a prompt needs, in bytes. Raises MemoryBudgetError where less is free."""
         shape, (batch, tokens, elements) = self._shape, hidden.shape
         sliding = [self.parts.layer_kwargs[part.index] for part in self.parts.layers if part.order is None]
         needs = PrefillNeeds(
@@ -225,54 +221,18 @@ class KVSwapCache(LayerMajorCache):
             ropes=len({part.layer_type for part in self.parts.layers}),
             sliding_tokens=sum(min(tokens, each.get("sliding_window") or 0) for each in sliding),
         )
-        passing_bytes = needs.passing_bytes()
-        if hidden.device.type == "cpu" and passing_bytes > available_bytes():
+        transient_bytes = needs.transient_bytes()
+        if hidden.device.type == "cpu" and transient_bytes > available_bytes():
             raise MemoryBudgetError(
-                f"prefill of {batch * tokens:,} tokens needs {format_bytes(passing_bytes)} in passing, "
+                f"prefill of {batch * tokens:,} tokens needs {format_bytes(transient_bytes)} temporarily, "
                 f"{format_bytes(available_bytes())} of memory are free",
                 hint="close other programs, shorten the context, or lower chunk_tokens",
             )
-        return passing_bytes
-
-    def _prefetch(self, target: LayerParts, hidden: torch.Tensor, kwargs: dict[str, Any], layer_type: str) -> None:
-        if target.order is None:
-            return
-        assert self._decode is not None
-        if self.method.streams:
-            return
-        query = None
-        if not self._decode.selects_all(target.order) and self.method.query != "none":
-            if self.method.query == "true":
-                return  # ``attention`` does it
-            self.trace.lap()
-            cos, sin = kwargs["position_embeddings"]
-            if target.layer_type != layer_type:  # RoPE differs by layer type (Gemma 3)
-                cos, sin = self._rope_of(target.layer_type, hidden, kwargs["position_ids"])
-            source = target.index - (self.method.query == "previous_norm")
-            query = target.predict_query(hidden, cos, sin, self.parts.layers[max(0, source)].norm)
-            self.trace.lap("predict_s")
-        self._decode.prefetch(target.order, query)
-
-    def _stream(self, order: int, query: torch.Tensor) -> torch.Tensor:
-        """Attention of a decode step to all that is stored: ``[B, H_q, 1, d]`` to ``[B, 1, H_q, d]``."""
-        state = self._state
-        assert state is not None
-        rows = [
-            attend_stored(state, order, sequence, query[sequence], int(state.tokens[sequence]) + 1).result()
-            for sequence in range(state.batch)
-        ]
-        return torch.stack(rows).to(query.dtype)
-
-    def _rope_of(
-        self, layer_type: str, hidden: torch.Tensor, position_ids: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        if layer_type not in self._rope:
-            self._rope[layer_type] = self.parts.position_embeddings(hidden, position_ids, layer_type)
-        return self._rope[layer_type]
+        return transient_bytes
 
     def _open(self, batch: int, tokens: int) -> BatchState:
-        keeper = self._keeper
-        if keeper is not None and (batch != 1 or self._pads.any()):
+        binding = self._binding
+        if binding is not None and (batch != 1 or self._pads.any()):
             raise UnsupportedError("a batch or padding in a session", hint="a session is one sequence without padding")
         state = open_state(
             self.config,
@@ -284,37 +244,37 @@ class KVSwapCache(LayerMajorCache):
             tokens=tokens,
             trace=self.trace,
             check_space=self._check_space,
-            named=keeper.files(self._backend, self._shape.layers) if keeper else None,
-            alignment_bytes=keeper.layout.alignment_bytes if keeper and keeper.layout else 0,
+            files=binding.files(self._backend, self._shape.layers) if binding else None,
+            alignment_bytes=binding.alignment_bytes if binding else 0,
         )
-        if keeper is not None:
-            keeper.restore(state)
+        if binding is not None:
+            binding.restore(state)
         return state
 
     # ---- a session
 
-    def commit(self, ids: Sequence[int], talk: bytes = b"", *, interim: bool = False) -> None:
+    def commit(self, ids: Sequence[int], conversation: bytes = b"", *, interim: bool = False) -> None:
         """Make the context durable, in a cache of a session; between forwards only.
 
-        ``ids`` are the token ids of the context, one more than tokens stored at most; ``talk`` is kept with them.
-        The next commit takes the place of an ``interim`` one. Raises DiskWriteError, DiskFullError.
+        ``ids`` are the token ids of the context, at most one more than tokens stored. ``conversation`` is stored with
+        them. The next commit replaces an ``interim`` one. Raises DiskWriteError, DiskFullError.
         """
-        if self._keeper is None or self._state is None or self._running:
+        if self._binding is None or self._state is None or self._running:
             raise UnsupportedError("a commit without a session, or within a forward", hint="attach with a session")
-        self._keeper.commit(self._state, self._sliding, ids, talk, interim=interim, rates=self._rates)
+        self._binding.commit(self._state, ids, conversation, interim=interim, rates=self._rates)
 
-    def compute_again(self) -> None:
+    def recompute(self) -> None:
         """Have the next forward be given the whole context: what is stored of it is computed, not read.
 
-        Exact either way; K, V on disk stay. Between forwards only. Not for models with sliding-window layers, which
-        would have to begin anew.
+        Exact either way; K, V on disk stay. Between forwards only. Not for models with sliding-window layers, whose
+        state cannot go back to the beginning.
         """
-        if self._sliding:
+        if any(part.order is None for part in self.parts.layers):
             raise UnsupportedError("computing again with sliding-window layers", hint="go on from what is stored")
-        self._again, self.padded_tokens = self.padded_tokens > 0, 0
+        self._recomputing, self.padded_tokens = self.padded_tokens > 0, 0
 
     def _measured(self, tokens: int) -> Rates:
-        """What the prompt that has just gone through says of this machine."""
+        """The rates of this machine, as the prompt that has just ended shows them."""
         assert self._state is not None
         store, took_us = self._state.store, int(1e6 * (time.perf_counter() - self._started_s))
         if not self._stored:
@@ -331,6 +291,11 @@ class KVSwapCache(LayerMajorCache):
     def decode(self) -> Decode | None:
         """The path of decode steps, once there is a context."""
         return self._decode
+
+    @property
+    def shared_selection(self) -> bool:
+        """Whether all heads attend to the same groups, with K, V as they are stored."""
+        return self._decode_type.shared_selection
 
     @property
     def stats(self) -> CacheStats:

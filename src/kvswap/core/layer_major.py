@@ -1,7 +1,7 @@
-"""Prompts through a model one layer at a time, in chunks: what every cache of ours does.
+"""Prompts go through a model one layer at a time, in chunks: what every cache of kvswap does.
 
-``LayerMajorCache`` is called by the wrapper round each decoder layer (``attach.py``). ``FullCache`` keeps K, V in
-memory with the same chunked prefill, for comparison.
+The wrapper round each decoder layer (``attachment.py``) calls ``LayerMajorCache``. ``FullCache`` keeps K, V in memory
+with the same chunked prefill, for comparison. One thread, the one that runs the model.
 """
 
 from __future__ import annotations
@@ -9,11 +9,13 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
 import torch
 from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, Cache, CacheLayerMixin
 
+from kvswap.config import Config
 from kvswap.core.attention import chunk_attention
 from kvswap.core.prefill import chunk_spans, run_layer
 from kvswap.core.trace import CacheStats, Trace
@@ -121,7 +123,7 @@ class LayerMajorCache(Cache):
             return output
 
         output = run_layer(chunk, hidden, self.chunk_tokens)
-        _cut_loose(self.layers[part.index])
+        _copy_window(self.layers[part.index])
         self.leave(part)
         return output
 
@@ -169,42 +171,42 @@ class LayerMajorCache(Cache):
         raise UnsupportedError("selecting sequences of a batch", hint="run the sequences apart")
 
 
-class Holder(Protocol):
-    """A cache that keeps the K, V of its full-attention layers itself."""
+class LayerOwner(Protocol):
+    """A cache that stores the K, V of its full-attention layers itself."""
 
     padded_tokens: int
 
-    def take(self, order: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Take new K, V ``[B, H_kv, n, d]`` of one layer; what it returns is what attention is called with."""
+    def extend(self, order: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Take new K, V ``[B, H_kv, n, d]`` of one layer; returns the K, V that attention is called with."""
 
     def mask_tokens(self, query_length: int) -> int:
         """Length of K in the mask of the next ``query_length`` tokens of a layer."""
 
 
-class HeldLayer(CacheLayerMixin):
-    """One full-attention layer as transformers sees it; its K, V are with the cache."""
+class OffloadedLayer(CacheLayerMixin):
+    """One full-attention layer as transformers sees it. The cache that owns it stores its K, V."""
 
     is_sliding = False
     is_croppable = False
 
-    def __init__(self, holder: Holder, order: int) -> None:
+    def __init__(self, owner: LayerOwner, order: int) -> None:
         super().__init__()
-        self._holder, self._order = holder, order
+        self._owner, self._order = owner, order
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Nothing to set up."""
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """Take new K, V ``[B, H_kv, n, d]``."""
-        return self._holder.take(self._order, key_states, value_states)
+        return self._owner.extend(self._order, key_states, value_states)
 
     def get_seq_length(self) -> int:
         """Padded tokens seen."""
-        return self._holder.padded_tokens
+        return self._owner.padded_tokens
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Length and offset of K in a mask."""
-        return self._holder.mask_tokens(query_length), 0
+        return self._owner.mask_tokens(query_length), 0
 
     def get_max_length(self) -> int:
         """No limit of its own."""
@@ -215,10 +217,10 @@ class HeldLayer(CacheLayerMixin):
         raise UnsupportedError("reset of a stored context", hint="leave the attach block and enter a new one")
 
 
-def held_layers(parts: ModelParts, holder: Holder) -> list[Any]:
-    """``HeldLayer`` for every full-attention layer, transformers' own in-memory state for the others."""
+def offloaded_layers(parts: ModelParts, owner: LayerOwner) -> list[Any]:
+    """An ``OffloadedLayer`` for every full-attention layer, transformers' own in-memory layer for the others."""
     return [
-        HeldLayer(holder, part.order) if part.order is not None else stock
+        OffloadedLayer(owner, part.order) if part.order is not None else stock
         for part, stock in zip(parts.layers, stock_layers(parts), strict=True)
     ]
 
@@ -241,7 +243,7 @@ class FullCache(LayerMajorCache):
 
     @property
     def stats(self) -> CacheStats:
-        """What is held now; there is no limit."""
+        """Sizes now; there is no limit."""
         sizes = [sum(t.nbytes for t in (layer.keys, layer.values) if t is not None) for layer in self.layers]
         full = sum(size for size, part in zip(sizes, self.parts.layers, strict=True) if part.order is not None)
         return CacheStats(
@@ -256,8 +258,19 @@ class FullCache(LayerMajorCache):
         self.layers.clear()
 
 
-def _cut_loose(layer: Any) -> None:
-    """A sliding window is a view of window and chunk, and would keep all of it."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InMemory:
+    """A way to keep K, V without a memory limit, to compare with.
+
+    ``open(parts, implementation, config, on_progress)`` gives its cache.
+    """
+
+    name: str
+    open: Callable[[ModelParts, str, Config, Progress | None], FullCache]
+
+
+def _copy_window(layer: Any) -> None:
+    """Copy a sliding window: as a view of window and chunk it would keep both in memory."""
     if layer.is_sliding and layer.keys is not None:
         layer.keys, layer.values = layer.keys.clone(), layer.values.clone()
 

@@ -58,14 +58,14 @@ def run_layer(
 class Prefill:
     """One prompt on its way into a state: T padded tokens, of which ``pads[b]`` on the left are padding.
 
-    With ``again``, the prompt begins with everything that is stored: that is computed and not read, and stays as it is
-    on disk.
+    With ``recompute``, the prompt begins with everything that is stored. It is computed instead of read, and stays as
+    it is on disk.
     """
 
-    def __init__(self, state: BatchState, tokens: int, pads: NDArray[np.int64], *, again: bool = False) -> None:
+    def __init__(self, state: BatchState, tokens: int, pads: NDArray[np.int64], *, recompute: bool = False) -> None:
         shape = state.shape
-        self.state, self.pads, self.new_tokens = state, pads, tokens - pads - (state.tokens if again else 0)
-        self.appending, self._again = bool(state.tokens.any()) and not again, again
+        self.state, self.pads, self.new_tokens = state, pads, tokens - pads - (state.tokens if recompute else 0)
+        self.appending, self._recompute = bool(state.tokens.any()) and not recompute, recompute
         state.ensure_capacity(int((state.tokens + self.new_tokens).max()))
         size = (2, state.batch, shape.kv_heads, tokens, shape.head_dim)
         self._kv = torch.empty(size, dtype=shape.dtype, device=shape.device)
@@ -98,12 +98,12 @@ class Prefill:
             state.pool.dtypes[layer] = self._store_dtype()
         for sequence in range(state.batch):
             first = int(state.flushed[layer, sequence])
-            begin = first * state.window.group_tokens if self._again else int(self.pads[sequence])
+            begin = first * state.window.group_tokens if self._recompute else int(self.pads[sequence])
             keys, values = self._kv[:, sequence, :, begin : self._filled]
             waiting = int(state.tokens[sequence]) - first * state.window.group_tokens
-            if waiting > 0 and not self._again:  # tokens that had not been flushed come before the new ones
+            if waiting > 0 and not self._recompute:  # tokens that had not been flushed come before the new ones
                 groups = ceil_div(waiting, state.window.group_tokens)
-                head = state.pool.read_home(layer, sequence, first, groups)[:, :, :waiting].to(keys.dtype)
+                head = state.pool.read_pinned(layer, sequence, first, groups)[:, :, :waiting].to(keys.dtype)
                 keys, values = torch.cat((head[0], keys), dim=1), torch.cat((head[1], values), dim=1)
             state.pin(layer, sequence, keys, values, first)
             tile = SKETCH_TILE_TOKENS // state.window.group_tokens * state.window.group_tokens
@@ -166,5 +166,5 @@ def stored_tiles(
         reader.close()
     waiting = tokens - start
     if waiting > 0:
-        head = state.pool.read_home(layer, sequence, flushed, ceil_div(waiting, group_tokens))[:, :, :waiting]
+        head = state.pool.read_pinned(layer, sequence, flushed, ceil_div(waiting, group_tokens))[:, :, :waiting]
         yield start, head[0], head[1]

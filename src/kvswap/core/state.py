@@ -1,12 +1,12 @@
-"""All state of one batch that lives between calls: lengths, store, slots, sketches, under one ledger.
+"""Everything of one batch that lives between calls: lengths, store, slots and sketches, under one memory ledger.
 
-``open_state`` divides the memory limit before anything is allocated and refuses what cannot work. One thread.
+``open_state`` divides the memory limit before anything is allocated, and refuses a limit that cannot work. One thread.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,14 +17,14 @@ from kvswap.config import Config
 from kvswap.core.trace import Trace
 from kvswap.disk.backend import ReadBackend
 from kvswap.errors import MemoryBudgetError
-from kvswap.lab.rivals.previous_slots import PreviousSlots
 from kvswap.memory.budget import OWNER_BYTES, WRITE_QUEUE_BYTES, MemoryNeeds, capacity_for
 from kvswap.memory.ledger import Ledger
 from kvswap.memory.slots import SlotPool
 from kvswap.selection.method import Method, Sketch, SketchMaker
-from kvswap.selection.window import Window
-from kvswap.store.groups import GroupStore, NamedFiles
-from kvswap.store.layout import GroupLayout, tile_groups
+from kvswap.selection.window import Step, Window
+from kvswap.store.groups import GroupStore
+from kvswap.store.layout import GroupLayout
+from kvswap.store.persistent import PersistentFiles, PersistentGroupStore
 from kvswap.terms import KVGeometry, ceil_div
 from kvswap.units import KIB, format_bytes, format_parts, parse_bytes
 
@@ -124,6 +124,14 @@ class BatchState:
                 cut = slice((low - first) * group_tokens, (high - first) * group_tokens)
                 self.pool.put_groups(layer, sequence, low, keys[:, cut], values[:, cut])
 
+    def flush_ring(self, layer: int, step: Step) -> None:
+        """Write and sketch the whole groups that wait in the ring, several at a time; layers take turns."""
+        for sequence in step.new_group:
+            first, current = int(self.flushed[layer, sequence]), int(step.current[sequence])
+            if first < current and (current + layer) % self.window.flush_groups == 0:
+                keys, values = self.pool.read_pinned(layer, sequence, first, current - first)
+                self.append(layer, sequence, keys, values)
+
     def close(self) -> None:
         """Drop files and memory."""
         self.store.close()
@@ -142,28 +150,30 @@ def open_state(
     tokens: int,
     trace: Trace,
     check_space: Callable[[int], None],
-    named: NamedFiles | None = None,
+    files: PersistentFiles | None = None,
     alignment_bytes: int = 0,
 ) -> BatchState:
     """Divide the memory limit for ``batch`` sequences of ``tokens``, then allocate.
 
-    ``check_space`` is called with the bytes that will be written and raises when the disk lacks them. ``named`` are the
-    files of a session, whose groups are laid out for ``alignment_bytes``. Raises MemoryBudgetError.
+    ``check_space`` is called with the bytes that will be written, and raises where the disk lacks them. ``files`` are
+    those of a session, whose groups are laid out for ``alignment_bytes``. Raises MemoryBudgetError.
     """
     alignment_bytes = alignment_bytes or backend.alignment_bytes
-    seal_bytes = named.seals.itemsize if named is not None else 0
+    seal_bytes = files.seals.itemsize if files is not None else 0
     needs, layout = _needs(config, method, shape, alignment_bytes, makers, batch, seal_bytes)
     ledger = Ledger(_limit_bytes(config, needs, tokens))
     capacity, window = capacity_for(tokens), needs.window
     groups = ceil_div(capacity, window.group_tokens)
     ledger.reserve_all(needs.parts(capacity))
-    reuse = _reuse_slots(method, needs, capacity, ledger.free_bytes)
+    pool_type: type[SlotPool] = method.slots or SlotPool
+    affordable = needs.reuse_slots(capacity, ledger.free_bytes)
+    reuse = pool_type.reuse_slots_for(affordable, window, needs.sequences)
     ledger.reserve("tables", reuse * OWNER_BYTES)
     ledger.reserve("slots", reuse * layout.slot_bytes)
-    held = int(named.held.min()) if named is not None else 0
-    check_space(shape.layers * batch * layout.file_bytes(groups - held, fine=named is not None))
+    stored = int(files.stored_groups.min()) if files is not None else 0
+    check_space(shape.layers * batch * layout.file_bytes(groups - stored, fine=files is not None))
     size: dict[str, Any] = {"layers": shape.layers, "batch": batch, "layout": layout}
-    pool = (PreviousSlots if method.reuse == "previous" else SlotPool)(
+    pool = pool_type(
         window=window,
         staging_groups=needs.staging_groups,
         reuse_slots=reuse,
@@ -172,7 +182,8 @@ def open_state(
         device=shape.device,
         **size,
     )
-    store = GroupStore(backend=backend, queue_bytes=WRITE_QUEUE_BYTES, groups=groups, named=named, **size)
+    size |= {"backend": backend, "queue_bytes": WRITE_QUEUE_BYTES, "groups": groups}
+    store = GroupStore(**size) if files is None else PersistentGroupStore(files, **size)
     return BatchState(
         config=config,
         method=method,
@@ -210,14 +221,14 @@ def _needs(
         layers=shape.layers,
         batch=batch,
         scoring_token_bytes=makers[0].scratch_token_bytes,
-        window=replace(method.window(config), votes=shape.kv_heads if method.per_head else 1),
+        window=method.window(config, shape.kv_heads),
         slot_bytes=layout.slot_bytes,
         token_bytes=geometry.token_bytes,
         compute_itemsize_bytes=shape.dtype.itemsize,
         store_itemsize_bytes=itemsize,
         sketch_token_bytes=makers[0].token_bytes,
         basis_bytes=sum(maker.basis_bytes + batch * maker.sequence_bytes for maker in makers),
-        stream_bytes=2 * tile_groups(config.group_tokens) * layout.slot_bytes if method.streams else 0,
+        extra_scratch_bytes=method.extra_scratch_bytes(config.group_tokens, layout.slot_bytes),
         seal_group_bytes=seal_bytes,
     )
     return needs, layout
@@ -228,13 +239,6 @@ def _select_groups(config: Config, window: Window, layers: int) -> list[int]:
     if config.layer_select_tokens is None:
         return [window.select_groups] * layers
     return [min(count, window.select_groups) for count in config.layer_select_groups(layers)]
-
-
-def _reuse_slots(method: Method, needs: MemoryNeeds, capacity_tokens: int, free_bytes: int) -> int:
-    if method.reuse == "none":
-        return 0
-    slots = needs.reuse_slots(capacity_tokens, free_bytes)
-    return min(slots, needs.sequences * needs.window.fetch_groups) if method.reuse == "previous" else slots
 
 
 def _limit_bytes(config: Config, needs: MemoryNeeds, tokens: int) -> int:

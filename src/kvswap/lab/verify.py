@@ -11,11 +11,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kvswap.config import Config
-from kvswap.core.attachment import attach_each
+from kvswap.core.attach import attach_each
 from kvswap.core.corpus import evaluation_topics
 from kvswap.core.trace import CacheStats
 from kvswap.errors import InputError
 from kvswap.lab.evals.forced import ForcedRun, force, run_forced, share_prompt
+from kvswap.lab.rivals.registry import with_methods
 from kvswap.memory.available import available_bytes
 from kvswap.models.loading import LoadedModel
 from kvswap.tuning.disk_curve import Progress
@@ -61,7 +62,7 @@ def measure_steps(
     ids = evaluation_ids(loaded, tokens, start)
     wanted = [("full", Config())] * with_full + [("kvswap", config) for config in configs]
     report = on_progress or (lambda stage, done, total: None)
-    with attach_each(loaded.model, wanted, tokenizer=loaded.tokenizer, on_progress=None) as caches:
+    with attach_each(loaded.model, with_methods(wanted), tokenizer=loaded.tokenizer, on_progress=None) as caches:
         names = {("full" if with_full and not i else str(i - with_full)): cache for i, cache in enumerate(caches)}
         seen: dict[str, list[CacheStats]] = {name: [] for name in names}
 

@@ -26,8 +26,8 @@ class MemoryNeeds:
     """All that decides how much memory a request takes.
 
     ``sketch_token_bytes``: sketch of one token in one layer, scales included. ``scoring_token_bytes``: what scoring it
-    takes in passing. ``basis_bytes``: all layers together. ``stream_bytes``: where whole layers pass through.
-    ``seal_group_bytes``: of a session's group, else 0.
+    takes temporarily. ``basis_bytes``: all layers together. ``extra_scratch_bytes``: what a rival's decode path needs
+    beside that. ``seal_group_bytes``: the seal of one group of a session, else 0.
     """
 
     layers: int
@@ -40,7 +40,7 @@ class MemoryNeeds:
     store_itemsize_bytes: int
     sketch_token_bytes: int
     basis_bytes: int
-    stream_bytes: int = 0
+    extra_scratch_bytes: int = 0
     seal_group_bytes: int = 0
 
     @property
@@ -68,7 +68,7 @@ class MemoryNeeds:
             "tables": self.sequences * groups * (4 + self.seal_group_bytes),
             "tails": self.sequences * window.pinned_groups * self.slot_bytes,
             "staging": 2 * self.staging_groups * self.slot_bytes,
-            "scratch": gathered + scoring + self.stream_bytes,
+            "scratch": gathered + scoring + self.extra_scratch_bytes,
             "write_queue": WRITE_QUEUE_BYTES,
         }
 
@@ -131,7 +131,7 @@ class PrefillNeeds:
     ropes: int = 1
     sliding_tokens: int = 0
 
-    def passing_bytes(self) -> int:
+    def transient_bytes(self) -> int:
         """K, V of one layer and of windows; hidden states in, between and out; positions, mask; the widest moment."""
         token_bytes = 2 * self.batch * self.key_elements * self.itemsize_bytes
         keys_values = self.tokens * token_bytes

@@ -1,7 +1,7 @@
-"""What a layer is about to attend to: which of its groups are in memory, and the reads that bring the others.
+"""Which of the groups that a layer will attend to are in memory, and a plan of reads for the others.
 
-Arithmetic on arrays, no reads of its own. One compiled call, or its twin in NumPy: at one token a step, calls cost more
-than what they compute.
+Arithmetic on arrays; nothing is read here. It is one compiled call, or its twin in NumPy: with one token in a step, a
+call costs more than what it computes. ``core/decode.py`` calls it.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ Int = NDArray[np.int64]
 class Found(NamedTuple):
     """Where the groups of one layer are, or will be when they have been read.
 
-    ``slots`` ``[B, n]``, 0 where there is no group. ``sequences``, ``groups`` and ``staged`` ``[m]``: those to be read,
-    and the slots in which they land. ``rows``, ``first``, ``counts`` and ``addresses`` ``[reads]``: file row, first
-    group, groups and address of each read, which land in the first ``landed`` places. ``wanted`` groups in all.
+    ``slots`` ``[B, n]``: the slot of each group, 0 where an entry is not real. ``sequences``, ``groups`` and ``staged``
+    ``[m]``: the groups to read, and the staging slots that they are read into. ``rows``, ``first``, ``counts`` and
+    ``addresses`` ``[reads]``: file row, first group, number of groups and memory address of each read. The reads fill
+    the first ``landed`` staging slots. ``wanted`` groups are real in all.
     """
 
     slots: Int
@@ -41,7 +42,7 @@ class Found(NamedTuple):
 def find(pool: SlotPool, layer: int, groups: Int, ends: Int, *, gap_groups: int, half: int) -> Found:
     """Look up ``groups`` ``[B, n]``, ascending, of which those before ``ends`` ``[B]`` are real, and plan the reads.
 
-    What is read lands in staging half ``half``; gaps of up to ``gap_groups`` are read through while there is room.
+    Groups are read into staging half ``half``. Gaps of up to ``gap_groups`` are read through while there is room.
     """
     if array_loops.available() and pool.compiled_lookup:
         found = array_loops.find(
@@ -52,8 +53,8 @@ def find(pool: SlotPool, layer: int, groups: Int, ends: Int, *, gap_groups: int,
             first=pool.reuse_start,
             gap=gap_groups,
             places=pool.staging_groups,
-            landing_slot=pool.landing_slot(half),
-            landing_address=pool.landing_address(half),
+            landing_slot=pool.staging_slot(half),
+            landing_address=pool.staging_address(half),
             slot_bytes=pool.layout.slot_bytes,
         )
         return Found(*found)
@@ -68,9 +69,9 @@ def _find(pool: SlotPool, layer: int, groups: Int, ends: Int, gap_groups: int, h
     missing = slots < 0
     lacking, absent = sequences[missing], wanted[missing]
     plan = plan_reads(layer * pool.batch + lacking, absent, gap_groups=gap_groups, places=pool.staging_groups)
-    slots[missing] = staged = pool.landing_slot(half) + plan.place
+    slots[missing] = staged = pool.staging_slot(half) + plan.place
     everywhere = np.zeros(groups.shape, np.int64)
     everywhere[real] = slots
-    addresses = pool.landing_address(half) + plan.landing * pool.layout.slot_bytes
+    addresses = pool.staging_address(half) + plan.landing * pool.layout.slot_bytes
     reads = plan.files, plan.first, plan.count, addresses
     return Found(everywhere, lacking, absent, staged, *reads, int(plan.count.sum()), len(wanted))

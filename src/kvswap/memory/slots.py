@@ -2,16 +2,16 @@
 
 Three regions, in this order::
 
-    pinned    sinks, ring of newest groups, rolling tail: fixed places for every (layer, sequence)
-    staging   two halves in turn: where the reads of one layer land while the layer before computes
-    reuse     groups worth keeping, of any layer and sequence, found through a table
+    pinned    sinks, ring of newest groups, rolling tail: fixed slots for every (layer, sequence)
+    staging   two halves, used in turn: where reads for one layer arrive while the layer before computes
+    reuse     groups of any layer and sequence that were selected lately, found through a table
 
-On the CPU the slab is the memory that direct reads land in. On another device the slots live there, reads land in
-pinned host memory and ``land`` copies them over on a side stream.
+On the CPU direct reads write straight into the slab. On another device the slots are in its memory: reads write into
+pinned host memory, and ``publish`` copies the groups over on a side stream.
 
-Replacement: a slot's worth is one for a selection just now, and decays each time its own layer selects without it.
-A missed group replaces only a slot of less worth. Since all layers are visited in a cycle, plain recency would always
-throw out what is needed soonest; comparing worth at each layer's own last visit does not.
+Replacement: a slot's worth is one right after its group was selected, and decays each time its own layer selects
+without it. A group that was read replaces only a slot of less worth. Plain recency would fail: layers are visited in a
+cycle, so the least recently used group is the one needed soonest. Worth is compared as of each layer's own last visit.
 Not thread-safe: one thread, the one that runs the model.
 """
 
@@ -31,15 +31,15 @@ Int = NDArray[np.int64]
 
 WORTH_DECAY = 0.9
 FLOAT16_MAX = 65504.0
-LOOK_AT = 8  # slots looked at for every group that wants one
+LOOK_AT = 8  # slots compared for every group that could be kept
 POWERS = (WORTH_DECAY ** np.arange(256)).astype(np.float32)  # what is left after so many visits, the last for more
 
 
 class SlotPool:
     """Memory for groups of ``layers`` x ``batch`` sequences.
 
-    ``dtypes`` holds the stored dtype of each layer (equal sizes) and may be changed before a layer's first use;
-    ``arrays`` are what compiled loops look groups up in.
+    ``dtypes`` holds the stored dtype of each layer (of equal size) and may be changed before a layer's first use.
+    ``arrays`` is what compiled loops look groups up in.
     """
 
     compiled_lookup = True
@@ -68,12 +68,13 @@ class SlotPool:
         if self.host:
             self.slab = Slab(slots * layout.slot_bytes)
             raw = torch.from_numpy(self.slab.array)[: slots * layout.slot_bytes]
-            self._landing_address = self.slab.address + self.staging_start * layout.slot_bytes
+            self._staging_address = self.slab.address + self.staging_start * layout.slot_bytes
         else:
             raw = torch.zeros(slots * layout.slot_bytes, dtype=torch.uint8, device=device)
             pinned = device.type == "cuda"
-            self._landing = torch.zeros(2 * staging_groups * layout.slot_bytes, dtype=torch.uint8, pin_memory=pinned)
-            self._landing_address = self._landing.data_ptr()
+            size_bytes = 2 * staging_groups * layout.slot_bytes
+            self._host_staging = torch.zeros(size_bytes, dtype=torch.uint8, pin_memory=pinned)
+            self._staging_address = self._host_staging.data_ptr()
             self._stream = torch.cuda.Stream(device) if pinned else None
         self._raw = raw
         self._rows = {d: raw.view(d).view(slots, layout.slot_elements) for d in (dtype, *_same_size(dtype))}
@@ -86,6 +87,11 @@ class SlotPool:
         self.arrays = self._locate()
 
     # ---- shape
+
+    @staticmethod
+    def reuse_slots_for(affordable: int, window: Window, rows: int) -> int:
+        """Reuse slots to allocate of those that memory pays for, for ``rows`` pairs of layer and sequence: all."""
+        return affordable
 
     @property
     def reuse_slots(self) -> int:
@@ -128,7 +134,7 @@ class SlotPool:
         groups: torch.Tensor = rows[:, : self.layout.group_elements].unflatten(1, self.layout.group_shape)
         return groups
 
-    def home_base(self, layer: int, sequence: int) -> int:
+    def first_pinned_slot(self, layer: int, sequence: int) -> int:
         """First pinned slot of this layer and sequence."""
         return (layer * self.batch + sequence) * self.window.pinned_groups
 
@@ -137,35 +143,36 @@ class SlotPool:
     def put_groups(self, layer: int, sequence: int, first: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Put groups from ``first`` on into their pinned slots: K, V ``[H_kv, n, d]``; the last may be partial."""
         group_tokens, tokens = self.window.group_tokens, keys.shape[1]
-        home = self.home_base(layer, sequence) + self.window.home(
+        pinned = self.first_pinned_slot(layer, sequence) + self.window.pinned_slot(
             first + np.arange(-(-tokens // group_tokens), dtype=np.int64)
         )
         slots = self.groups(layer)
         whole = tokens // group_tokens
-        index = torch.from_numpy(home[:whole]).to(slots.device)
+        index = torch.from_numpy(pinned[:whole]).to(slots.device)
         for part, source in enumerate((keys, values)):
             body = source[:, : whole * group_tokens].unflatten(1, (whole, group_tokens)).transpose(0, 1)
             slots[:, part].index_copy_(0, index, body.to(slots.dtype))
-            if whole < len(home):
-                slots[int(home[-1]), part, :, : tokens - whole * group_tokens] = source[:, whole * group_tokens :].to(
+            if whole < len(pinned):
+                slots[int(pinned[-1]), part, :, : tokens - whole * group_tokens] = source[:, whole * group_tokens :].to(
                     slots.dtype
                 )
 
-    def put_token(self, layer: int, home: Int, offset: Int, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Put every sequence's newest token: K, V ``[B, H_kv, 1, d]``, ``home`` and ``offset`` ``[B]``."""
+    def put_token(self, layer: int, slots: Int, offset: Int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Put every sequence's newest token: K, V ``[B, H_kv, 1, d]``, at ``offset`` of ``slots``, both ``[B]``."""
         rows = self._rows[self.dtypes[layer]]
         if loops.converts_here(rows.dtype, keys.dtype, rows.device) and keys.stride(3) == values.stride(3) == 1:
-            loops.put_tokens(rows, home, offset, self.layout.group_shape, keys, values)
+            loops.put_tokens(rows, slots, offset, self.layout.group_shape, keys, values)
             return
         kv = torch.stack((keys[:, :, 0], values[:, :, 0]), dim=1)
         if rows.dtype == torch.float16 and kv.dtype != torch.float16:
             kv = kv.clamp(-FLOAT16_MAX, FLOAT16_MAX)
-        self.groups(layer)[torch.from_numpy(home), :, :, torch.from_numpy(offset)] = kv.to(rows.dtype)
+        self.groups(layer)[torch.from_numpy(slots), :, :, torch.from_numpy(offset)] = kv.to(rows.dtype)
 
-    def read_home(self, layer: int, sequence: int, first: int, count: int) -> torch.Tensor:
+    def read_pinned(self, layer: int, sequence: int, first: int, count: int) -> torch.Tensor:
         """Copy of ``count`` pinned groups from ``first`` on: ``[2, H_kv, count * G, d]`` in the stored dtype."""
-        home = self.home_base(layer, sequence) + self.window.home(first + np.arange(count, dtype=np.int64))
-        return self.gather(layer, home[None], self.dtypes[layer])[:, 0]
+        groups = first + np.arange(count, dtype=np.int64)
+        pinned = self.first_pinned_slot(layer, sequence) + self.window.pinned_slot(groups)
+        return self.gather(layer, pinned[None], self.dtypes[layer])[:, 0]
 
     # ---- reuse
 
@@ -190,9 +197,9 @@ class SlotPool:
         return worth
 
     def admit(self, layer: int, sequences: Int, groups: Int, staged: Int) -> None:
-        """Keep groups that have just landed in slots ``staged``, as far as something of less worth can go.
+        """Keep groups that were just read into slots ``staged``, where a slot of less worth can be replaced.
 
-        Looking at all slots would cost more with every gigabyte of them; a hand goes round instead. Slots that were
+        Looking at all slots would cost more with every gigabyte of them, so a clock hand goes round. Slots that were
         never used come first, in order: the system clears memory when it is first touched, huge page by huge page.
         """
         room = min(len(groups), self.reuse_slots)
@@ -250,40 +257,40 @@ class SlotPool:
 
     # ---- staging and gathering
 
-    def landing_address(self, half: int) -> int:
-        """Host address where reads of staging half 0 or 1 begin."""
-        return self._landing_address + half * self.staging_groups * self.layout.slot_bytes
+    def staging_address(self, half: int) -> int:
+        """Host address at which staging half 0 or 1 begins."""
+        return self._staging_address + half * self.staging_groups * self.layout.slot_bytes
 
-    def landing_slot(self, half: int) -> int:
-        """Slot in which landing place 0 of this half is found after ``land``."""
+    def staging_slot(self, half: int) -> int:
+        """The first slot of staging half 0 or 1."""
         return self.staging_start + half * self.staging_groups
 
-    def landed(self, half: int, slots: Int) -> tuple[NDArray[np.uint8], Int]:
-        """Where reads of one half landed, uint8 ``(staging_groups, slot_bytes)``, and the places of ``slots`` in it."""
-        size, places = self.layout.slot_bytes, slots - self.landing_slot(half)
+    def staged(self, half: int, slots: Int) -> tuple[NDArray[np.uint8], Int]:
+        """The memory of one staging half, uint8 ``(staging_groups, slot_bytes)``, and the rows of ``slots`` in it."""
+        size, places = self.layout.slot_bytes, slots - self.staging_slot(half)
         start = half * self.staging_groups * size
         if self.host:
             start += self.staging_start * size
             memory = self.slab.array
         else:
-            memory = self._landing.numpy()
-        landing: NDArray[np.uint8] = memory[start : start + self.staging_groups * size].reshape(-1, size)
-        return landing, places
+            memory = self._host_staging.numpy()
+        staging: NDArray[np.uint8] = memory[start : start + self.staging_groups * size].reshape(-1, size)
+        return staging, places
 
-    def land(self, half: int, count: int) -> None:
-        """Make the first ``count`` landing places visible as slots: a copy, unless slots are host memory."""
+    def publish(self, half: int, count: int) -> None:
+        """Copy the first ``count`` staged groups to the device; nothing to do where slots are host memory."""
         if self.host or count == 0:
             return
         size = self.layout.slot_bytes
-        start, source = self.landing_slot(half) * size, half * self.staging_groups * size
-        target, landed = self._raw[start : start + count * size], self._landing[source : source + count * size]
+        start, source = self.staging_slot(half) * size, half * self.staging_groups * size
+        target, arrived = self._raw[start : start + count * size], self._host_staging[source : source + count * size]
         if self._stream is None:
-            target.copy_(landed)
+            target.copy_(arrived)
             return
         current = torch.cuda.current_stream(self._raw.device)
         self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):
-            target.copy_(landed, non_blocking=True)
+            target.copy_(arrived, non_blocking=True)
         current.wait_stream(self._stream)
         self._stream.synchronize()  # the host half is overwritten by the reads after next
 

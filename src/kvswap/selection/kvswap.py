@@ -1,6 +1,6 @@
-"""kvswap itself: many directions of the keys in few bits, scored by estimated attention mass one layer ahead.
+"""kvswap's own method: many directions of the keys in few bits, scored by estimated attention mass.
 
-After KVSwap (arXiv 2511.11907), with the changes that docs/design.md lists; ``kvswap_paper`` is the published scheme.
+It follows KVSwap (arXiv 2511.11907) with the changes that docs/design.md lists.
 """
 
 from __future__ import annotations
@@ -24,8 +24,6 @@ def method() -> Method:
         paper="arXiv 2511.11907, changed",
         makers=makers,
         score=score,
-        query="own_norm",
-        reuse="worth",
     )
 
 

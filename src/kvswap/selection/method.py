@@ -1,15 +1,15 @@
-"""What one method of keeping a KV cache on disk decides; kvswap and its rivals differ in nothing else.
+"""What one method of keeping a KV cache on disk decides.
 
-A ``Method`` says what is kept of a layer's keys, from which query and how groups are scored, at what granularity tokens
-are read, what is always attended to and what is reused. Store, slots, reads and attention are the same for all. Each
-method is a small file in ``kvswap.lab.rivals``; ``kvswap.lab.rivals.registry`` knows their names.
+A ``Method`` says what is kept of a layer's keys, how groups are scored, at what granularity tokens are read and what is
+always attended to. kvswap's own is in ``selection/kvswap.py``. Published methods that it is compared with may also
+replace the decode path or the slots; kvswap's own path never enters those hooks. Store and disk are the same for all.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -19,9 +19,7 @@ from kvswap.config import Config
 from kvswap.selection.basis import KeyCovariance
 from kvswap.selection.window import Window
 
-Query = Literal["own_norm", "previous_norm", "true", "none"]
-Reuse = Literal["worth", "previous", "none"]
-Turn = Callable[[torch.Tensor, torch.Tensor, bool], torch.Tensor]
+Rotate = Callable[[torch.Tensor, torch.Tensor, bool], torch.Tensor]
 
 
 class Sketch(Protocol):
@@ -40,10 +38,10 @@ class Sketch(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SketchMaker:
-    """Makes the sketch of one layer, and says beforehand what it costs.
+    """Makes the sketch of one layer, and says beforehand what memory it takes.
 
-    ``token_bytes``: of one token of one sequence. ``scratch_token_bytes``: what scoring one token takes in passing.
-    ``basis_bytes``: what does not grow; ``sequence_bytes``: of that, what every sequence has for itself.
+    ``token_bytes`` is the sketch of one token of one sequence. ``scratch_token_bytes`` is temporary memory for scoring
+    one token. ``basis_bytes`` does not grow with tokens, and ``sequence_bytes`` neither: that is for each sequence.
     ``make(batch, capacity_tokens)`` gives an empty sketch.
     """
 
@@ -57,10 +55,10 @@ class SketchMaker:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KeyFacts:
-    """What a method can know when it makes its sketches.
+    """What a method can know of a model's keys when it makes its sketches.
 
-    ``statistics``: one covariance an offloaded layer, or None where nothing could be calibrated. ``turn(keys,
-    positions, inverse)`` applies the model's RoPE to keys ``[H_kv, n, d]``, or takes it off.
+    ``statistics`` has one covariance for each offloaded layer, or is None without a calibration.
+    ``rotate(keys, positions, inverse)`` applies the model's RoPE to keys ``[H_kv, n, d]``, or its inverse.
     """
 
     layers: int
@@ -69,7 +67,7 @@ class KeyFacts:
     head_dim: int
     device: torch.device
     statistics: list[KeyCovariance] | None
-    turn: Turn
+    rotate: Rotate
 
     @property
     def elements(self) -> int:
@@ -77,8 +75,8 @@ class KeyFacts:
         return self.kv_heads * self.head_dim
 
 
-def window_of(config: Config) -> Window:
-    """Sinks, recent window and selection as the configuration has them."""
+def window_of(config: Config, kv_heads: int) -> Window:
+    """Sinks, recent window and selection as the configuration has them; all KV heads share one selection."""
     return Window(config.group_tokens, config.sink_groups, config.recent_groups, config.select_groups)
 
 
@@ -91,38 +89,31 @@ class Method:
     name, paper
         As users see it, and where it is published.
     makers
-        ``makers(facts, config)``: one ``SketchMaker`` an offloaded layer.
+        ``makers(facts, config)``: one ``SketchMaker`` for each offloaded layer.
     score
-        ``score(sketch, query, scaling, group_tokens)``: query ``[B, H_q, d]`` to a score of every group ``[B, N]``
-        float32; with ``per_head`` one for every KV head, ``[B, H_kv, N]``.
-    query
-        Where the query comes from. One layer ahead: the hidden state under the layer's own input norm, or under the
-        norm of the layer before. In the layer itself, so that no read is hidden: its true query. Or none is needed.
-    reuse
-        ``worth``: slots pooled over layers, recency and score decide. ``previous``: what the step before selected.
-    per_head
-        Whether every KV head selects for itself and attends to nothing else.
-    streams
-        Whether all of a layer is read at each step, in large pieces, instead of selected groups.
-    rebuilds_keys
-        Whether V alone is read and the sketch gives K: ``sketch.keys(groups)``, ``[B, n]`` to ``[B, H_kv, n * G, d]``.
+        ``score(sketch, query, scaling, group_tokens)``: query ``[B, H_q, d]`` to a score of every group, ``[B, N]``
+        float32.
     calibrated
-        Whether ``facts.statistics`` are wanted.
+        Whether ``facts.statistics`` are needed.
     configure
         The configuration that this method works with, from the one that the user gave.
     window
-        Which groups are pinned and how many are selected.
+        ``window(config, kv_heads)``: which groups are pinned and how many are selected.
+    decode
+        Takes the place of ``core.decode.Decode`` where a method decodes in another way, with the same arguments.
+    slots
+        Takes the place of ``memory.slots.SlotPool`` where a method reuses groups in another way.
+    extra_scratch_bytes
+        ``extra_scratch_bytes(group_tokens, slot_bytes)``: memory that ``decode`` needs beside what kvswap's own does.
     """
 
     name: str
     paper: str
     makers: Callable[[KeyFacts, Config], list[SketchMaker]]
     score: Callable[..., torch.Tensor]
-    query: Query
-    reuse: Reuse
-    per_head: bool = False
-    streams: bool = False
-    rebuilds_keys: bool = False
     calibrated: bool = True
     configure: Callable[[Config], Config] = lambda config: config
-    window: Callable[[Config], Window] = window_of
+    window: Callable[[Config, int], Window] = window_of
+    decode: Any = None
+    slots: Any = None
+    extra_scratch_bytes: Callable[[int, int], int] = lambda group_tokens, slot_bytes: 0

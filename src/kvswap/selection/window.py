@@ -1,8 +1,8 @@
-"""Which groups a sequence attends to, and where the pinned ones live. Pure arithmetic.
+"""Which groups a sequence attends to, and which slots the pinned ones have. Pure arithmetic.
 
-A sequence of T tokens has its newest token in group ``current = (T - 1) // G``. Pinned in memory are the sink groups
-``[0, S)`` and a ring of the newest groups; the ring has one place more than the recent window, for the group that
-is being filled (the rolling tail). What lies between them is on disk and may be selected.
+A sequence of T tokens has its newest token in group ``current = (T - 1) // G``. Two kinds of groups are pinned in
+memory: the sink groups ``[0, S)`` and a ring of the newest groups. The ring has one slot more than the recent window,
+for the group that is being filled (the rolling tail). Groups between sinks and ring are on disk and may be selected.
 """
 
 from __future__ import annotations
@@ -15,6 +15,25 @@ from numpy.typing import NDArray
 Int = NDArray[np.int64]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """What is the same for all layers of one decode step. Slots are counted from a layer's first pinned slot."""
+
+    current: Int  # [B] group of the newest token
+    offset: Int  # [B] its place in that group
+    ends: Int  # [B] end of the groups to select from
+    most_candidates: int  # groups to select from, in the sequence that has most
+    fewest_candidates: int  # and in the one that has fewest
+    tail: Int  # [B] slot of the newest group
+    sinks: Int  # [B, S] slots of the sink groups
+    ring: Int  # [B, ring] slots of the newest groups, in order of position
+    sinks_valid: NDArray[np.bool_]  # which of them hold a group already
+    ring_valid: NDArray[np.bool_]
+    new_group: list[int]  # sequences whose newest token begins a group
+    all_pinned: bool  # whether every sink and ring slot holds a group
+    same_offset: bool  # whether the newest group has as many tokens in every sequence
+
+
 @dataclass(frozen=True, slots=True)
 class Window:
     """Sinks and recent window of one cache, in groups."""
@@ -23,13 +42,13 @@ class Window:
     sink_groups: int
     recent_groups: int
     select_groups: int
-    votes: int = 1
-    """Parties that select ``select_groups`` each: KV heads, where each selects for itself."""
+    selections: int = 1
+    """How many selections of ``select_groups`` one layer makes: one for all heads, or one for each KV head."""
 
     @property
     def fetch_groups(self) -> int:
-        """Most groups that are selected, by all parties together."""
-        return self.select_groups * self.votes
+        """Most groups that are selected, by all selections together."""
+        return self.select_groups * self.selections
 
     @property
     def ring_groups(self) -> int:
@@ -51,10 +70,34 @@ class Window:
         """Most groups that one sequence attends to in a step."""
         return self.pinned_groups + self.fetch_groups
 
-    def home(self, groups: Int) -> Int:
-        """Pinned place of each group, counted from the first place of its sequence and layer."""
+    def pinned_slot(self, groups: Int) -> Int:
+        """The pinned slot of each group, counted from the first one of its sequence and layer."""
         ring = self.sink_groups + (groups - self.sink_groups) % self.ring_groups
         return np.where(groups < self.sink_groups, groups, ring)
+
+    def step(self, tokens: Int) -> Step:
+        """One decode step of sequences that have ``tokens`` ``[B]`` with the newest one."""
+        batch = len(tokens)
+        current, offset = np.divmod(tokens - 1, self.group_tokens)
+        ring_start = np.maximum(self.sink_groups, current - self.recent_groups)
+        sinks = np.broadcast_to(np.arange(self.sink_groups), (batch, self.sink_groups))
+        ring = current[:, None] + np.arange(-self.recent_groups, 1)
+        sinks_valid, ring_valid = sinks <= current[:, None], ring >= ring_start[:, None]
+        return Step(
+            current=current,
+            offset=offset,
+            ends=ring_start,
+            most_candidates=int(ring_start.max()) - self.sink_groups,
+            fewest_candidates=int(ring_start.min()) - self.sink_groups,
+            tail=self.pinned_slot(current),
+            sinks=sinks,
+            ring=self.pinned_slot(ring),
+            sinks_valid=sinks_valid,
+            ring_valid=ring_valid,
+            new_group=np.flatnonzero(offset == 0).tolist(),
+            all_pinned=bool(sinks_valid.all() and ring_valid.all()),
+            same_offset=bool((offset == offset[0]).all()),
+        )
 
     def ring_start(self, current: int) -> int:
         """First group that the ring holds when ``current`` is the newest."""

@@ -1,8 +1,8 @@
-"""A cache's state to and from a session's folder.
+"""Moves a cache's state to and from a session's folder.
 
-``Keeper`` opens a session's files for the group store, restores what a checkpoint keeps, and commits. What comes back
-is exactly what was there: which groups are on disk, sketched and pinned decides the next selection, so all of that is
-kept as it was, and nothing is flushed for a commit. The thread that runs the model.
+``SessionBinding`` opens a session's files for the group store, restores a checkpoint, and commits. Which groups are on
+disk, sketched and pinned decides the next selection. So a checkpoint stores all of that as it is, and a commit flushes
+nothing. Called by the thread that runs the model.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from kvswap.sessions.folder import Commit, SessionFolder
 from kvswap.sessions.index import Arrays, LayerIndex, take
 from kvswap.sessions.manifest import ITEMSIZES_BYTES, Layout, Manifest, Model
 from kvswap.sessions.reader import Stored
-from kvswap.store.groups import NamedFiles
+from kvswap.store.persistent import PersistentFiles, PersistentGroupStore
 from kvswap.store.segments import Segments
 from kvswap.terms import ceil_div
 
@@ -41,20 +41,21 @@ _MODEL_WORDS = {
 }
 
 
-class Keeper:
-    """One session under one cache. ``tokens`` is how many the session holds when the cache begins.
+class SessionBinding:
+    """Binds one session to one cache (``core/binding.py``). ``tokens`` are stored when the cache begins.
 
-    ``room(bytes)`` is asked before files take more space, and may refuse.
+    ``reserve(bytes)`` is called before files take more space, and raises StorageError to refuse.
     """
 
     def __init__(
-        self, folder: SessionFolder, model: Model, *, verify: bool = True, room: Callable[[int], None] | None = None
+        self, folder: SessionFolder, model: Model, *, verify: bool = True, reserve: Callable[[int], None] | None = None
     ) -> None:
         self.folder, self.model = folder, model
-        self._verify, self.room = verify, room or (lambda nbytes: None)
+        self._verify, self._reserve = verify, reserve
         self._check_model()
         self._stored: Stored | None = folder.load()
         self.tokens = self._stored.tokens if self._stored else 0
+        self._sliding: list[tuple[int, Any]] = []
         self._data_bytes = 0
 
     # ---- before a cache is made
@@ -64,8 +65,18 @@ class Keeper:
         """What the session's groups look like; None in an empty one."""
         return self.folder.manifest.layout
 
+    @property
+    def alignment_bytes(self) -> int:
+        """What groups are aligned to on disk; 0 in an empty session."""
+        return self.layout.alignment_bytes if self.layout else 0
+
+    def reserve(self, nbytes: int) -> None:
+        """Ask for more disk space; raises StorageError where it is refused."""
+        if self._reserve is not None:
+            self._reserve(nbytes)
+
     def config(self, config: Config) -> Config:
-        """``config`` with what the session has fixed. Raises ConfigError where it was set to something else."""
+        """``config`` with the settings that the session has fixed. Raises ConfigError where another was asked for."""
         layout = self.layout
         if layout is None:
             return config
@@ -97,14 +108,20 @@ class Keeper:
             split = full_precision_basis
         return [(split(matrix), layout.sketch_bits) for matrix in matrices]
 
-    def restore_sliding(self, layers: Sequence[tuple[int, Any]], dtype: torch.dtype, device: torch.device) -> None:
-        """Give decoder layers that are not offloaded their state: pairs of the layer's index and its cache layer."""
-        if self._stored is None or not layers:
+    def restore_layers(
+        self, layers: Sequence[Any], orders: Sequence[int | None], dtype: torch.dtype, device: torch.device
+    ) -> None:
+        """Give cache layers that stay in memory (those whose order is None) their stored state.
+
+        Raises UnsupportedError where a layer has no K, V to store, and DamagedError.
+        """
+        self._sliding = sliding_layers(layers, orders)
+        if self._stored is None or not self._sliding:
             return
         layout, tail, what = self.layout, self._stored.tail, self.folder.what
         assert layout is not None
-        lengths = take(tail, "sliding-lengths", np.int64, what, len(layers))
-        for (index, layer), length in zip(layers, lengths.tolist(), strict=True):
+        lengths = take(tail, "sliding-lengths", np.int64, what, len(self._sliding))
+        for (index, layer), length in zip(self._sliding, lengths.tolist(), strict=True):
             kept = min(length, int(layer.sliding_window) - 1)
             found = []
             for part in ("keys", "values"):
@@ -119,12 +136,12 @@ class Keeper:
 
     # ---- while one lives
 
-    def files(self, backend: ReadBackend, layers: int) -> NamedFiles:
+    def files(self, backend: ReadBackend, layers: int) -> PersistentFiles:
         """The session's files, opened in ``backend``."""
         current = self.folder.base
-        held = np.array(current.flushed if current else [0] * layers, np.int64)
+        stored_groups = np.array(current.flushed if current else [0] * layers, np.int64)
         sealer = self.folder.sealer
-        seals = np.zeros((layers, int(held.max())), sealer.dtype)
+        seals = np.zeros((layers, int(stored_groups.max())), sealer.dtype)
         starts = np.empty((0, layers), np.int64)
         files = np.empty((0, layers), np.int64)
         segments = Segments(starts, files)
@@ -138,16 +155,16 @@ class Keeper:
             number = self.folder.begin_segment(tuple(first.tolist()))
             return self._adopt(backend, number, layers)
 
-        return NamedFiles(
+        return PersistentFiles(
             segments=segments,
-            held=held,
+            stored_groups=stored_groups,
             seals=seals,
             sealer=sealer,
             appendable=self.folder.appendable(),
             verify=self._verify,
-            what=self.folder.what,
-            begin=begin,
-            grow=self.room,
+            label=self.folder.what,
+            begin_segment=begin,
+            reserve=self.reserve,
         )
 
     def restore(self, state: BatchState) -> None:
@@ -164,22 +181,15 @@ class Keeper:
             _pin(state, layer, stored)
 
     def commit(
-        self,
-        state: BatchState,
-        sliding: Sequence[tuple[int, Any]],
-        ids: Sequence[int],
-        talk: bytes = b"",
-        *,
-        interim: bool = False,
-        rates: Rates,
+        self, state: BatchState, ids: Sequence[int], conversation: bytes = b"", *, interim: bool = False, rates: Rates
     ) -> None:
-        """Make the state durable with its token ids, one more than tokens at most, and the conversation as JSON.
+        """Make the state durable with its token ids and the conversation as JSON.
 
-        The next commit takes the place of an ``interim`` one.
+        There is at most one id more than tokens. The next commit replaces an ``interim`` one. Raises DiskError.
         """
-        state.store.sync()
-        named, current = state.store.named, self.folder.base
-        assert named is not None and state.batch == 1
+        store, current = state.store, self.folder.base
+        assert isinstance(store, PersistentGroupStore) and state.batch == 1
+        store.sync()
         tokens, flushed = int(state.tokens[0]), tuple(state.flushed[:, 0].tolist())
         if not tokens <= len(ids) <= tokens + 1:
             raise ValueError(f"{len(ids)} token ids for {tokens} tokens")
@@ -187,8 +197,8 @@ class Keeper:
         group_tokens, groups = state.window.group_tokens, []
         for layer, (start, stop) in enumerate(zip(before, flushed, strict=True)):
             codes, scales = _codes(state, layer).dump(0, start * group_tokens, stop * group_tokens)
-            groups.append(LayerIndex(named.seals[layer, start:stop].copy(), codes, scales))
-        written_bytes = state.store.backend.counters.write_bytes
+            groups.append(LayerIndex(store.seals(layer, start, stop), codes, scales))
+        written_bytes = store.backend.counters.write_bytes
         self.folder.commit(
             Commit(
                 model=self.model,
@@ -197,7 +207,7 @@ class Keeper:
                 tokens=tokens,
                 flushed=flushed,
                 groups=groups,
-                tail=_tail(state, sliding, ids, talk),
+                tail=_tail(state, self._sliding, ids, conversation),
                 data_bytes=written_bytes - self._data_bytes,
                 interim=interim,
                 rates=rates,
@@ -276,14 +286,14 @@ def _pin(state: BatchState, layer: int, stored: Stored) -> None:
         state.pool.put_groups(layer, 0, flushed, kv[0], kv[1])
 
 
-def _tail(state: BatchState, sliding: Sequence[tuple[int, Any]], ids: Sequence[int], talk: bytes) -> Arrays:
+def _tail(state: BatchState, sliding: Sequence[tuple[int, Any]], ids: Sequence[int], conversation: bytes) -> Arrays:
     tokens, group_tokens = int(state.tokens[0]), state.window.group_tokens
     tail: Arrays = {"ids": np.array(ids, np.int64)}
     for layer in range(state.shape.layers):
         flushed = int(state.flushed[layer, 0])
         waiting = tokens - flushed * group_tokens
         if waiting:
-            kv = state.pool.read_home(layer, 0, flushed, ceil_div(waiting, group_tokens))[:, :, :waiting]
+            kv = state.pool.read_pinned(layer, 0, flushed, ceil_div(waiting, group_tokens))[:, :, :waiting]
             tail[f"waiting-{layer}"] = _raw(kv)
         else:
             tail[f"waiting-{layer}"] = np.empty(0, np.uint8)
@@ -291,8 +301,8 @@ def _tail(state: BatchState, sliding: Sequence[tuple[int, Any]], ids: Sequence[i
         tail[f"sliding-{index}-keys"], tail[f"sliding-{index}-values"] = _raw(stock.keys), _raw(stock.values)
     if sliding:
         tail["sliding-lengths"] = np.array([stock.cumulative_length for _, stock in sliding], np.int64)
-    if talk:
-        tail["conversation"] = np.frombuffer(talk, np.uint8)
+    if conversation:
+        tail["conversation"] = np.frombuffer(conversation, np.uint8)
     return tail
 
 

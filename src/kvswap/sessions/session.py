@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from kvswap.config import Config
-from kvswap.core.attachment import attach
+from kvswap.core.attach import attach_each
 from kvswap.core.cache import KVSwapCache
 from kvswap.core.layer_major import Progress
 from kvswap.core.prefill import chunk_spans
@@ -30,7 +30,7 @@ from kvswap.models.identity import rope_hash, tokenizer_hash, weights_hash
 from kvswap.models.loading import LoadedModel, load_model
 from kvswap.models.sampling import Sampling
 from kvswap.models.streaming import Generation
-from kvswap.sessions.binding import Keeper, made_alike
+from kvswap.sessions.binding import SessionBinding, made_alike
 from kvswap.sessions.folder import SessionFolder
 from kvswap.sessions.fork import fork
 from kvswap.sessions.manifest import Model
@@ -169,15 +169,15 @@ class Session:
         """The context as a cache for ``generate``, attached to the model at first use. ``commit`` makes it durable."""
         self._check_open()
         if self._cache is None:
-            keeper = Keeper(self.folder, self._identity, verify=self._verify, room=self._room.ask)
-            cache = self._stack.enter_context(
-                attach(
+            binding = SessionBinding(self.folder, self._identity, verify=self._verify, reserve=self._room.ask)
+            (cache,) = self._stack.enter_context(
+                attach_each(
                     self._loaded.model,
-                    self.config,
+                    [(None, self.config)],
                     tokenizer=self._loaded.tokenizer,
                     on_progress=self._on_progress,
                     on_notice=self._on_notice,
-                    keeper=keeper,
+                    binding=binding,
                 )
             )
             assert isinstance(cache, KVSwapCache)
@@ -278,7 +278,7 @@ class Session:
         """Whether to read what the session holds of a prompt of ``tokens``, or to compute it again: the cheaper.
 
         By rates that the session has measured; unknown until a prompt was computed and one appended. After
-        ``cache.compute_again`` the next forward takes the whole prompt.
+        ``cache.recompute`` the next forward takes the whole prompt.
         """
         self._check_open()
         if any(part.order is None for part in inspect(self._loaded.model).layers):

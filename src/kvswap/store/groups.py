@@ -1,17 +1,15 @@
 """The groups of all layers and sequences on disk: packed, written behind, read back.
 
-One file for each layer and sequence, groups in order (``store/layout.py``); a session's groups may be spread over
-several files (``store/segments.py``) and are sealed (``store/seal.py``), which is checked when they are read.
-``append`` returns when the groups are in the bounded write queue; ``settle`` blocks until the writes of the named files
-are done, so that a read that follows sees them. Write errors are raised by the next call. One thread; the queue's
-writer is the only other one.
+``GroupStore`` keeps one unnamed file for each layer and sequence, with the groups in order (``store/layout.py``). The
+files are gone when it is closed. ``store/persistent.py`` keeps those of a session instead. ``append`` returns when the
+groups are in the bounded write queue. ``settle`` blocks until the writes to the given files are done, so that a read
+that follows sees them. The next call raises what a write failed with. One thread calls; the queue's writer is the only
+other one.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -20,70 +18,35 @@ from numpy.typing import NDArray
 from kvswap.disk.backend import ReadBackend
 from kvswap.disk.slab import Slab
 from kvswap.disk.write_behind import WriteBehind
-from kvswap.errors import DamagedError, DiskError
+from kvswap.errors import DiskError
 from kvswap.native import loops
-from kvswap.sessions.seal import Sealer, Seals
 from kvswap.store.layout import GroupLayout
 from kvswap.store.segments import Segments
 
 Int = NDArray[np.int64]
 
 
-@dataclass(slots=True, kw_only=True)
-class NamedFiles:
-    """The files of a session as its store takes them over.
+class GroupStore:
+    """Files of ``layers`` x ``batch`` sequences on one backend, made for ``groups`` groups each.
 
-    ``held`` int64 ``(rows,)`` counts the groups that are there, ``seals`` ``(rows, groups)`` are what ``sealer`` says
-    of them; both grow with ``append``. ``begin(starts)`` makes the files of one more segment, which takes over from
-    group ``starts[row]`` on; where ``appendable`` is false, or there is no segment yet, the first ``append`` calls it.
-    ``grow(bytes)`` is called before files take more space, and may refuse.
+    A row is one layer of one sequence.
     """
 
-    segments: Segments
-    held: Int
-    seals: Seals
-    sealer: Sealer
-    appendable: bool
-    verify: bool
-    what: str
-    begin: Callable[[Int], Int]
-    grow: Callable[[int], None]
-
-
-class GroupStore:
-    """Files of ``layers`` x ``batch`` sequences on one backend. ``close`` removes them, unless they are ``named``."""
+    checked = False
+    """Whether ``unseal`` has to be called for what was read."""
 
     def __init__(
-        self,
-        *,
-        backend: ReadBackend,
-        layout: GroupLayout,
-        layers: int,
-        batch: int,
-        queue_bytes: int,
-        groups: int,
-        named: NamedFiles | None = None,
+        self, *, backend: ReadBackend, layout: GroupLayout, layers: int, batch: int, queue_bytes: int, groups: int
     ) -> None:
-        self.backend, self.layout, self.batch, self.named = backend, layout, batch, named
+        self.backend, self.layout, self.batch = backend, layout, batch
         self.writer = WriteBehind(backend, queue_bytes)
-        rows = layers * batch
-        if named is None:
-            size_bytes = layout.file_bytes(groups)
-            files: Int = np.array([[backend.open(size_bytes) for _ in range(rows)]], np.int64)
-            self.segments = Segments(np.zeros((1, rows), np.int64), files)
-            self._size_bytes = np.full(rows, size_bytes, np.int64)
-        else:
-            named.sealer.begin()
-            self.segments = named.segments
-            begun = named.segments.starts[-1] if named.appendable else named.held
-            self._size_bytes = (named.held - begun) * layout.slot_bytes
-        self._last_write: Int = np.full(rows, -1, np.int64)
-        self._changed: NDArray[np.bool_] = np.zeros(rows, np.bool_)
+        self.segments, self._size_bytes = self._open(layers * batch, groups)
+        self._last_write: Int = np.full(layers * batch, -1, np.int64)
         self.streamed_bytes, self.streamed_s = 0, 0.0
-        """What tile readers read, and how long they held up their caller."""
+        """What tile readers have read, and how long their caller waited for it."""
 
     def row(self, layer: int, sequence: int) -> int:
-        """Index into ``files``."""
+        """The row of a layer and sequence."""
         return layer * self.batch + sequence
 
     def append(
@@ -101,56 +64,26 @@ class GroupStore:
             buffer = self.writer.acquire(count * layout.slot_bytes)
             tokens = slice(start * group_tokens, (start + count) * group_tokens)
             self._pack(buffer, keys[:, tokens], values[:, tokens], dtype)
-            if self.named is not None:
-                self._seal(self.named, row, first + start, buffer)
+            self._before_write(row, first + start, buffer)
             offset = (first - begin + start) * layout.slot_bytes
             self._last_write[row] = self.writer.submit(file, offset, buffer)
 
     def settle(self, rows: Int) -> None:
-        """Block until everything queued for these files is on disk."""
+        """Block until everything queued for these rows is written."""
         last = int(self._last_write[rows].max(initial=-1))
         if last >= 0 and not self.writer.done(last):
             self.writer.wait_for(last)
 
-    def submit(self, rows: Int, first: Int, count: Int, addresses: Int, skip_bytes: int = 0) -> int:
-        """Start reading extents of groups into memory; returns the ticket to wait for.
-
-        ``skip_bytes`` at the start of each extent are not read, and their memory is left as it is.
-        """
+    def submit(self, rows: Int, first: Int, count: Int, addresses: Int) -> int:
+        """Start reading extents of groups to memory addresses; returns the ticket to wait for."""
         self.settle(rows)
-        size = self.layout.slot_bytes
-        files, offsets, lengths, addresses = self.segments.locate(rows, first, count, addresses, size)
-        return self.backend.submit(files, offsets + skip_bytes, lengths - skip_bytes, addresses + skip_bytes)
-
-    @property
-    def sealed(self) -> bool:
-        """Whether ``unseal`` has anything to do."""
-        return self.named is not None and (self.named.verify or self.named.sealer.encrypts)
+        return self.backend.submit(*self.segments.locate(rows, first, count, addresses, self.layout.slot_bytes))
 
     def unseal(self, rows: Int, groups: Int, slots: NDArray[np.uint8], places: Int | None = None) -> None:
-        """See that groups that have been read are what was written, and decrypt them in place.
+        """Check groups that were read, and decrypt them in place. Unnamed files have nothing to check.
 
-        They are the rows ``places`` of ``slots`` uint8 ``(n, slot_bytes)``, or all. Nothing where ``sealed`` is false.
-        Raises DamagedError.
+        The groups are the rows ``places`` of ``slots`` uint8 ``(n, slot_bytes)``, or all of them. Raises DamagedError.
         """
-        named = self.named
-        if named is None or not self.sealed or not len(rows):
-            return
-        used = slots[:, : self.layout.geometry.group_bytes]
-        wrong = ~named.sealer.unseal(rows // self.batch, groups, used, named.seals[rows, groups], places)
-        if wrong.any():
-            row, group = int(rows[wrong][0]), int(groups[wrong][0])
-            raise DamagedError(
-                f"{named.what} is damaged: group {group} of layer {row // self.batch} is not what was written",
-                hint=f"kvswap sessions repair {named.what.split()[-1]} keeps the context before it",
-            )
-
-    def sync(self) -> None:
-        """Make everything appended so far durable, in named files."""
-        self.writer.flush()
-        for row in np.flatnonzero(self._changed):
-            self.backend.sync(int(self.segments.files[-1, row]))
-        self._changed[:] = False
 
     def read_tiles(
         self, layer: int, sequence: int, groups: int, tile_groups: int, dtype: torch.dtype, first: int = 0
@@ -159,45 +92,37 @@ class GroupStore:
         return TileReader(self, self.row(layer, sequence), first, groups, tile_groups, dtype)
 
     def close(self) -> None:
-        """Stop the writer and drop the files, also after an error."""
+        """Stop the writer and close the files, also after an error."""
         try:
             self.writer.close()
         except DiskError:
-            pass  # raised to the caller when it happened; the files are dropped anyway
+            pass  # raised to the caller when it happened; the files are closed anyway
         finally:
             self.backend.close()
 
+    # ---- what a persistent store does in another way
+
+    def _open(self, rows: int, groups: int) -> tuple[Segments, Int]:
+        """Open the files; returns where groups are, and the size in bytes of each row's last file."""
+        size_bytes = self.layout.file_bytes(groups)
+        files: Int = np.array([[self.backend.open(size_bytes) for _ in range(rows)]], np.int64)
+        return Segments(np.zeros((1, rows), np.int64), files), np.full(rows, size_bytes, np.int64)
+
+    def _before_write(self, row: int, first: int, buffer: NDArray[np.uint8]) -> None:
+        """Called with packed groups of ``row`` from ``first`` on, before they are queued."""
+
+    def _file_bytes(self, row: int, groups: int) -> int:
+        """The size that the row's last file is given for ``groups`` groups."""
+        return self.layout.file_bytes(groups)
+
     def _make_room(self, row: int, first: int, end: int) -> int:
-        """See that groups up to ``end`` fit the row's last file; the group with which that file begins."""
-        named = self.named
-        if named is not None and not named.appendable:
-            starts = named.held.copy()
-            self.segments.add(starts, named.begin(starts))
-            self._size_bytes[:] = 0
-            named.appendable = True
+        """Give the row's last file room for groups up to ``end``; returns the group with which that file begins."""
         begin = int(self.segments.starts[-1, row])
-        needed = (end - begin) * self.layout.slot_bytes
-        if needed > self._size_bytes[row]:
-            size_bytes = self.layout.file_bytes(end - begin, fine=named is not None)
-            if named is not None:
-                named.grow(size_bytes - int(self._size_bytes[row]))
+        if (end - begin) * self.layout.slot_bytes > self._size_bytes[row]:
+            size_bytes = self._file_bytes(row, end - begin)
             self.backend.ensure_size(int(self.segments.files[-1, row]), size_bytes)
             self._size_bytes[row] = size_bytes
         return begin
-
-    def _seal(self, named: NamedFiles, row: int, first: int, buffer: NDArray[np.uint8]) -> None:
-        """Zero the padding of packed groups, which would be somebody's old bytes, and seal them."""
-        slots = buffer.reshape(-1, self.layout.slot_bytes)
-        used_bytes = self.layout.geometry.group_bytes
-        slots[:, used_bytes:] = 0
-        end = first + len(slots)
-        if end > named.seals.shape[1]:
-            wider = np.zeros((len(named.seals), max(end, named.seals.shape[1] * 5 // 4)), named.seals.dtype)
-            wider[:, : named.seals.shape[1]] = named.seals
-            named.seals = wider
-        named.seals[row, first:end] = named.sealer.seal(row // self.batch, first, slots[:, :used_bytes])
-        named.held[row] = end
-        self._changed[row] = True
 
     def _pack(self, buffer: NDArray[np.uint8], keys: torch.Tensor, values: torch.Tensor, dtype: torch.dtype) -> None:
         layout = self.layout

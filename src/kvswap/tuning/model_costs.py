@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from kvswap.config import Config
-from kvswap.core.attachment import attach_each
+from kvswap.core.attach import attach_each
 from kvswap.core.cache import KVSwapCache
 from kvswap.core.calibration import fingerprint
 from kvswap.core.corpus import calibration_topics
@@ -133,7 +133,7 @@ def _text(loaded: LoadedModel, count: int) -> list[int]:
 
 def _prefill_rate(loaded: LoadedModel, ids: list[int], kv_dir: str) -> float:
     """Tokens a second of a short prompt; everything is loaded and warm afterwards."""
-    with attach_each(loaded.model, [("kvswap", Config(kv_dir=kv_dir))]) as (cache,):
+    with attach_each(loaded.model, [(None, Config(kv_dir=kv_dir))]) as (cache,):
         _call(loaded.model, cache, ids[:256])
         began_s = time.perf_counter()
         _call(loaded.model, cache, ids[256:])
@@ -143,7 +143,7 @@ def _prefill_rate(loaded: LoadedModel, ids: list[int], kv_dir: str) -> float:
 def _samples(
     loaded: LoadedModel, ids: list[int], tokens: int, configs: list[Config], report: Callable[[], None]
 ) -> tuple[list[Sample], float]:
-    with attach_each(loaded.model, [("kvswap", config) for config in configs]) as caches:
+    with attach_each(loaded.model, [(None, config) for config in configs]) as caches:
         rates = []
         for cache in caches:
             began_s = time.perf_counter()

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from kvswap.core.layer_major import HeldLayer, LayerForward, LayerMajorCache, Progress, held_layers
+from kvswap.core.layer_major import LayerForward, LayerMajorCache, OffloadedLayer, Progress, offloaded_layers
 from kvswap.models.adapter import LayerParts, ModelParts
 from kvswap.selection.codes import LayerSketch
 from kvswap.selection.mass import top_groups
@@ -55,7 +55,7 @@ class ReplayCache(LayerMajorCache):
         chunk_tokens: int,
         on_progress: Progress | None = None,
     ) -> None:
-        layers = held_layers(parts, self)
+        layers = offloaded_layers(parts, self)
         super().__init__(parts, implementation, layers, chunk_tokens=chunk_tokens, on_progress=on_progress)
         self.kv = self._room(1, capacity_tokens)
         self.padded_tokens = 0
@@ -69,7 +69,7 @@ class ReplayCache(LayerMajorCache):
     @contextmanager
     def replay(self, rows: Sequence[Selection | None], steps: int) -> Iterator[None]:
         """Take up to ``steps`` tokens as a batch, each row with a selection or, None, exactly; then go back."""
-        kept = {i: layer for i, layer in enumerate(self.layers) if not isinstance(layer, HeldLayer)}
+        kept = {i: layer for i, layer in enumerate(self.layers) if not isinstance(layer, OffloadedLayer)}
         tokens = self._branched_tokens = self.padded_tokens
         for index, layer in kept.items():
             self.layers[index] = branch = copy.copy(layer)  # its tensors are replaced, never written to
@@ -83,7 +83,7 @@ class ReplayCache(LayerMajorCache):
             for index, layer in kept.items():
                 self.layers[index] = layer
 
-    def take(self, order: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def extend(self, order: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """New K, V ``[B, H_kv, n, d]`` of one layer; returns all so far, as views, of a replay those of its steps."""
         start = self.filled_tokens
         stop = self.filled_tokens = start + keys.shape[2]

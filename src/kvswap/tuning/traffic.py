@@ -60,7 +60,7 @@ def _count(
                 missing = pool.lookup(layer, sequences, wanted) < 0
                 missed = wanted[missing]
                 plan = plan_reads(sequences[missing], missed, gap_groups=gap_bytes // slot_bytes, places=places)
-                pool.admit(layer, sequences[missing], missed, pool.landing_slot(0) + plan.place)
+                pool.admit(layer, sequences[missing], missed, pool.staging_slot(0) + plan.place)
                 counts[:, step, layer] = len(missed), len(plan.first), plan.count.sum() * slot_bytes
     finally:
         pool.close()

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from kvswap.config import Config
-from kvswap.core.attachment import attach_each
+from kvswap.core.attach import attach_each
 from kvswap.core.calibration import fingerprint
 from kvswap.disk import create_backend
 from kvswap.disk.files import default_kv_dir, filesystem_of, prepare_dir
@@ -24,6 +24,7 @@ from kvswap.errors import ConfigError, InputError
 from kvswap.lab.bench.results import Record, record_of, summarise
 from kvswap.lab.bench.turns import FULL, WARM_STEPS, run_turns
 from kvswap.lab.bench.variants import Variant, changed
+from kvswap.lab.rivals.registry import with_methods
 from kvswap.models.adapter import inspect
 from kvswap.models.loading import LoadedModel
 from kvswap.tuning.disk_test import ReadTest, measure_reads
@@ -121,7 +122,7 @@ def bench(
             on_progress("bench", number * 100 + 100 * done // total, len(work) * 100)
 
         wanted = [plan.choose(name, config, place) for name in missing]
-        with attach_each(loaded.model, wanted, tokenizer=loaded.tokenizer, on_notice=on_notice) as caches:
+        with attach_each(loaded.model, with_methods(wanted), tokenizer=loaded.tokenizer, on_notice=on_notice) as caches:
             runs = run_turns(
                 loaded.model,
                 dict(zip(missing, caches, strict=True)),

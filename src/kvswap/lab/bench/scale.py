@@ -22,8 +22,8 @@ from kvswap.core.state import BatchState, Shape, open_state
 from kvswap.core.trace import Trace
 from kvswap.disk import create_backend
 from kvswap.disk.files import default_kv_dir, free_bytes, prepare_dir
-from kvswap.lab.rivals import registry
 from kvswap.selection.basis import KeyCovariance
+from kvswap.selection.kvswap import method as kvswap_method
 from kvswap.selection.method import KeyFacts
 
 SMOLLM2 = Shape(
@@ -97,8 +97,8 @@ def measure_scale(
             "reads_per_step": (counters.reads - before.reads) / steps,
             "reuse_rate": state.trace.reused_groups / max(1, state.trace.selected_groups),
             "kv_memory_limit_bytes": state.ledger.limit_bytes,
-            "memory_parts": dict(state.ledger.held),
-            "memory_bytes_per_token": state.ledger.held_bytes / tokens,
+            "memory_parts": dict(state.ledger.reserved),
+            "memory_bytes_per_token": state.ledger.reserved_bytes / tokens,
             "backend": state.store.backend.name,
             "direct_io": state.store.backend.direct,
         }
@@ -122,7 +122,7 @@ def decode_steps(state: BatchState, steps: int, generator: torch.Generator) -> t
             if layer + 1 < shape.layers:
                 decode.prefetch(layer + 1, queries[layer + 1])
             decode.put(layer, new[0], new[1])
-            keys, values, mask = decode.attend(layer)
+            keys, values, mask = decode.collect(layer)
             before_s = time.perf_counter()
             functional.scaled_dot_product_attention(
                 queries[layer][:, :, None], keys, values, attn_mask=mask, scale=shape.scaling, enable_gqa=True
@@ -157,7 +157,7 @@ def plot_scale(rows: list[dict[str, Any]], target: Path) -> None:
 
 
 def _open(tokens: int, config: Config, folder: Path, shape: Shape, generator: torch.Generator) -> BatchState:
-    method = registry.find("kvswap")
+    method = kvswap_method()
     config = method.configure(config)
     covariances = []
     for _ in range(shape.layers):
@@ -172,7 +172,7 @@ def _open(tokens: int, config: Config, folder: Path, shape: Shape, generator: to
         head_dim=shape.head_dim,
         device=shape.device,
         statistics=covariances,
-        turn=lambda keys, positions, inverse: keys,
+        rotate=lambda keys, positions, inverse: keys,
     )
     return open_state(
         config,

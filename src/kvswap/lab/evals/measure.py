@@ -15,7 +15,7 @@ import torch
 
 from kvswap.app.quality import QualityMeter
 from kvswap.config import Config
-from kvswap.core.attachment import attach_each
+from kvswap.core.attach import attach_each
 from kvswap.core.cache import KVSwapCache
 from kvswap.core.layer_major import Progress
 from kvswap.core.trace import CacheStats
@@ -25,6 +25,7 @@ from kvswap.lab.evals.panel import force_together, greedy_together
 from kvswap.lab.evals.prompts import PromptShelf
 from kvswap.lab.evals.samples import Outcome, Sample
 from kvswap.lab.evals.settings import Setting
+from kvswap.lab.rivals.registry import with_methods
 from kvswap.models.adapter import inspect
 from kvswap.models.loading import LoadedModel
 from kvswap.models.streaming import end_tokens
@@ -102,7 +103,7 @@ def measure(
 
     with attach_each(
         loaded.model,
-        [("full", config), *wanted, *(wanted if sample.answers else ())],
+        with_methods([("full", config), *wanted, *(wanted if sample.answers else ())]),
         tokenizer=loaded.tokenizer,
         on_progress=on_stage,
         on_notice=on_notice,

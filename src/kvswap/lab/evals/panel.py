@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from kvswap.core.layer_major import HeldLayer, LayerForward, LayerMajorCache
+from kvswap.core.layer_major import LayerForward, LayerMajorCache, OffloadedLayer
 from kvswap.lab.evals.forced import ForcedRun, judge
 from kvswap.models.adapter import LayerParts, cache_keyword
 
@@ -47,7 +47,7 @@ class Panel(LayerMajorCache):
 
         return within(0)
 
-    def take(self, order: int, keys: torch.Tensor, values: torch.Tensor) -> Pair:
+    def extend(self, order: int, keys: torch.Tensor, values: torch.Tensor) -> Pair:
         """Give every cache its row of new K, V ``[B, H_kv, 1, d]`` of the layer of index ``order``."""
         rows = zip(self._caches, keys.split(1), values.split(1), strict=True)
         self._pairs = [cache.layers[order].update(*pair) for cache, *pair in rows]
@@ -75,7 +75,7 @@ class Panel(LayerMajorCache):
         return self.padded_tokens + query_length
 
 
-class _PanelLayer(HeldLayer):
+class _PanelLayer(OffloadedLayer):
     """One layer of all caches; ``first`` is that of the first."""
 
     def __init__(self, panel: Panel, index: int, first: Any) -> None:

@@ -1,1 +1,5 @@
-"""kvswap and what it is compared with, one file a method, behind ``kvswap.selection.method``."""
+"""Published methods to compare kvswap with: one file for each, behind the same interface as kvswap's own."""
+
+from kvswap.lab.rivals.registry import NAMES, find
+
+__all__ = ["NAMES", "find"]

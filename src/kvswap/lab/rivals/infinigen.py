@@ -18,8 +18,10 @@ from typing import Any
 import torch
 
 from kvswap.config import Config
+from kvswap.lab.rivals.decoding import PreviousNorm, PreviousNormByHead
 from kvswap.lab.rivals.heads import best_of_each, best_of_sum, per_head_makers
-from kvswap.lab.rivals.window import without_sinks
+from kvswap.lab.rivals.slots import NoReuse, PreviousSlots
+from kvswap.lab.rivals.window import window_by_head, without_sinks
 from kvswap.selection.basis import KeyCovariance
 from kvswap.selection.method import KeyFacts, Method, SketchMaker
 
@@ -28,17 +30,17 @@ PAPER = "arXiv 2406.19707"
 
 def per_head() -> Method:
     """As published."""
-    return _method("infinigen", score=best_of_each, per_head=True, reuse="none")
+    return _method("infinigen", score=best_of_each, decode=PreviousNormByHead, slots=NoReuse, window=window_by_head)
 
 
 def joined() -> Method:
     """One selection for all heads."""
-    return _method("infinigen*", score=best_of_sum, reuse="none")
+    return _method("infinigen*", score=best_of_sum, decode=PreviousNorm, slots=NoReuse)
 
 
 def joined_with_reuse() -> Method:
     """One selection for all heads, and what the step before selected stays in memory."""
-    return _method("infinigen*+reuse", score=best_of_sum, reuse="previous")
+    return _method("infinigen*+reuse", score=best_of_sum, decode=PreviousNorm, slots=PreviousSlots)
 
 
 def makers(facts: KeyFacts, config: Config) -> list[SketchMaker]:
@@ -61,7 +63,6 @@ def _method(name: str, **choices: Any) -> Method:
         name=name,
         paper=PAPER,
         makers=makers,
-        query="previous_norm",
         configure=partial(without_sinks, group_tokens=1),
         **choices,
     )

@@ -14,7 +14,9 @@ import torch
 
 from kvswap.config import Config
 from kvswap.errors import UnsupportedError
+from kvswap.lab.rivals.decoding import PreviousNorm
 from kvswap.lab.rivals.rows import ITEM_BYTES, RowSketch
+from kvswap.lab.rivals.slots import PreviousSlots
 from kvswap.lab.rivals.window import without_sinks
 from kvswap.selection.basis import Basis
 from kvswap.selection.mass import best_of_groups
@@ -28,8 +30,8 @@ def method() -> Method:
         paper="arXiv 2511.11907",
         makers=makers,
         score=score,
-        query="previous_norm",
-        reuse="previous",
+        decode=PreviousNorm,
+        slots=PreviousSlots,
         configure=without_sinks,
     )
 

@@ -6,13 +6,12 @@ The basis is that of the sequence's own first keys (the whole prompt, up to what
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from kvswap.lab.rivals.pages import FLOAT16_MAX, GroupRows
+from kvswap.selection.method import Rotate
 from kvswap.terms import round_up
 
 STEP_TOKENS = 256
@@ -21,7 +20,7 @@ STEP_TOKENS = 256
 class LandmarkSketch:
     """Selects by the mean keys, gives keys back from the product. One thread.
 
-    ``turn(keys, positions, inverse)`` puts RoPE on keys ``[H_kv, n, d]`` or takes it off.
+    ``rotate(keys, positions, inverse)`` applies RoPE to keys ``[H_kv, n, d]``, or its inverse.
     """
 
     def __init__(
@@ -32,12 +31,12 @@ class LandmarkSketch:
         head_dim: int,
         group_tokens: int,
         rank: int,
-        turn: Callable[[torch.Tensor, torch.Tensor, bool], torch.Tensor],
+        rotate: Rotate,
         capacity_tokens: int,
         device: torch.device,
     ) -> None:
         batch, elements = len(landmarks.groups), kv_heads * head_dim
-        self._landmarks, self._turn = landmarks, turn
+        self._landmarks, self._rotate = landmarks, rotate
         self._shape, self._group_tokens = (kv_heads, head_dim), group_tokens
         self._basis = torch.zeros(batch, elements, rank, device=device)
         capacity = round_up(capacity_tokens, STEP_TOKENS)
@@ -58,7 +57,7 @@ class LandmarkSketch:
             self._rows = torch.nn.functional.pad(self._rows, (0, 0, 0, extra))
         self._landmarks.append(sequence, keys.unflatten(1, (-1, self._group_tokens)).float().mean(2))
         positions = torch.arange(start, stop, device=keys.device)
-        flat = self._turn(keys.float(), positions, True).transpose(0, 1).flatten(1)
+        flat = self._rotate(keys.float(), positions, True).transpose(0, 1).flatten(1)
         if start == 0:
             _, vectors = torch.linalg.eigh((flat.T @ flat).double())
             self._basis[sequence] = vectors.flip(1)[:, : self._basis.shape[2]].float()
@@ -81,4 +80,4 @@ class LandmarkSketch:
 
     def _keys(self, sequence: int, positions: torch.Tensor) -> torch.Tensor:
         flat = self._rows[sequence, positions].float() @ self._basis[sequence].T
-        return self._turn(flat.unflatten(1, self._shape).transpose(0, 1), positions, False)
+        return self._rotate(flat.unflatten(1, self._shape).transpose(0, 1), positions, False)

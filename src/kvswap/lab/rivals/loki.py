@@ -12,8 +12,10 @@ from typing import Any
 import torch
 
 from kvswap.config import Config
+from kvswap.lab.rivals.decoding import TrueQueryByHead
 from kvswap.lab.rivals.heads import best_of_each, per_head_makers
-from kvswap.lab.rivals.window import without_sinks
+from kvswap.lab.rivals.slots import NoReuse
+from kvswap.lab.rivals.window import window_by_head, without_sinks
 from kvswap.selection.basis import KeyCovariance
 from kvswap.selection.method import KeyFacts, Method, SketchMaker
 
@@ -25,9 +27,9 @@ def method() -> Method:
         paper="arXiv 2406.02542",
         makers=makers,
         score=best_of_each,
-        query="true",
-        reuse="none",
-        per_head=True,
+        decode=TrueQueryByHead,
+        slots=NoReuse,
+        window=window_by_head,
         configure=partial(without_sinks, group_tokens=1),
     )
 

@@ -15,13 +15,18 @@ import torch
 from transformers.cache_utils import DynamicLayer
 
 from kvswap.config import Config
-from kvswap.core.layer_major import FullCache, Progress, stock_layers
+from kvswap.core.layer_major import FullCache, InMemory, Progress, stock_layers
 from kvswap.disk.files import check_free, default_kv_dir, open_unlinked, prepare_dir
 from kvswap.errors import UnsupportedError
 from kvswap.models.adapter import ModelParts
 from kvswap.terms import round_up
 
 GROWTH_TOKENS = 1024
+
+
+def method() -> InMemory:
+    """Full attention over mapped files."""
+    return InMemory(name="mmap", open=open_cache)
 
 
 def open_cache(parts: ModelParts, implementation: str, config: Config, on_progress: Progress | None) -> FullCache:

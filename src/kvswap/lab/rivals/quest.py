@@ -11,8 +11,10 @@ from functools import partial
 import torch
 
 from kvswap.config import Config
+from kvswap.lab.rivals.decoding import TrueQueryByHead
 from kvswap.lab.rivals.pages import ITEM_BYTES, BoundSketch, GroupRows
-from kvswap.lab.rivals.window import without_sinks
+from kvswap.lab.rivals.slots import NoReuse
+from kvswap.lab.rivals.window import window_by_head, without_sinks
 from kvswap.selection.method import KeyFacts, Method, SketchMaker
 
 PAGE_TOKENS = 16
@@ -25,9 +27,9 @@ def method() -> Method:
         paper="arXiv 2406.10774",
         makers=makers,
         score=score,
-        query="true",
-        reuse="none",
-        per_head=True,
+        decode=TrueQueryByHead,
+        slots=NoReuse,
+        window=window_by_head,
         calibrated=False,
         configure=partial(without_sinks, group_tokens=PAGE_TOKENS),
     )

@@ -1,15 +1,16 @@
-"""The methods by name. Loads nothing heavy; a method's file is imported when it is asked for."""
+"""The methods by name. A method's file is imported when ``find`` is called, so that importing this loads no torch."""
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, cast
 
+from kvswap.config import Config
 from kvswap.errors import ConfigError
 
 if TYPE_CHECKING:
-    from kvswap.core.layer_major import FullCache
+    from kvswap.core.layer_major import InMemory
     from kvswap.selection.method import Method
 
 DISK = {
@@ -27,10 +28,10 @@ DISK = {
 """Factories of ``Method``: these keep K and V on disk, under the memory limit."""
 
 MEMORY = {
-    "full": "kvswap.lab.rivals.full:open_cache",
-    "mmap": "kvswap.lab.rivals.mmap:open_cache",
+    "full": "kvswap.lab.rivals.full:method",
+    "mmap": "kvswap.lab.rivals.mmap:method",
 }
-"""Functions that open a cache of their own, without a memory limit."""
+"""Factories of ``InMemory``: these have no memory limit."""
 
 NAMES = (*DISK, *MEMORY)
 
@@ -41,18 +42,21 @@ def check_name(name: str) -> None:
         raise ConfigError(f"method: got {name!r}", hint=f"use one of {', '.join(NAMES)}")
 
 
-def find(name: str) -> Method:
-    """The method of a name in ``DISK``."""
-    method: Method = _load(DISK[name])()
+def find(name: str) -> Method | InMemory:
+    """The method of a name, for ``kvswap.attach`` and ``kvswap.load``. Raises ConfigError where there is none."""
+    check_name(name)
+    module, _, factory = {**DISK, **MEMORY}[name].partition(":")
+    method: Method | InMemory = getattr(importlib.import_module(module), factory)()
     return method
 
 
-def opener(name: str) -> Callable[..., FullCache]:
-    """What opens the cache of a name in ``MEMORY``."""
-    function: Callable[..., FullCache] = _load(MEMORY[name])
-    return function
+def find_on_disk(name: str) -> Method:
+    """The method of a name in ``DISK``."""
+    method = find(name)
+    assert name in DISK
+    return cast("Method", method)
 
 
-def _load(path: str) -> Any:
-    module, _, name = path.partition(":")
-    return getattr(importlib.import_module(module), name)
+def with_methods(variants: Iterable[tuple[str, Config]]) -> list[tuple[Method | InMemory | None, Config]]:
+    """Names of methods and configurations as ``attach_each`` takes them. Raises ConfigError."""
+    return [(find(name), config) for name, config in variants]

@@ -7,8 +7,11 @@ all the time that changes nothing.
 
 from __future__ import annotations
 
+from kvswap.lab.rivals.decoding import Streaming
+from kvswap.lab.rivals.slots import NoReuse
 from kvswap.lab.rivals.window import makers, never, window_without_selection
 from kvswap.selection.method import Method
+from kvswap.store.layout import tile_groups
 
 
 def method() -> Method:
@@ -18,9 +21,9 @@ def method() -> Method:
         paper="arXiv 2303.06865",
         makers=makers,
         score=never,
-        query="none",
-        reuse="none",
-        streams=True,
+        decode=Streaming,
+        slots=NoReuse,
+        extra_scratch_bytes=lambda group_tokens, slot_bytes: 2 * tile_groups(group_tokens) * slot_bytes,
         calibrated=False,
         window=window_without_selection,
     )

@@ -14,8 +14,11 @@ import torch
 
 from kvswap.config import Config
 from kvswap.errors import UnsupportedError
+from kvswap.lab.rivals.decoding import RebuiltKeys
 from kvswap.lab.rivals.landmarks import LandmarkSketch
 from kvswap.lab.rivals.pages import ITEM_BYTES, GroupRows
+from kvswap.lab.rivals.slots import PreviousSlots
+from kvswap.lab.rivals.window import window_by_head
 from kvswap.selection.method import KeyFacts, Method, SketchMaker
 
 GROUP_TOKENS = 8
@@ -29,10 +32,9 @@ def method() -> Method:
         paper="arXiv 2410.21465",
         makers=makers,
         score=score,
-        query="true",
-        reuse="previous",
-        per_head=True,
-        rebuilds_keys=True,
+        decode=RebuiltKeys,
+        slots=PreviousSlots,
+        window=window_by_head,
         calibrated=False,
         configure=configure,
     )
@@ -71,4 +73,4 @@ def _make(facts: KeyFacts, group_tokens: int, rank: int, batch: int, capacity_to
     shape = {"kv_heads": facts.kv_heads, "head_dim": facts.head_dim, "group_tokens": group_tokens}
     common = {**shape, "capacity_tokens": capacity_tokens}
     landmarks = GroupRows(batch=batch, device=facts.device, **common)
-    return LandmarkSketch(landmarks=landmarks, rank=rank, turn=facts.turn, device=facts.device, **common)
+    return LandmarkSketch(landmarks=landmarks, rank=rank, rotate=facts.rotate, device=facts.device, **common)

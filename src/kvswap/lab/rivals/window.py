@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from kvswap.config import Config
+from kvswap.lab.rivals.slots import NoReuse
 from kvswap.selection.method import KeyFacts, Method, SketchMaker, window_of
 from kvswap.selection.window import Window
 
@@ -25,8 +26,7 @@ def method() -> Method:
         paper="arXiv 2309.17453",
         makers=makers,
         score=never,
-        query="none",
-        reuse="none",
+        slots=NoReuse,
         calibrated=False,
         window=_window,
     )
@@ -59,12 +59,17 @@ def without_sinks(config: Config, **changes: Any) -> Config:
     return config.replace(sink_tokens=0, recent_tokens=0, **changes)
 
 
-def window_without_selection(config: Config) -> Window:
+def window_without_selection(config: Config, kv_heads: int) -> Window:
     """Sinks and recent window as configured, and no group beside them."""
-    return replace(window_of(config), select_groups=0)
+    return replace(window_of(config, kv_heads), select_groups=0)
 
 
-def _window(config: Config) -> Window:
+def window_by_head(config: Config, kv_heads: int) -> Window:
+    """As configured, with a selection for each KV head."""
+    return replace(window_of(config, kv_heads), selections=kv_heads)
+
+
+def _window(config: Config, kv_heads: int) -> Window:
     groups = config.select_tokens // config.group_tokens
     return Window(config.group_tokens, config.sink_groups, max(1, groups - config.sink_groups), 0)
 

@@ -1,7 +1,8 @@
-"""Reuse of what the step before selected, as KVSwap (arXiv 2511.11907, section 3.4) publishes it.
+"""How published methods reuse groups: those of the step before, or none.
 
-Every layer has its own slots, as many as groups are selected; what a step selects and does not find there
-replaces what the step did not select. Under a limit that pays for fewer slots, what does not fit is read again.
+``PreviousSlots`` is the reuse buffer of KVSwap (arXiv 2511.11907, section 3.4). Every layer has its own slots, as many
+as groups are selected. What a step selects and does not find there replaces what the step did not select. Under a limit
+that pays for fewer slots, what does not fit is read again.
 """
 
 from __future__ import annotations
@@ -10,14 +11,29 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvswap.memory.slots import SlotPool
+from kvswap.selection.window import Window
 
 Int = NDArray[np.int64]
+
+
+class NoReuse(SlotPool):
+    """Every selected group is read at every step."""
+
+    @staticmethod
+    def reuse_slots_for(affordable: int, window: Window, rows: int) -> int:
+        """None."""
+        return 0
 
 
 class PreviousSlots(SlotPool):
     """``worth`` is 1 for what this step selected, 0 for the rest of the layer."""
 
     compiled_lookup = False
+
+    @staticmethod
+    def reuse_slots_for(affordable: int, window: Window, rows: int) -> int:
+        """As many as one step selects."""
+        return min(affordable, rows * window.fetch_groups)
 
     def lookup(self, layer: int, sequences: Int, groups: Int) -> Int:
         """Slot of each group, or -1 where it must be read."""
@@ -27,7 +43,7 @@ class PreviousSlots(SlotPool):
         return found
 
     def admit(self, layer: int, sequences: Int, groups: Int, staged: Int) -> None:
-        """Keep groups that have just landed in slots ``staged`` in place of what this step did not select."""
+        """Keep groups that were just read into slots ``staged`` in place of what this step did not select."""
         part = self._part(layer)
         victims = part.start + np.flatnonzero(self.worth[part] == 0)[: len(groups)]
         count = len(victims)

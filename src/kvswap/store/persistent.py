@@ -1,0 +1,141 @@
+"""The groups of one session on disk: files that outlive the store, and a seal for every group.
+
+A seal is a checksum, or the tag of authenticated encryption. Groups are sealed as they are written and checked as they
+are read. A row's groups may be spread over several files (``store/segments.py``), since forks share files. Threads are
+as in ``store/groups.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvswap.errors import DamagedError
+from kvswap.store.groups import GroupStore
+from kvswap.store.segments import Segments
+
+Int = NDArray[np.int64]
+Seals = NDArray[Any]
+
+
+class GroupSealer(Protocol):
+    """Seals groups. Seals are arrays of ``dtype``, one entry for each group."""
+
+    dtype: np.dtype[Any]
+    encrypts: bool
+
+    def begin(self) -> None:
+        """A new run of writing groups begins."""
+
+    def seal(self, layer: int, first: int, slots: NDArray[np.uint8]) -> Seals:
+        """Seal the groups of a layer from ``first`` on, in place: uint8 ``(n, group_bytes)``."""
+
+    def unseal(
+        self, layers: Int, groups: Int, slots: NDArray[np.uint8], seals: Seals, places: Int | None = None
+    ) -> Any:
+        """Turn sealed groups into what was written, in place; bool ``(n,)`` tells which ones are intact."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PersistentFiles:
+    """The files of a session as a store takes them over. The store does not write back to it.
+
+    Parameters
+    ----------
+    segments, stored_groups, seals
+        Where groups are, how many there are of each row ``(rows,)``, and their seals ``(rows, groups)``.
+    sealer, verify
+        What seals groups, and whether they are checked when they are read.
+    appendable
+        Whether new groups may follow those of the last segment. Otherwise the first ``append`` begins another one.
+    label
+        Names the session in messages: ``session NAME``.
+    begin_segment
+        ``begin_segment(starts)`` makes the files of one more segment, which holds groups from ``starts[row]`` on;
+        returns the files, ``(rows,)``.
+    reserve
+        ``reserve(bytes)`` is called before files take more space, and raises StorageError to refuse.
+    """
+
+    segments: Segments
+    stored_groups: Int
+    seals: Seals
+    sealer: GroupSealer
+    verify: bool
+    appendable: bool
+    label: str
+    begin_segment: Callable[[Int], Int]
+    reserve: Callable[[int], None]
+
+
+class PersistentGroupStore(GroupStore):
+    """As ``GroupStore``, over the files of a session. One sequence."""
+
+    def __init__(self, files: PersistentFiles, **common: Any) -> None:
+        self._files, self._appendable = files, files.appendable
+        self._stored_groups, self._seals = files.stored_groups.copy(), files.seals
+        self._changed: NDArray[np.bool_] = np.zeros(len(files.stored_groups), np.bool_)
+        self.checked = files.verify or files.sealer.encrypts
+        files.sealer.begin()
+        super().__init__(**common)
+
+    def seals(self, layer: int, start: int, stop: int) -> Seals:
+        """A copy of the seals of groups ``[start, stop)`` of a layer."""
+        return self._seals[layer, start:stop].copy()
+
+    def sync(self) -> None:
+        """Make everything appended so far durable."""
+        self.writer.flush()
+        for row in np.flatnonzero(self._changed):
+            self.backend.sync(int(self.segments.files[-1, row]))
+        self._changed[:] = False
+
+    def unseal(self, rows: Int, groups: Int, slots: NDArray[np.uint8], places: Int | None = None) -> None:
+        """Check groups that were read, and decrypt them in place; see the base class."""
+        if not self.checked or not len(rows):
+            return
+        used = slots[:, : self.layout.geometry.group_bytes]
+        wrong = ~self._files.sealer.unseal(rows // self.batch, groups, used, self._seals[rows, groups], places)
+        if wrong.any():
+            row, group = int(rows[wrong][0]), int(groups[wrong][0])
+            label = self._files.label
+            raise DamagedError(
+                f"{label} is damaged: group {group} of layer {row // self.batch} is not what was written",
+                hint=f"kvswap sessions repair {label.split()[-1]} keeps the context before it",
+            )
+
+    def _open(self, rows: int, groups: int) -> tuple[Segments, Int]:
+        files = self._files
+        begun = files.segments.starts[-1] if files.appendable else files.stored_groups
+        return files.segments, (files.stored_groups - begun) * self.layout.slot_bytes
+
+    def _make_room(self, row: int, first: int, end: int) -> int:
+        if not self._appendable:
+            starts = self._stored_groups.copy()
+            self.segments.add(starts, self._files.begin_segment(starts))
+            self._size_bytes[:] = 0
+            self._appendable = True
+        return super()._make_room(row, first, end)
+
+    def _file_bytes(self, row: int, groups: int) -> int:
+        size_bytes = self.layout.file_bytes(groups, fine=True)
+        self._files.reserve(size_bytes - int(self._size_bytes[row]))
+        return size_bytes
+
+    def _before_write(self, row: int, first: int, buffer: NDArray[np.uint8]) -> None:
+        """Zero the padding of packed groups, which would be old bytes of somebody, and seal them."""
+        slots = buffer.reshape(-1, self.layout.slot_bytes)
+        used_bytes = self.layout.geometry.group_bytes
+        slots[:, used_bytes:] = 0
+        end = first + len(slots)
+        if end > self._seals.shape[1]:
+            wider = np.zeros((len(self._seals), max(end, self._seals.shape[1] * 5 // 4)), self._seals.dtype)
+            wider[:, : self._seals.shape[1]] = self._seals
+            self._seals = wider
+        self._seals[row, first:end] = self._files.sealer.seal(row // self.batch, first, slots[:, :used_bytes])
+        self._stored_groups[row] = end
+        self._changed[row] = True
