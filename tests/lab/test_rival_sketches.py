@@ -42,7 +42,7 @@ def facts() -> KeyFacts:
         head_dim=SIZE,
         device=torch.device("cpu"),
         statistics=[covariance],
-        turn=turn,
+        rotate=turn,
     )
 
 
@@ -64,7 +64,7 @@ def test_at_full_rank_rows_give_the_true_logits(name: str) -> None:
     sketch, method, _ = filled(name, keys, HEADS * SIZE)
     scores = method.score(sketch, query, 1.0, 1)
     true = torch.einsum("hgd,htd->ht", query[0].view(HEADS, -1, SIZE), keys)
-    expected = true if method.per_head else true.sum(0)
+    expected = true.sum(0) if method.decode.shared_selection else true
     torch.testing.assert_close(scores[0, ..., :96], expected, rtol=0, atol=0.05)
     assert (scores[0, ..., 96:] == float("-inf")).all()
 

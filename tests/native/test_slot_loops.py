@@ -114,7 +114,7 @@ def _pool(reuse_slots: int) -> SlotPool:
 def _visit(pool: SlotPool, layer: int, sequences: np.ndarray, groups: np.ndarray, content: float) -> list[int]:
     found = pool.lookup(layer, sequences, groups)
     missing = found < 0
-    staged = pool.landing_slot(layer % 2) + np.arange(int(missing.sum()))
+    staged = pool.staging_slot(layer % 2) + np.arange(int(missing.sum()))
     pool.groups(layer)[torch.from_numpy(staged)] = content
     pool.admit(layer, sequences[missing], groups[missing], staged)
     return found.tolist()
@@ -155,7 +155,7 @@ def test_groups_are_found_as_by_arrays(data: st.DataObject) -> None:
         layer, gap = data.draw(st.integers(0, 2)), data.draw(st.integers(-1, 4))
         found = find(ours, layer, groups, ends, gap_groups=gap, half=step % 2)
         wanted = _find(twin, layer, groups, ends, gap, step % 2)
-        shift = twin.landing_address(0) - ours.landing_address(0)
+        shift = twin.staging_address(0) - ours.staging_address(0)
         for name, one, other in zip(Found._fields, found, wanted, strict=True):
             assert np.array_equal(one + shift if name == "addresses" else one, other), name
         for pool, each in ((ours, found), (twin, wanted)):

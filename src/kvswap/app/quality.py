@@ -15,12 +15,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch.nn import functional
-from transformers.cache_utils import CacheLayerMixin
 
 from kvswap.app.stats import QualityStats
 from kvswap.core.attention import TiledAttention
 from kvswap.core.cache import KVSwapCache
-from kvswap.core.layer_major import LayerMajorCache, special
+from kvswap.core.layer_major import LayerMajorCache, OffloadedLayer, special
 from kvswap.core.prefill import stored_tiles
 from kvswap.errors import UnsupportedError
 from kvswap.models.adapter import LayerParts, cache_keyword
@@ -106,10 +105,18 @@ class _ExactView(LayerMajorCache):
     def __init__(self, cache: KVSwapCache, sliding: dict[int, Any]) -> None:
         assert cache.decode is not None
         self._decode, self._state = cache.decode, cache.decode.state
-        self._before = int(self._state.tokens[0]) - 1
+        self.padded_tokens = int(self._state.tokens[0]) - 1
         self.kept: list[float] = []
-        layers = [sliding.get(part.index) or _Stored(self._before) for part in cache.parts.layers]
+        layers = [sliding.get(part.index) or OffloadedLayer(self, part.index) for part in cache.parts.layers]
         super().__init__(cache.parts, cache.implementation, layers, chunk_tokens=cache.chunk_tokens, on_progress=None)
+
+    def extend(self, order: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The new token's K, V as they are; nothing is stored."""
+        return keys, values
+
+    def mask_tokens(self, query_length: int) -> int:
+        """Length of K in a mask."""
+        return self.padded_tokens + query_length
 
     def attention(
         self,
@@ -127,7 +134,7 @@ class _ExactView(LayerMajorCache):
         assert part.order is not None
         state, attended = self._state, torch.from_numpy(self._attended(part.order))
         whole, chosen = (TiledAttention(query[0], state.shape.kv_heads, state.shape.scaling) for _ in range(2))
-        for start, tile_keys, tile_values in stored_tiles(state, part.order, 0, self._before):
+        for start, tile_keys, tile_values in stored_tiles(state, part.order, 0, self.padded_tokens):
             whole.add(tile_keys, tile_values)
             inside = attended[start : start + tile_keys.shape[1]].to(tile_keys.device)
             if bool(inside.any()):
@@ -140,39 +147,9 @@ class _ExactView(LayerMajorCache):
     def _attended(self, order: int) -> np.ndarray[Any, np.dtype[np.bool_]]:
         """Which of the tokens before the last one the last step attended to, ``[T - 1]``."""
         window, fetch = self._state.window, self._decode.latest[order]
-        current = self._before // window.group_tokens
+        current = self.padded_tokens // window.group_tokens
         groups = np.zeros(current + 1, bool)
         groups[: window.sink_groups] = True
         groups[window.ring_start(current) :] = True
         groups[fetch.chosen if fetch.valid is None else fetch.chosen[fetch.valid]] = True
-        return np.repeat(groups, window.group_tokens)[: self._before]
-
-
-class _Stored(CacheLayerMixin):
-    """One offloaded layer of a view."""
-
-    is_sliding = False
-    is_croppable = False
-
-    def __init__(self, tokens: int) -> None:
-        super().__init__()
-        self._tokens = tokens
-
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Nothing to set up."""
-
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        """The new token's K, V as they are; nothing is stored."""
-        return key_states, value_states
-
-    def get_seq_length(self) -> int:
-        """Tokens before the one that is done over again."""
-        return self._tokens
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Length and offset of K in a mask."""
-        return self._tokens + query_length, 0
-
-    def get_max_length(self) -> int:
-        """No limit of its own."""
-        return -1
+        return np.repeat(groups, window.group_tokens)[: self.padded_tokens]

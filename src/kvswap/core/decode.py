@@ -149,7 +149,7 @@ class Decode:
             rows = layer * state.batch + found.sequences
             state.store.unseal(rows, found.groups, *state.pool.staged(fetch.half, found.staged))
         state.pool.publish(fetch.half, found.landed)
-        slots, valid = self._slots(layer, fetch, step)
+        slots, valid = step.attended(self._first_pinned[layer], found.slots, fetch.valid)
         kv = self.gather(layer, slots, fetch, step)
         mask = self.mask(layer, valid, slots.shape[1], step)
         if mask is None:
@@ -186,25 +186,10 @@ class Decode:
 
     def mask(self, layer: int, valid: Bool | None, width: int, step: Step) -> torch.Tensor | None:
         """Which tokens of ``width`` groups are attended to; None where only the end of the last group is left out."""
-        state, group_tokens = self.state, self.state.window.group_tokens
         if valid is None and step.same_offset:
             return None
-        groups = np.ones((state.batch, width), np.bool_) if valid is None else valid
-        tokens = np.repeat(groups, group_tokens, axis=1)
-        tokens[:, -group_tokens:] &= np.arange(group_tokens) <= step.offset[:, None]
-        return torch.from_numpy(tokens)[:, None, None].to(state.shape.device)
-
-    def _slots(self, layer: int, fetch: Fetch, step: Step) -> tuple[Int, Bool | None]:
-        """All slots to attend to, ``[B, W]`` in order of position, and which entries are real, None: all."""
-        base = self._first_pinned[layer][:, None]
-        slots = np.concatenate((base + step.sinks, fetch.found.slots, base + step.ring), axis=1)
-        if fetch.valid is None and step.all_pinned:
-            return slots, None
-        chosen = np.ones(fetch.groups.shape, np.bool_) if fetch.valid is None else fetch.valid
-        valid = np.concatenate((step.sinks_valid, chosen, step.ring_valid), axis=1)
-        if self.state.batch == 1:
-            return slots[valid][None], None
-        return np.where(valid, slots, base), None if valid.all() else valid
+        tokens = step.token_mask(valid, width, self.state.window.group_tokens)
+        return torch.from_numpy(tokens)[:, None, None].to(self.state.shape.device)
 
     def _wait_for_abandoned(self) -> None:
         """Wait for the reads of a step that broke off: they must not arrive in memory that is used again."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
 import torch
-from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, Cache, CacheLayerMixin
+from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, Cache, CacheLayerMixin, DynamicLayer
 
 from kvswap.config import Config
 from kvswap.core.attention import chunk_attention
@@ -231,6 +231,10 @@ def stock_layers(parts: ModelParts) -> list[Any]:
         DYNAMIC_LAYER_TYPE_MAPPING[part.layer_type](**kwargs)
         for part, kwargs in zip(parts.layers, parts.layer_kwargs, strict=True)
     ]
+
+
+class InMemoryLayer(DynamicLayer):
+    """transformers' own layer, which keeps all K, V; a method to compare with may put its tensors elsewhere."""
 
 
 class FullCache(LayerMajorCache):

@@ -159,18 +159,16 @@ def open_state(
     those of a session, whose groups are laid out for ``alignment_bytes``. Raises MemoryBudgetError.
     """
     alignment_bytes = alignment_bytes or backend.alignment_bytes
-    seal_bytes = files.seals.itemsize if files is not None else 0
+    seal_bytes, stored = (files.seals.itemsize, int(files.stored_groups.min())) if files is not None else (0, 0)
     needs, layout = _needs(config, method, shape, alignment_bytes, makers, batch, seal_bytes)
     ledger = Ledger(_limit_bytes(config, needs, tokens))
     capacity, window = capacity_for(tokens), needs.window
     groups = ceil_div(capacity, window.group_tokens)
     ledger.reserve_all(needs.parts(capacity))
     pool_type: type[SlotPool] = method.slots or SlotPool
-    affordable = needs.reuse_slots(capacity, ledger.free_bytes)
-    reuse = pool_type.reuse_slots_for(affordable, window, needs.sequences)
+    reuse = pool_type.reuse_slots_for(needs.reuse_slots(capacity, ledger.free_bytes), window, needs.sequences)
     ledger.reserve("tables", reuse * OWNER_BYTES)
     ledger.reserve("slots", reuse * layout.slot_bytes)
-    stored = int(files.stored_groups.min()) if files is not None else 0
     check_space(shape.layers * batch * layout.file_bytes(groups - stored, fine=files is not None))
     size: dict[str, Any] = {"layers": shape.layers, "batch": batch, "layout": layout}
     pool = pool_type(

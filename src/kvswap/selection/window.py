@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Int = NDArray[np.int64]
+Bool = NDArray[np.bool_]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,11 +28,34 @@ class Step:
     tail: Int  # [B] slot of the newest group
     sinks: Int  # [B, S] slots of the sink groups
     ring: Int  # [B, ring] slots of the newest groups, in order of position
-    sinks_valid: NDArray[np.bool_]  # which of them hold a group already
-    ring_valid: NDArray[np.bool_]
+    sinks_valid: Bool  # which of them hold a group already
+    ring_valid: Bool
     new_group: list[int]  # sequences whose newest token begins a group
     all_pinned: bool  # whether every sink and ring slot holds a group
     same_offset: bool  # whether the newest group has as many tokens in every sequence
+
+    def attended(self, first_pinned: Int, chosen: Int, valid: Bool | None) -> tuple[Int, Bool | None]:
+        """All slots to attend to, ``[B, W]`` in order of position, and which entries are real, None: all.
+
+        ``first_pinned`` ``[B]`` are a layer's first pinned slots. ``chosen`` ``[B, n]`` are the slots of its selected
+        groups, of which those in ``valid`` are real, None: all.
+        """
+        base = first_pinned[:, None]
+        slots = np.concatenate((base + self.sinks, chosen, base + self.ring), axis=1)
+        if valid is None and self.all_pinned:
+            return slots, None
+        real = np.ones(chosen.shape, np.bool_) if valid is None else valid
+        valid = np.concatenate((self.sinks_valid, real, self.ring_valid), axis=1)
+        if len(slots) == 1:
+            return slots[valid][None], None
+        return np.where(valid, slots, base), None if valid.all() else valid
+
+    def token_mask(self, valid: Bool | None, width: int, group_tokens: int) -> Bool:
+        """Which tokens of ``width`` groups a step attends to, ``[B, width * G]``; the last group is the newest one."""
+        groups = np.ones((len(self.offset), width), np.bool_) if valid is None else valid
+        tokens = np.repeat(groups, group_tokens, axis=1)
+        tokens[:, -group_tokens:] &= np.arange(group_tokens) <= self.offset[:, None]
+        return tokens
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers.cache_utils import DynamicLayer
 
 from kvswap.config import Config
-from kvswap.core.layer_major import FullCache, InMemory, Progress, stock_layers
+from kvswap.core.layer_major import FullCache, InMemory, InMemoryLayer, Progress, stock_layers
 from kvswap.disk.files import check_free, default_kv_dir, open_unlinked, prepare_dir
 from kvswap.errors import UnsupportedError
 from kvswap.models.adapter import ModelParts
@@ -55,7 +54,7 @@ class MappedCache(FullCache):
             self.layers[part.index].update(layer.keys, layer.values)
 
 
-class MappedLayer(DynamicLayer):
+class MappedLayer(InMemoryLayer):
     """One layer's K, V in two mapped files, with room for more tokens; replaced by larger ones when that is used up."""
 
     def __init__(self, folder: Path) -> None:
