@@ -1,7 +1,7 @@
-"""Text that every Python carries: the language reference, ``pydoc_data.topics``, for calibration and evaluation.
+"""Text that comes with every Python, for calibration and evaluation: the language reference, ``pydoc_data.topics``.
 
-Topics whose name's SHA-256 is even are for calibration. The others are for evaluation, less those with more than
-5 % of their lines in the calibration half, so that nothing evaluated was calibrated on.
+Topics whose name has an even SHA-256 are for calibration, the others for evaluation. Evaluation leaves out topics with
+more than 5 % of their lines in the calibration half, so that nothing is evaluated that was calibrated on.
 """
 
 from __future__ import annotations

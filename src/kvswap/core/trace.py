@@ -1,6 +1,6 @@
-"""Counters of one cache, and the snapshot of them that users see.
+"""Counters of one cache, and the statistics that users see.
 
-One thread writes (the one that runs the model); a snapshot may be taken from any thread.
+The thread that runs the model writes the counters. Any thread may take the statistics.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 @dataclass(slots=True)
 class Trace:
-    """What happened so far. Times in seconds, counts in groups or steps."""
+    """Counters since the cache was opened. Times in seconds, counts in groups or steps."""
 
     prefill_s: float = 0.0
     calibration_s: float = 0.0
@@ -39,7 +39,7 @@ class Trace:
             setattr(self, name, getattr(self, name) + time.perf_counter() - start)
 
     def lap(self, name: str = "") -> None:
-        """Add the time since the last lap to the field ``name``; without a name, a new lap begins here."""
+        """Add the time since the last lap to the field ``name``; without a name, only begin a new lap."""
         now = time.perf_counter()
         if name:
             setattr(self, name, getattr(self, name) + now - self._lap_s)
@@ -48,11 +48,11 @@ class Trace:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CacheStats:
-    """What a cache did and holds. ``kv_memory_limit_bytes`` is None where no limit applies.
+    """Statistics of one cache. ``kv_memory_limit_bytes`` is None where no limit applies.
 
-    Of the forwards that decode (``decode_s``, the model's head apart): ``predict_s`` choosing groups, ``slots_s``
-    looking them up, gathering and keeping them, ``submit_s`` starting reads, ``io_wait_s`` waiting for them. The rest
-    computes.
+    ``decode_s`` is the time of all decode steps without the model's head. Parts of it are ``predict_s`` (choosing
+    groups), ``slots_s`` (looking them up, gathering and keeping them), ``submit_s`` (starting reads) and ``io_wait_s``
+    (waiting for reads). The rest is computation.
     """
 
     prefill_s: float = 0.0

@@ -1,7 +1,7 @@
-"""Codes of one layer's keys for B sequences, and logits estimated from them.
+"""The sketch of one layer's keys for B sequences, and the logits estimated from it.
 
-A token's key of D elements is projected to R, quantised to ``bits`` with a float16 scale and minimum of its own, and
-packed (``packed.py``).
+A token's key of D elements is projected to R elements, quantised to ``bits`` with its own float16 scale and minimum,
+and packed (``packed.py``).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ STEP_TOKENS = 256
 
 
 class LayerSketch:
-    """Grows by whole steps of 256 tokens. One thread."""
+    """Quantised keys of one layer. Grows by steps of 256 tokens. One thread."""
 
     scale_rows = 2
 
@@ -52,12 +52,12 @@ class LayerSketch:
 
     @staticmethod
     def token_bytes(rank: int, bits: int) -> int:
-        """What one token of one layer takes: codes, scale and minimum."""
+        """Bytes of one token of one layer: codes, scale and minimum."""
         return rank * bits // 8 + SCALE_BYTES
 
     @staticmethod
     def scratch_bytes(rank: int, bits: int, heads: int, device: torch.device, group_tokens: int) -> int:
-        """What scoring one token takes in passing: codes in rows and unpacked, products, logits and their softmax."""
+        """Temporary bytes to score one token: codes in rows and unpacked, products, logits and their softmax."""
         return rank * bits // 8 + rank * (1 if prefers_integers(bits, device) else 5) + 3 * heads * 4
 
     def append(self, sequence: int, keys: torch.Tensor) -> None:
@@ -74,7 +74,7 @@ class LayerSketch:
 
     @staticmethod
     def matrices(basis: Basis) -> tuple[torch.Tensor, torch.Tensor]:
-        """What keys and what queries are multiplied by, ``[D, R]`` each."""
+        """The matrices that project keys and queries, ``[D, R]`` each."""
         return basis.matrix, basis.matrix
 
     def project(self, keys: torch.Tensor) -> torch.Tensor:
@@ -103,7 +103,7 @@ class LayerSketch:
         return codes, scales.view(np.uint16)
 
     def restore(self, sequence: int, codes: NDArray[np.uint8], scales: NDArray[np.uint16]) -> None:
-        """Put what ``dump`` gave of the first tokens of a sequence, which has none yet."""
+        """Restore what ``dump`` gave for the first tokens of a sequence, which must be empty."""
         count = codes.shape[1]
         self._grow(count)
         self._codes.put(sequence, 0, torch.from_numpy(codes.copy()).to(self._scale.device))
@@ -116,7 +116,7 @@ class LayerSketch:
 
         W is the longest sequence rounded up to whole steps; entries past a sequence's end are -inf.
         """
-        width = round_up(int(self.tokens.max()), STEP_TOKENS)  # of few values: matrix libraries prepare for each anew
+        width = round_up(int(self.tokens.max()), STEP_TOKENS)  # few distinct widths: matrix libraries prepare for each
         logits = self.products(self.low_rank(query, scaling), width)
         for sequence, count in enumerate(self.tokens):
             logits[sequence, :, int(count) :] = float("-inf")
@@ -127,7 +127,7 @@ class LayerSketch:
         return group_mass(self.logits(query, scaling), group_tokens)
 
     def products(self, low_rank: torch.Tensor, width: int) -> torch.Tensor:
-        """Projected queries ``[B, H_q, R]`` times the keys that the first ``width`` codes stand for."""
+        """Multiply projected queries ``[B, H_q, R]`` with the first ``width`` quantised keys: ``[B, H_q, width]``."""
         batch, heads, _ = low_rank.shape
         multiply = integer_products if self._integer else float_products
         scale = self._scale[:, :, :width].float()

@@ -1,8 +1,8 @@
-"""Which groups the next layer will attend to, from estimated attention mass.
+"""Chooses the groups that a layer will attend to, by estimated attention mass.
 
 The published scheme (KVSwap, arXiv 2511.11907, section 3) sums raw logits over heads. Here every head's logits go
-through the softmax first, so that a head's vote is the share of its attention, and heads that look at the sinks alone
-do not outvote those that look for something.
+through a softmax first. So every head counts the same, and a head that attends only to the sinks cannot outweigh one
+that looks for something.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ MINUS_INF = float("-inf")
 def group_mass(logits: torch.Tensor, group_tokens: int) -> torch.Tensor:
     """Estimated attention mass of each group.
 
-    The published scheme takes the best token of a group. A group is read as a whole and attended to as a whole, so what
-    it is worth is the mass of all its tokens (docs/predictor.md has the measurement).
+    The published scheme takes the best token of a group. But a group is read and attended to as a whole, so its score
+    is the mass of all its tokens (docs/predictor.md has the measurement).
 
     Parameters
     ----------
     logits
-        ``[B, H_q, T]`` float32, scaled, -inf where there is no token. A rest of fewer than G tokens is left out.
+        ``[B, H_q, T]`` float32, scaled, -inf where there is no token. An incomplete last group is left out.
 
     Returns
     -------
@@ -40,7 +40,7 @@ def group_mass(logits: torch.Tensor, group_tokens: int) -> torch.Tensor:
 
 
 def best_of_groups(scores: torch.Tensor, group_tokens: int) -> torch.Tensor:
-    """Best token of each group: ``[B, T]`` to ``[B, T // G]``. A rest of fewer than G tokens is left out."""
+    """The best token's score of each group: ``[B, T]`` to ``[B, T // G]``. An incomplete last group is left out."""
     whole = scores.shape[1] // group_tokens * group_tokens
     best: torch.Tensor = scores[:, :whole].unflatten(1, (-1, group_tokens)).amax(dim=-1)
     return best
@@ -52,7 +52,7 @@ def top_groups(scores: torch.Tensor, first: int, ends: Sequence[int] | NDArray[n
     Parameters
     ----------
     scores
-        ``[B, N]`` float32, finite within the range; what lies outside of it is overwritten.
+        ``[B, N]`` float32, finite within the range; values outside of it may be overwritten.
 
     Returns
     -------

@@ -1,7 +1,7 @@
-"""Packed codes of B sequences, tile by tile: the bytes of 64 tokens lie together.
+"""Packed codes of B sequences, in tiles of 64 tokens.
 
-A tile is ``[rows, 64]``: dimension-major, so that scoring streams along tokens, and contiguous, so that scoring some
-tiles alone touches no page in vain. Which bits of which row a dimension has is told in ``score.py``.
+A tile is ``[rows, 64]`` uint8, dimension-major, so that scoring reads along tokens. It is contiguous, so that scoring
+only some of the tiles touches no other memory. ``score.py`` says which bits of which row hold a dimension.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ class PackedCodes:
             self.tiles = torch.nn.functional.pad(self.tiles, (0, 0, 0, 0, 0, extra))
 
     def put(self, sequence: int, start: int, packed: torch.Tensor) -> None:
-        """Write the bytes ``[rows, n]`` of tokens from ``start`` on, for which there is room."""
+        """Write the bytes ``[rows, n]`` of tokens from ``start`` on; ``grow`` has made room."""
         tiles, done, count = self.tiles[sequence], 0, packed.shape[1]
-        while done < count:  # the rest of a begun tile, whole tiles at once, the beginning of another
+        while done < count:  # the rest of a partial tile, then whole tiles at once, then the beginning of another
             tile, offset = divmod(start + done, TILE_TOKENS)
             whole = (count - done) // TILE_TOKENS
             if offset == 0 and whole:

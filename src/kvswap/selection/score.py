@@ -1,9 +1,9 @@
-"""Products of queries with packed codes: an exact one in float32, and one in 8-bit integers where that is faster.
+"""Products of queries with packed codes: exact in float32, or in 8-bit integers where that is faster.
 
-Codes are unsigned and packed dimension-major, ``8 / bits`` dimensions a byte; dimension ``k * rows + r`` is in the k-th
-bits of row r. Unpacking to floats moves four times the bytes and multiplies at a quarter of the rate, so on a CPU whose
-matrix library has integer kernels the query is rounded to 7 bits a head instead. That adds about 1 % to the error that
-4-bit codes have already (6 bits and a sign also keep 16-bit partial sums of older processors from saturating).
+Codes are unsigned and packed dimension-major, ``8 / bits`` dimensions in a byte. Dimension ``k * rows + r`` is in the
+k-th bits of row r. Unpacking to floats moves four times the bytes and multiplies at a quarter of the rate. So on a CPU
+whose matrix library has integer kernels, each head's query is rounded to 7 bits. That adds about 1 % to the error that
+4-bit codes have already. More bits would let the 16-bit partial sums of older processors saturate.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ QUERY_LEVELS = 63
 
 
 def prefers_integers(bits: int, device: torch.device) -> bool:
-    """Whether ``integer_products`` is faster there and as good: not for 8-bit codes, which are finer than the query."""
+    """Whether to use ``integer_products`` there: not for 8-bit codes, which are finer than the rounded query."""
     return bits < 8 and device.type == "cpu" and torch.backends.mkldnn.is_available() and hasattr(torch, "_int_mm")
 
 
 def unpack(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """Packed ``[rows, T]`` uint8 to one code an entry: ``[rows * 8 / bits, T]`` uint8."""
+    """Unpack ``[rows, T]`` uint8 to one code in each entry: ``[rows * 8 / bits, T]`` uint8."""
     if bits == 8:
         return codes
     rows, mask = codes.shape[0], (1 << bits) - 1
@@ -35,12 +35,12 @@ def unpack(codes: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def float_products(query: torch.Tensor, codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """``query`` ``[H_q, R]`` float32 times packed codes ``[R * bits / 8, T]``, less the middle code: ``[H_q, T]``."""
+    """Multiply ``query`` ``[H_q, R]`` float32 with codes ``[R * bits / 8, T]`` less the middle code: ``[H_q, T]``."""
     return torch.addmm(-middle(bits) * query.sum(1, keepdim=True), query, unpack(codes, bits).float())
 
 
 def integer_products(query: torch.Tensor, codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """The same, from a query rounded to 7 bits a head; ``bits`` is 2 or 4."""
+    """As ``float_products``, with each head's query rounded to 7 bits; ``bits`` is 2 or 4."""
     step = query.abs().amax(1, keepdim=True).clamp_(min=1e-30).div_(QUERY_LEVELS)
     rounded = (query / step).round_()
     products = torch._int_mm(rounded.to(torch.int8), unpack(codes, bits).view(torch.int8)).float()
@@ -48,5 +48,5 @@ def integer_products(query: torch.Tensor, codes: torch.Tensor, bits: int) -> tor
 
 
 def middle(bits: int) -> int:
-    """The code in the middle; rounding errors of the query weigh least when it is subtracted."""
+    """The middle code. Subtracting it makes the effect of the query's rounding errors smallest."""
     return 1 << (bits - 1)

@@ -1,17 +1,18 @@
-"""Transform coding of keys: directions that matter for logits, each with the precision it deserves, no scale a token.
+"""The sketch that kvswap uses: a transform code of keys, with more bits for the directions that matter for logits.
 
-What a sketch is for is the product of a key with queries. So directions are those of the centred keys under the metric
-of the queries that were seen in calibration (query-weighted principal components), a direction's error then counts as
-its variance does, and digits go where they lower the error most: reverse water-filling, as in any transform code
-(Goyal, "Theoretical foundations of transform coding", 2001). Steps are fixed by the calibration; a key that is further
-out is clipped. The mean of the keys is left out, and so is the middle of the codes: both shift all logits of a head by
-the same amount, which a softmax does not see.
+A sketch has to give the product of a key with a query. So the directions are the principal components of the centred
+keys under the metric of the calibration's queries. The error of a direction then counts as much as its variance. Bits
+go where they lower the error most: reverse water-filling, as in any transform code (Goyal, "Theoretical foundations of
+transform coding", 2001). The calibration fixes the quantiser's steps, so a token needs no scale; larger keys are
+clipped. The mean of the keys and the middle of the codes are left out: they shift all logits of a head by the same
+amount, and a softmax does not change with that.
 
-A code of several digits is kept as rows of equal width: the row of the k-th digit has ``2 ** (bits * k)`` times the
-weight. One kernel thus scores any mix of precisions.
+Codes are made of digits of 2 or 4 bits. A code of several digits is stored as several rows, and the row of the k-th
+digit has ``2 ** (bits * k)`` times the weight. So one kernel scores any mix of precisions.
 
-Contexts past ``FLAT_TOKENS`` are scored in two levels: every token by the few bytes that hold the directions of most
-weight, of which a tile of 64 tokens keeps the best, then the tokens of the best tiles in full, and of a begun one.
+Contexts longer than ``FLAT_TOKENS`` are scored in two levels. First every token gets a coarse score, from the few bytes
+that hold the directions of most weight; the score of a tile of 64 tokens is that of its best token. Then the tokens of
+the best tiles, and of an incomplete last tile, are scored in full.
 """
 
 from __future__ import annotations
@@ -27,28 +28,28 @@ from kvswap.selection.basis import TRANSFORM, Basis, KeyCovariance
 from kvswap.selection.codes import LayerSketch
 from kvswap.selection.score import float_products, integer_products
 
-# Of a Gaussian of variance 1, by bits: error of the best uniform quantiser, and its step (Max, 1960).
+# For a Gaussian of variance 1, by bits: error of the best uniform quantiser, and its step (Max, 1960).
 ERRORS = {0: 1.0, 2: 0.1188, 4: 0.01154, 6: 0.00104, 8: 0.000090}
 STEPS = {2: 0.9957, 4: 0.3352, 6: 0.1041, 8: 0.0308}
 FLAT_TOKENS = 32768  # up to here all tokens are scored in full at each step
-FINE_TOKENS = 16384  # of longer contexts, those scored in full after all were scored by a few bytes each
-COARSE_SHARE = 24  # of a token's bytes, one in so many: those with the directions of most weight, which come first
-SMALLEST_QUERY = 1e-3  # of the largest: directions that no query looked at in calibration still get some weight
+FINE_TOKENS = 16384  # how many are scored in full in a longer context
+COARSE_SHARE = 24  # coarse scores use one in so many of a token's bytes: the first, with most weight
+SMALLEST_QUERY = 1e-3  # least weight of a direction, relative to the largest, though calibration had no such query
 
 
 def transform_basis(statistics: KeyCovariance, rows: int, bits: int) -> Basis:
-    """Basis of ``rows`` digits of ``bits`` (2 or 4) a token.
+    """A basis of ``rows`` digits of ``bits`` (2 or 4) for each token.
 
-    Its matrix is ``[2 * D, rows]`` float16: what encodes, and what queries are multiplied by, each column up to a
-    scale. Its rows are those two scales, the share of the keys' mean, the bits of the whole code, and which digit of it
-    this is.
+    Its matrix ``[2 * D, rows]`` float16 holds two: the one that encodes keys and the one that projects queries, each
+    column up to a scale. Its rows ``[5, rows]`` are those two scales, the projected mean of the keys, the bits of the
+    whole code, and which digit of it this is.
     """
     root, inverse = _roots(statistics.queries)
     mean = statistics.total / max(1, statistics.count)
     centred = statistics.matrix / max(1, statistics.count) - torch.outer(mean, mean)
     variances, vectors = torch.linalg.eigh(root @ centred @ root)
     variances = variances.clamp(min=max(1e-12 * float(variances[-1]), 1e-20))
-    directions, digits = _spend(variances, rows, bits)
+    directions, digits = _allocate(variances, rows, bits)
     whole = bits * torch.bincount(directions, minlength=len(variances))[directions]
     order = _by_weight(variances[directions].sqrt() * torch.exp2(bits * digits - whole), 8 // bits)
     directions, digits, whole = directions[order], digits[order], whole[order]
@@ -62,7 +63,7 @@ def transform_basis(statistics: KeyCovariance, rows: int, bits: int) -> Basis:
 
 
 def full_precision_basis(matrix: torch.Tensor) -> Basis:
-    """A basis from ``[2 * D + 3, rows]`` float32, as sessions of version 1 have it: no scales of columns yet."""
+    """A basis from ``[2 * D + 3, rows]`` float32, as sessions of version 1 store it, without scales of columns."""
     encode, decode = matrix[:-3].double().chunk(2)
     halves = [_half(each) for each in (encode, decode)]
     shares = torch.cat((torch.stack([scale for _, scale in halves]).float(), matrix[-3:]))
@@ -76,12 +77,12 @@ def _half(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def basis_bytes(elements: int, rows: int) -> int:
-    """What a basis for keys of D elements takes."""
+    """Bytes of a basis for keys of D elements."""
     return 2 * elements * rows * 2 + 5 * rows * 4
 
 
-def _spend(variances: torch.Tensor, rows: int, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Where ``rows`` digits lower the error most: direction and digit (0 the finest) of each row."""
+def _allocate(variances: torch.Tensor, rows: int, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Spend ``rows`` digits where they lower the error most: direction and digit (0 is the finest) of each row."""
     levels = [ERRORS[each] for each in range(0, 9, bits)]
     gains = variances[:, None] * -torch.diff(torch.tensor(levels, dtype=torch.float64))
     best = gains.flatten().topk(min(rows, gains.numel())).indices.sort().values
@@ -112,7 +113,7 @@ def _roots(queries: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 class TransformSketch(LayerSketch):
-    """``LayerSketch`` with codes by a transform basis. Its logits lack a constant of each head; no scales are kept."""
+    """``LayerSketch`` with a transform code. Its logits lack a constant for each head; no scales are stored."""
 
     scale_rows = 0
 
@@ -123,19 +124,19 @@ class TransformSketch(LayerSketch):
 
     @staticmethod
     def token_bytes(rank: int, bits: int) -> int:
-        """What one token of one layer takes: codes alone."""
+        """Bytes of one token of one layer: codes alone."""
         return rank * bits // 8
 
     @staticmethod
     def scratch_bytes(rank: int, bits: int, heads: int, device: torch.device, group_tokens: int) -> int:
-        """What scoring one token takes in passing."""
+        """Temporary bytes to score one token."""
         if loops.scores_here(bits, group_tokens, device):
             return loops.scratch_token_bytes(heads, group_tokens)
         return LayerSketch.scratch_bytes(rank, bits, heads, device, group_tokens)
 
     @staticmethod
     def matrices(basis: Basis) -> tuple[torch.Tensor, torch.Tensor]:
-        """What keys and what queries are multiplied by, ``[D, R]`` each, up to a scale of each column."""
+        """The matrices that project keys and queries, ``[D, R]`` each, up to a scale of each column."""
         encode, decode = basis.matrix.chunk(2)
         return encode, decode
 
@@ -161,7 +162,7 @@ class TransformSketch(LayerSketch):
         return super().low_rank(query, scaling)
 
     def _two_levels(self, sequence: int, low_rank: torch.Tensor, group_tokens: int) -> torch.Tensor:
-        """Mass of one sequence's groups, ``[N]``; past ``FLAT_TOKENS`` only of those in the tiles that look best."""
+        """Mass of one sequence's groups, ``[N]``; past ``FLAT_TOKENS`` it is 0 outside of the best tiles."""
         codes, tokens = self._codes.tiles[sequence], int(self.tokens[sequence])
         score = partial(loops.group_mass, codes[None], low_rank[None], self._rows[1], self.bits)
         if tokens <= FLAT_TOKENS:
@@ -173,7 +174,7 @@ class TransformSketch(LayerSketch):
         whole, rest = divmod(tokens, tile_tokens)
         coarse = loops.tile_mass(codes[:, :few], columns, scales, self.bits, whole * tile_tokens)
         best = loops.top_groups(coarse[None], 0, [whole], FINE_TOKENS // tile_tokens)[0]
-        tiles = np.append(best, np.full(int(rest > 0), whole))  # a begun tile is always in
+        tiles = np.append(best, np.full(int(rest > 0), whole))  # an incomplete last tile is always in
         fine = score(self.tokens[sequence : sequence + 1], group_tokens, tiles)[0]
         mass = torch.zeros(whole + (rest > 0), tile_tokens // group_tokens)
         padded = torch.nn.functional.pad(fine, (0, -len(fine) % mass.shape[1]))
@@ -190,7 +191,7 @@ class TransformSketch(LayerSketch):
         return codes, rows.new_empty(0, len(rows), dtype=torch.float16)
 
     def products(self, low_rank: torch.Tensor, width: int) -> torch.Tensor:
-        """Projected queries ``[B, H_q, R]`` times the keys that the first ``width`` codes stand for."""
+        """Multiply projected queries ``[B, H_q, R]`` with the first ``width`` quantised keys: ``[B, H_q, width]``."""
         multiply = integer_products if self._integer else float_products
         low_rank = low_rank * self._rows[1]
         pairs = ((query, self._codes.rows(sequence, 0, width)) for sequence, query in enumerate(low_rank))

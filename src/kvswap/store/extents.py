@@ -1,7 +1,7 @@
-"""From groups that are missing in memory to the fewest sensible reads. Pure arithmetic on arrays.
+"""Plans the reads for groups that are not in memory. Pure arithmetic on arrays.
 
-Groups that are neighbours on disk become one extent. Two extents are also joined over a gap of groups nobody asked
-for when reading the gap costs less than another request, as long as there is room where the reads land.
+Groups that are neighbours on disk become one extent. Two extents are joined over a gap of other groups where reading
+the gap costs less than another request, and staging has room for it.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ Int = NDArray[np.int64]
 class ReadPlan:
     """Extents in units of groups.
 
-    ``files, first, count, landing``: one entry an extent: file, first group, groups, first landing place.
-    ``place``: one entry a wanted group, in the order given: the landing place it will be found at.
+    ``files``, ``first``, ``count`` and ``landing`` have one entry for each extent: its file, first group, number of
+    groups, and first place in staging. ``place`` has the place in staging of each requested group, in the order given.
     """
 
     files: Int
@@ -32,10 +32,10 @@ class ReadPlan:
 
 
 def plan_reads(files: Int, groups: Int, *, gap_groups: int, places: int) -> ReadPlan:
-    """Plan reads for wanted groups, sorted by (file, group) and without repeats.
+    """Plan reads for ``groups`` of ``files``, sorted by (file, group) and without repeats.
 
-    ``gap_groups`` is the longest gap worth reading through; ``places`` how many groups can land, at least
-    ``len(groups)``.
+    Gaps of up to ``gap_groups`` are read through; with -1, neighbours are not joined either. Staging has ``places`` for
+    groups, at least ``len(groups)``.
     """
     if len(groups) == 0:
         none = np.zeros(0, np.int64)

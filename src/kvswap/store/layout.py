@@ -1,8 +1,8 @@
-"""Where a group lies on disk and in memory. Arithmetic only.
+"""How one group is laid out on disk and in memory. Arithmetic only.
 
-A group is one contiguous extent: K of all KV heads, then V, each ``[H_kv, G, d]``, padded to what direct I/O needs.
-The groups of one layer of one sequence lie in order in one file, so group g starts at ``g * slot_bytes``. The same
-bytes, padding included, are a slot in memory: a read never needs to be rearranged.
+A group is one contiguous extent: K of all KV heads, then V, each ``[H_kv, G, d]``, padded to the alignment of direct
+I/O. The groups of one layer of one sequence follow each other in a file, so group g starts at ``g * slot_bytes``. A
+slot in memory has the same bytes, padding included, so nothing is rearranged after a read.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ TILE_TOKENS = 1024
 
 
 def tile_groups(group_tokens: int) -> int:
-    """Groups that are read at a time when a whole layer passes through memory."""
+    """Groups in one tile, when all K, V of a layer are streamed."""
     return max(1, TILE_TOKENS // group_tokens)
 
 
 @dataclass(frozen=True, slots=True)
 class GroupLayout:
-    """Geometry plus the padding that the disk asks for."""
+    """The geometry of a group, and the alignment that the disk needs."""
 
     geometry: KVGeometry
     alignment_bytes: int
@@ -50,5 +50,5 @@ class GroupLayout:
         return (2, geometry.kv_heads, geometry.group_tokens, geometry.head_dim)
 
     def file_bytes(self, groups: int, *, fine: bool = False) -> int:
-        """Size to allocate for a file that holds ``groups`` groups: whole growth steps; ``fine`` ones if it stays."""
+        """Size to allocate for a file of ``groups`` groups, in growth steps; ``fine`` steps are for files that stay."""
         return round_up(max(groups, 1) * self.slot_bytes, FINE_GROWTH_BYTES if fine else FILE_GROWTH_BYTES)

@@ -1,7 +1,7 @@
-"""Where groups lie when a row's groups are spread over several files: arithmetic on arrays, no input or output.
+"""Locates groups when those of a row are spread over several files. Arithmetic on arrays.
 
-A row is one layer of one sequence. Segment s of a row begins at group ``starts[s, row]``; a group is in the last
-segment that begins at or before it, and group g of a segment is ``g - start`` slots into its file.
+A row is one layer of one sequence. Segment s of a row begins at group ``starts[s, row]``. A group is in the last
+segment that begins at or before it, ``group - start`` slots into that segment's file.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ Int = NDArray[np.int64]
 
 
 class Segments:
-    """``starts`` and ``files`` int64 ``(segments, rows)``; ``add`` puts one more behind."""
+    """``starts`` and ``files`` are int64 ``(segments, rows)``."""
 
     def __init__(self, starts: Int, files: Int) -> None:
         self.starts, self.files = starts, files
 
     def add(self, starts: Int, files: Int) -> None:
-        """A segment that takes over from ``starts[row]`` on."""
+        """Append a segment that holds groups from ``starts[row]`` on."""
         self.starts = np.vstack([self.starts, starts])
         self.files = np.vstack([self.files, files])
 
     def locate(self, rows: Int, first: Int, count: Int, addresses: Int, slot_bytes: int) -> tuple[Int, Int, Int, Int]:
-        """Files, offsets, lengths and addresses of extents of groups; one that spans segments becomes several."""
+        """Files, offsets and lengths in bytes, and addresses, of extents of groups; split where one spans segments."""
         if len(self.starts) == 1:
             return self.files[0, rows], (first - self.starts[0, rows]) * slot_bytes, count * slot_bytes, addresses
         for starts in self.starts[1:]:
@@ -37,7 +37,7 @@ class Segments:
 
 
 def _split(rows: Int, first: Int, count: Int, addresses: Int, at: Int, slot_bytes: int) -> tuple[Int, Int, Int, Int]:
-    """Cut extents in two where group ``at`` lies inside them."""
+    """Split extents at group ``at`` where it lies inside them."""
     cut = np.flatnonzero((first < at) & (at < first + count))
     if not len(cut):
         return rows, first, count, addresses
