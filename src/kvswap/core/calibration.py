@@ -18,6 +18,7 @@ import torch
 from kvswap.core.corpus import calibration_topics
 from kvswap.core.layer_major import LayerMajorCache, Progress, stock_layers
 from kvswap.core.prefill import chunk_spans
+from kvswap.disk.atomic import atomic_file
 from kvswap.models.adapter import LayerParts, ModelParts
 from kvswap.selection.basis import KeyCovariance, load_bases, save_bases
 
@@ -88,7 +89,9 @@ def calibrate(
 
         cache = CalibrationCache(parts, implementation, covariances, chunk_tokens=chunk_tokens, on_progress=report)
         run(torch.tensor([ids[start:stop]], device=parts.device), cache)
-    save_bases(path, {part.index: covariances[part.order or 0] for part in parts.offloaded}, identity)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(path) as file:  # two processes may calibrate at once
+        save_bases(file.name, {part.index: covariances[part.order or 0] for part in parts.offloaded}, identity)
     return covariances
 
 

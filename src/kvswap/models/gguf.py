@@ -10,7 +10,6 @@ import contextlib
 import hashlib
 import importlib.metadata
 import io
-import os
 import re
 import shutil
 import struct
@@ -21,6 +20,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from kvswap.disk.atomic import atomic_folder
 from kvswap.disk.files import default_kv_dir
 from kvswap.errors import ModelError, StorageError
 from kvswap.units import format_bytes
@@ -86,21 +86,19 @@ def _complete(folder: Path) -> bool:
 
 def _convert(file: Path, folder: Path, notice: Callable[[str], None]) -> Path:
     notice(f"converting {file.name} to a model directory, once; this takes a minute or less for a small model")
-    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
     try:
-        partial.mkdir(parents=True, exist_ok=True)
-        with contextlib.redirect_stderr(io.StringIO()):  # three progress bars, one of which has no switch
-            _write(file, partial)
-        if not _complete(folder):  # another process may have been faster
-            shutil.rmtree(folder, ignore_errors=True)
-            partial.rename(folder)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_folder(folder) as partial:
+            with contextlib.redirect_stderr(io.StringIO()):  # three progress bars, one of which has no switch
+                _write(file, partial)
+            if not _complete(folder):  # what was left of an older conversion, or nothing
+                shutil.rmtree(folder, ignore_errors=True)
     except (OSError, SafetensorError) as error:
-        raise StorageError(
-            f"{folder} cannot be written: {getattr(error, 'strerror', None) or error}",
-            hint=f"free space there (float32 weights take up to 8 x {format_bytes(file.stat().st_size)})",
-        ) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        if not _complete(folder):  # else another process was faster
+            raise StorageError(
+                f"{folder} cannot be written: {getattr(error, 'strerror', None) or error}",
+                hint=f"free space there (float32 weights take up to 8 x {format_bytes(file.stat().st_size)})",
+            ) from error
     return folder
 
 

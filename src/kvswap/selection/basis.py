@@ -10,7 +10,6 @@ activations).
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -102,17 +101,14 @@ def identity_basis(elements: int) -> Basis:
     return Basis(rotation(elements), "identity")
 
 
-def save_bases(path: Path, statistics: dict[int, KeyCovariance], identity: dict[str, str]) -> None:
-    """Write the statistics of a model's layers, replacing the file in one move."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{os.getpid()}.partial")  # two processes may calibrate at once
+def save_bases(path: str | Path, statistics: dict[int, KeyCovariance], identity: dict[str, str]) -> None:
+    """Write the statistics of a model's layers to a file. Raises OSError."""
     tensors = {}
     for index, each in statistics.items():
         tensors[f"{index}"] = (each.matrix / max(1, each.count)).float()
         tensors[f"m{index}"] = (each.total / max(1, each.count)).float()
         tensors[f"q{index}"] = (each.queries / max(1, each.query_count)).float()
-    save_file(tensors, partial, metadata={"kvswap": json.dumps(identity)})
-    partial.replace(path)
+    save_file(tensors, path, metadata={"kvswap": json.dumps(identity)})
 
 
 def _sound(matrix: torch.Tensor, mean: torch.Tensor, queries: torch.Tensor) -> bool:
