@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,7 +25,8 @@ from kvswap.core.cache import KVSwapCache
 from kvswap.core.calibration import calibrate
 from kvswap.core.layer_major import FullCache, LayerMajorCache, Progress
 from kvswap.disk import create_backend
-from kvswap.disk.files import check_free, default_kv_dir, prepare_dir
+from kvswap.disk.files import check_free, prepare_dir
+from kvswap.disk.folders import kv_folder
 from kvswap.errors import ModelError, UnsupportedError
 from kvswap.lab.rivals import registry
 from kvswap.models.adapter import LayerParts, ModelParts, cache_keyword, inspect
@@ -214,7 +214,7 @@ def _open_cache(
 ) -> KVSwapCache:
     parts, method = attachment.parts, registry.find(name)
     config = method.configure(config if keeper is None else keeper.config(config))
-    folder = prepare_dir(Path(config.kv_dir) if config.kv_dir else default_kv_dir())
+    folder = prepare_dir(kv_folder(config.kv_dir))
     backend = create_backend(config.backend, folder, config.read_depth, on_notice=notice)
     try:
         stored = keeper.bases(parts.device) if keeper is not None else None
@@ -266,10 +266,10 @@ def _statistics(
         attachment.parts,
         attachment.implementation,
         tokenizer,
-        default_kv_dir().parent / "calibration",
         run=partial(_run, attachment.parts),
         chunk_tokens=config.chunk_tokens,
         on_progress=on_progress,
+        on_notice=notice,
     )
 
 

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kvswap.disk.atomic import atomic_folder
-from kvswap.disk.files import default_kv_dir
+from kvswap.disk.folders import models_folder
 from kvswap.errors import ModelError, StorageError
 from kvswap.units import format_bytes
 
@@ -33,14 +33,9 @@ _SAMPLE_BYTES, _SAMPLES = 1 << 18, 16
 _BAD = (ValueError, KeyError, TypeError, IndexError, OverflowError, RuntimeError, OSError, struct.error)
 
 
-def models_dir() -> Path:
-    """Where converted models live; it need not exist yet."""
-    return default_kv_dir().parent / "models"
-
-
 def bundled_model(notice: Callable[[str], None]) -> Path:
     """The directory of SmolLM2-135M-Instruct, made from the package that carries it. Raises ModelError."""
-    folder = models_dir() / f"smollm2-135m-{PACKAGE_VERSION}"
+    folder = models_folder() / f"smollm2-135m-{PACKAGE_VERSION}"
     if _complete(folder):
         return folder
     try:  # found by its list of files: importing it would need packages that are not needed here
@@ -63,7 +58,7 @@ def converted(file: Path, notice: Callable[[str], None]) -> Path:
     except OSError as error:
         raise ModelError(f"model {file}: {error.strerror}", hint="check the file and its permissions") from error
     stem = re.sub(r"[^\w.-]+", "-", file.stem)
-    folder = models_dir() / f"{stem}-{identity}"
+    folder = models_folder() / f"{stem}-{identity}"
     return folder if _complete(folder) else _convert(file, folder, notice)
 
 

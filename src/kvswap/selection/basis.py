@@ -10,6 +10,7 @@ activations).
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -124,7 +125,7 @@ def _sound(matrix: torch.Tensor, mean: torch.Tensor, queries: torch.Tensor) -> b
 
 def load_bases(path: Path, identity: dict[str, str]) -> dict[int, KeyCovariance] | str:
     """Statistics by layer index, or the reason why the file cannot be used."""
-    if not path.exists():
+    if not os.path.exists(path):  # unlike Path.exists, no error where a folder may not be read
         return "no calibration yet"
     try:
         with safe_open(path, framework="pt") as file:

@@ -25,8 +25,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from kvswap.config import Config
-from kvswap.disk import default_kv_dir
 from kvswap.disk.atomic import atomic_file
+from kvswap.disk.folders import tables_folder
 from kvswap.disk.json_files import build
 from kvswap.errors import ConfigError
 from kvswap.selection.transform import TransformSketch
@@ -291,4 +291,4 @@ def _between(wanted: int, places: list[int], rows: list[NDArray[np.float64]]) ->
 
 def cached_tables(fingerprint: str) -> Path:
     """Where the tables of a model are kept."""
-    return default_kv_dir().parent / "tables" / f"{fingerprint[:24]}.safetensors"
+    return tables_folder() / f"{fingerprint[:24]}.safetensors"
