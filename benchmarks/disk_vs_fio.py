@@ -25,7 +25,7 @@ from pathlib import Path
 
 import numpy as np
 
-from kvswap.disk import Slab, default_kv_dir, prepare_dir, probe_direct
+from kvswap.disk import Slab, kv_folder, prepare_dir, probe_direct
 from kvswap.disk.uring import UringBackend
 from kvswap.units import KIB, MIB, format_rate, parse_bytes
 
@@ -159,7 +159,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=3.0)
     parser.add_argument("--turns", type=int, default=5)
     options = parser.parse_args()
-    folder = prepare_dir(options.dir or default_kv_dir())
+    folder = prepare_dir(kv_folder(options.dir))
     result = measure(folder, options.size, options.seconds, options.turns)
     print(f"{'read':>8} {'fio':>10} {'kvswap':>10} {'ratio':>6} {'min..max':>12} {'fio cpu':>8} {'our cpu':>8}")
     for row in result["rows"]:  # type: ignore[attr-defined]

@@ -31,7 +31,7 @@ from typing import Any
 import torch
 
 import kvswap
-from kvswap.disk.files import default_kv_dir
+from kvswap.disk.folders import kv_folder
 from kvswap.lab.evals.text import evaluation_text
 from kvswap.models.adapter import cache_keyword
 from kvswap.models.loading import LoadedModel, load_model
@@ -244,7 +244,7 @@ def main() -> None:
     os.environ[ENVIRONMENT] = new_key()
     loaded = load_model(args.model, dtype=args.dtype)
     ids = prompt_ids(loaded, args.tokens + max(args.question, WARM_STEPS + 2 * args.steps) + 1)
-    place = Path(args.kv_dir or default_kv_dir()).absolute() / f"resume-{secrets.token_hex(4)}"
+    place = kv_folder(args.kv_dir) / f"resume-{secrets.token_hex(4)}"
     config = kvswap.Config(kv_memory=args.kv_memory, kv_dir=str(place))
     try:
         first = measure_first_tokens(loaded, config, ids, args)

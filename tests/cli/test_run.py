@@ -14,6 +14,7 @@ import pytest
 import kvswap.disk.files
 import kvswap.models.gguf
 from kvswap.cli.main import run_command
+from kvswap.disk.folders import models_folder
 from kvswap.models.hub import Problem
 from tests.helpers.folders import byte_tokenizer, only_spaces, save_tiny
 
@@ -222,7 +223,7 @@ def test_damaged_gguf_leaves_nothing(base, tmp_path, cache_home, capfd):
     assert run_command(changed(base, model=file)) == 2
     lines = capfd.readouterr().err.splitlines()
     assert lines[0].startswith("note: converting broken.gguf") and "GGUF file cannot be read" in lines[-1]
-    models = kvswap.models.gguf.models_dir()
+    models = models_folder()
     assert models.is_relative_to(cache_home)
     assert [name for name in os.listdir(models) if "broken" in name] == []
 

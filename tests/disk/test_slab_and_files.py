@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kvswap.disk import Slab, check_free, default_kv_dir, free_bytes, prepare_dir, probe_direct
+from kvswap.disk import Slab, check_free, free_bytes, prepare_dir, probe_direct
 from kvswap.disk.files import match_mount, open_unlinked
 from kvswap.errors import StorageError
 from tests.helpers.system import has_direct_io
@@ -89,16 +89,6 @@ def test_close_leaves_views_alive() -> None:
 def test_empty_slab_is_refused() -> None:
     with pytest.raises(ValueError, match="at least one byte"):
         Slab(0)
-
-
-def test_default_dir_follows_xdg(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(sys, "platform", "linux")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert default_kv_dir() == tmp_path / "kvswap" / "kv"
-    monkeypatch.setenv("XDG_CACHE_HOME", "relative")
-    assert default_kv_dir() == Path.home() / ".cache" / "kvswap" / "kv"
-    monkeypatch.setattr(sys, "platform", "darwin")
-    assert default_kv_dir() == Path.home() / "Library" / "Caches" / "kvswap" / "kv"
 
 
 def test_prepare_dir_makes_a_private_folder(tmp_path: Path) -> None:

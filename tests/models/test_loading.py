@@ -13,6 +13,7 @@ import torch
 from tokenizers import pre_tokenizers
 
 import kvswap.models.gguf as conversion
+from kvswap.disk.folders import models_folder
 from kvswap.errors import ConfigError, ModelError
 from kvswap.models import loading
 from kvswap.models.hub import Problem, look_like_path
@@ -78,7 +79,7 @@ def test_gguf_is_converted_once(tmp_path):
     again = load_model(str(moved), on_notice=notices.append)
     assert torch.equal(again.model.lm_head.weight, loaded.model.lm_head.weight)
     assert len(notices) == 1
-    assert len(os.listdir(conversion.models_dir())) == 1
+    assert len(os.listdir(models_folder())) == 1
 
 
 def test_other_weights_under_the_same_name_are_converted_anew(tmp_path):
@@ -97,7 +98,7 @@ def test_interrupted_conversion_leaves_nothing(tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(conversion, "_write", interrupt)
         load_model(str(file))
-    assert os.listdir(conversion.models_dir()) == []
+    assert os.listdir(models_folder()) == []
     load_model(str(file))
 
 
@@ -106,7 +107,7 @@ def test_truncated_gguf(tmp_path):
     os.truncate(file, file.stat().st_size - 3000)
     with pytest.raises(ModelError, match="the GGUF file cannot be read"):
         load_model(str(file))
-    assert os.listdir(conversion.models_dir()) == []
+    assert os.listdir(models_folder()) == []
 
 
 def test_damaged_gguf_headers(tmp_path):

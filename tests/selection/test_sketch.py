@@ -196,7 +196,7 @@ def calibrated(tmp_path: Path) -> tuple[Path, dict[int, KeyCovariance]]:
     for layer in (0, 3):
         statistics[layer] = KeyCovariance(KV_HEADS, HEAD_DIM)
         statistics[layer].add(keys(100, seed=layer).transpose(0, 1))
-    path = tmp_path / "new" / "bases.safetensors"
+    path = tmp_path / "bases.safetensors"
     save_bases(path, statistics, IDENTITY)
     return path, statistics
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from kvswap.errors import ConfigError
+from kvswap.tuning import tune
 from kvswap.tuning.profile import ModelFacts, Profile, load_profile, stamp_of
 from tests.tuning.test_cost import disk, model
 
@@ -103,3 +104,24 @@ def test_unwritable_target_is_told(profile: Profile, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match="cannot be written"):
         profile.save(tmp_path / "file" / "profile.json")
+
+
+def test_profile_that_cannot_be_kept_is_a_notice(
+    profile: Profile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("KVSWAP_HOME", str(tmp_path / "file"))
+    monkeypatch.setattr(tune, "take_profile", lambda kv_dir, loaded, on_progress: profile)
+    notices: list[str] = []
+    found = tune.find_profile(
+        None, profile.model, None, str(tmp_path), force=False, on_progress=None, on_notice=notices.append
+    )
+    assert found is profile
+    assert len(notices) == 1 and "the profile cannot be kept" in notices[0]
+    monkeypatch.setenv("KVSWAP_HOME", str(tmp_path / "home"))
+    for _ in range(2):
+        again = tune.find_profile(
+            None, profile.model, None, str(tmp_path), force=False, on_progress=None, on_notice=notices.append
+        )
+        assert again == profile
+    assert len(notices) == 1

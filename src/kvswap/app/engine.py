@@ -28,7 +28,7 @@ from kvswap.core.cache import KVSwapCache
 from kvswap.core.layer_major import FullCache, InMemory, Progress
 from kvswap.core.rates import Choice
 from kvswap.core.trace import CacheStats
-from kvswap.disk.files import default_kv_dir
+from kvswap.disk.folders import kv_folder
 from kvswap.errors import InputError, SessionError, UnsupportedError
 from kvswap.memory.available import peak_rss_bytes
 from kvswap.models.adapter import context_limit
@@ -345,7 +345,7 @@ class Engine:
     def _resolved(self, stats: CacheStats | None) -> dict[str, Any]:
         """The configuration with what ``auto`` and None became."""
         model, values = self._loaded.model, self.config.to_dict()
-        values["kv_dir"] = values["kv_dir"] or str(default_kv_dir())
+        values["kv_dir"] = values["kv_dir"] or str(kv_folder(None))
         values |= {"dtype": str(model.dtype).removeprefix("torch."), "device": str(model.device)}
         if stats is not None:
             values |= {"sketch": stats.sketch, "resolved_backend": stats.backend}

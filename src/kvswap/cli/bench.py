@@ -92,7 +92,8 @@ def bench(
     """
     from kvswap.app.documents import read_document
     from kvswap.cli.files import check_writable
-    from kvswap.disk.files import default_kv_dir, prepare_dir
+    from kvswap.disk.files import prepare_dir
+    from kvswap.disk.folders import kv_folder
     from kvswap.lab.bench.plot import plot_rows
     from kvswap.lab.evals.text import evaluation_text
     from kvswap.tuning.plots import check_plots
@@ -113,7 +114,7 @@ def bench(
         label=label,
     )
     passages = evaluation_text([read_document(path) for path in documents])
-    prepare_dir(config.kv_dir or default_kv_dir())
+    prepare_dir(kv_folder(config.kv_dir))
     rows = _measure(model, config, plan, passages, target, dtype)
     _print_table(rows)
     if picture is not None:

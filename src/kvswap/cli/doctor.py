@@ -27,10 +27,9 @@ def doctor(kv_dir: str | None, json_file: Path | None) -> None:
 
     Says what kvswap will use there and what to do where something is not good. Loads no model, leaves no file.
     """
-    import json
-
     from rich.console import Console
 
+    from kvswap.disk.json_files import write_json
     from kvswap.errors import ConfigError
     from kvswap.tuning.checkup import check_up
 
@@ -41,7 +40,7 @@ def doctor(kv_dir: str | None, json_file: Path | None) -> None:
     _show(Console(highlight=False), found)
     if json_file is not None:
         try:
-            json_file.write_text(json.dumps(found.to_dict(), indent=2) + "\n", encoding="utf-8")
+            write_json(json_file, found.to_dict())
         except OSError as error:
             raise ConfigError(f"--json {json_file}: {error.strerror}", hint="give the name of another file") from error
 

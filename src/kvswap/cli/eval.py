@@ -103,7 +103,8 @@ def evaluate(
     """
     from kvswap.app.documents import read_document
     from kvswap.cli.files import check_writable
-    from kvswap.disk.files import default_kv_dir, prepare_dir
+    from kvswap.disk.files import prepare_dir
+    from kvswap.disk.folders import kv_folder
     from kvswap.lab.evals.plot import check_picture, plot
     from kvswap.lab.evals.tasks.longbench import read_dataset
     from kvswap.lab.evals.text import evaluation_text
@@ -114,7 +115,7 @@ def evaluate(
     plan = _plan(tasks, methods, contexts, kv_memory, samples, settings, config)
     passages = evaluation_text([read_document(path) for path in documents], seed)
     files = [Path(name) for name in datasets if read_dataset(Path(name))]
-    prepare_dir(config.kv_dir or default_kv_dir())
+    prepare_dir(kv_folder(config.kv_dir))
 
     from kvswap.cli.display import Display
     from kvswap.cli.loading import load_weights

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from kvswap.disk.json_files import partial_name
+from kvswap.disk.atomic import try_atomic_file
 from kvswap.errors import ConfigError
 
 
@@ -13,10 +13,8 @@ def check_writable(option: str, path: str) -> Path:
     target = Path(path).expanduser().absolute()
     if target.is_dir():
         raise ConfigError(f"{option} {path}: a directory", hint="give the name of a file")
-    partial = partial_name(target)
     try:
-        partial.touch()
-        partial.unlink()
+        try_atomic_file(target)
     except OSError as error:
         raise ConfigError(
             f"{option} {path}: cannot be written: {error.strerror}", hint="give a file in a folder of yours"

@@ -39,7 +39,8 @@ def run(question: str, method: str, stats_json: str | None, **options: Any) -> N
     # What the user can get wrong is checked before the seconds that torch and a model take to load.
     from kvswap.app.prompt import make_request
     from kvswap.cli.files import check_writable
-    from kvswap.disk.files import default_kv_dir, prepare_dir
+    from kvswap.disk.files import prepare_dir
+    from kvswap.disk.folders import kv_folder
     from kvswap.disk.json_files import write_json
     from kvswap.errors import ConfigError
 
@@ -49,7 +50,7 @@ def run(question: str, method: str, stats_json: str | None, **options: Any) -> N
     if wanted.check_quality and method != "kvswap":
         raise ConfigError(f"--check-quality with --method {method}", hint="it checks kvswap alone")
     if method in DISK:
-        prepare_dir(wanted.config.kv_dir or default_kv_dir())
+        prepare_dir(kv_folder(wanted.config.kv_dir))
     stats = _answer(wanted, question, request, wanted.open_session(method), method)
     if target is not None:
         write_json(target, stats.to_dict())

@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,7 +23,8 @@ from kvswap.core.cache import KVSwapCache
 from kvswap.core.calibration import calibrate
 from kvswap.core.layer_major import FullCache, InMemory, LayerMajorCache, Progress
 from kvswap.disk import create_backend
-from kvswap.disk.files import check_free, default_kv_dir, prepare_dir
+from kvswap.disk.files import check_free, prepare_dir
+from kvswap.disk.folders import kv_folder
 from kvswap.errors import ConfigError, UnsupportedError
 from kvswap.models.adapter import ModelParts, cache_keyword
 from kvswap.selection.basis import KeyCovariance
@@ -136,7 +136,7 @@ class _Opener:
         """A cache with its files. Raises StorageError, ConfigError, UnsupportedError."""
         binding = self._binding
         config = self._method.configure(config if binding is None else binding.config(config))
-        folder = prepare_dir(Path(config.kv_dir) if config.kv_dir else default_kv_dir())
+        folder = prepare_dir(kv_folder(config.kv_dir))
         backend = create_backend(config.backend, folder, config.read_depth, on_notice=self._notice)
         try:
             started_s = time.perf_counter()
@@ -189,10 +189,10 @@ class _Opener:
             self._parts,
             self._attachment.implementation,
             self._tokenizer,
-            default_kv_dir().parent / "calibration",
             run=partial(_run, self._parts),
             chunk_tokens=config.chunk_tokens,
             on_progress=self._on_progress,
+            on_notice=self._notice,
         )
 
 

@@ -9,21 +9,28 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from kvswap.core.corpus import calibration_topics
 from kvswap.core.layer_major import LayerMajorCache, Progress, stock_layers
 from kvswap.core.prefill import chunk_spans
+from kvswap.disk.atomic import atomic_file
+from kvswap.disk.folders import VARIABLE, calibration_folder
+from kvswap.errors import StorageError
 from kvswap.models.adapter import LayerParts, ModelParts
 from kvswap.selection.basis import KeyCovariance, load_bases, save_bases
 
 CALIBRATION_TOKENS = 16_384
 SEQUENCE_TOKENS = 8_192
 VERSION = "3"
+
+log = logging.getLogger("kvswap")
 
 
 class CalibrationCache(LayerMajorCache):
@@ -60,20 +67,20 @@ def calibrate(
     parts: ModelParts,
     implementation: str,
     tokenizer: Any,
-    folder: Path,
     *,
     run: Callable[[torch.Tensor, LayerMajorCache], None],
     chunk_tokens: int,
     on_progress: Progress | None,
+    on_notice: Callable[[str], None] | None = None,
 ) -> list[KeyCovariance]:
     """Statistics of the keys of every offloaded layer, from the cache folder or measured now.
 
-    ``run(ids, cache)`` takes token ids ``[1, T]`` through the attached model.
+    ``run(ids, cache)`` takes token ids ``[1, T]`` through the attached model. Where the cache folder cannot be written,
+    ``on_notice`` gets a sentence about it, and the next run measures again.
     """
     identity = {"model": fingerprint(parts), "version": VERSION, "tokens": str(CALIBRATION_TOKENS)}
-    path = folder / f"{identity['model'][:24]}-{VERSION}.safetensors"
-    found = load_bases(path, identity)
-    if isinstance(found, dict):
+    found = _stored(identity)
+    if found is not None:
         return [found[part.index] for part in parts.offloaded]
     limit = int(getattr(parts.config, "max_position_embeddings", SEQUENCE_TOKENS))
     ids = tokenizer("\n\n".join(text for _, text in calibration_topics()), add_special_tokens=False)["input_ids"]
@@ -88,8 +95,43 @@ def calibrate(
 
         cache = CalibrationCache(parts, implementation, covariances, chunk_tokens=chunk_tokens, on_progress=report)
         run(torch.tensor([ids[start:stop]], device=parts.device), cache)
-    save_bases(path, {part.index: covariances[part.order or 0] for part in parts.offloaded}, identity)
+    problem = _store({part.index: covariances[part.order or 0] for part in parts.offloaded}, identity)
+    if problem:
+        log.debug("calibration is not kept: %s", problem)
+        if on_notice is not None:
+            on_notice(f"the calibration cannot be kept, so the next run measures it again: {problem}")
     return covariances
+
+
+def _path(identity: dict[str, str]) -> Path:
+    """Where the statistics of a model are kept. Raises StorageError."""
+    return calibration_folder() / f"{identity['model'][:24]}-{VERSION}.safetensors"
+
+
+def _stored(identity: dict[str, str]) -> dict[int, KeyCovariance] | None:
+    """Statistics by layer index from the cache folder, or None where none can be used."""
+    try:
+        found = load_bases(_path(identity), identity)
+    except StorageError as error:
+        found = error.message
+    if isinstance(found, str):
+        log.debug("calibration is measured now: %s", found)
+        return None
+    return found
+
+
+def _store(statistics: dict[int, KeyCovariance], identity: dict[str, str]) -> str:
+    """Keep statistics in the cache folder; why that cannot be, or nothing."""
+    try:
+        path = _path(identity)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_file(path) as file:  # two processes may calibrate at once
+            save_bases(file.name, statistics, identity)
+    except StorageError as error:
+        return str(error)
+    except (OSError, SafetensorError) as error:
+        return f"{path}: {getattr(error, 'strerror', None) or error}; set {VARIABLE} to a folder of yours"
+    return ""
 
 
 def fingerprint(parts: ModelParts) -> str:

@@ -3,7 +3,8 @@
 from kvswap.disk.backend import ReadBackend, ReadCounters
 from kvswap.disk.choose import create_backend
 from kvswap.disk.direct import DirectProbe, probe_direct
-from kvswap.disk.files import check_free, default_kv_dir, free_bytes, prepare_dir
+from kvswap.disk.files import check_free, free_bytes, prepare_dir
+from kvswap.disk.folders import kv_folder
 from kvswap.disk.memory import Faults, MemoryBackend
 from kvswap.disk.slab import Slab
 from kvswap.disk.write_behind import WriteBehind
@@ -18,8 +19,8 @@ __all__ = [
     "WriteBehind",
     "check_free",
     "create_backend",
-    "default_kv_dir",
     "free_bytes",
+    "kv_folder",
     "prepare_dir",
     "probe_direct",
 ]

@@ -12,9 +12,9 @@ import os
 import re
 import secrets
 import shutil
-import sys
 from pathlib import Path
 
+from kvswap.disk.folders import ELSEWHERE, absolute
 from kvswap.errors import DiskFullError, DiskWriteError, StorageError
 from kvswap.units import format_bytes
 
@@ -26,43 +26,29 @@ _NO_FALLOCATE = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
 _MOUNTINFO = Path("/proc/self/mountinfo")
 
 
-def default_kv_dir() -> Path:
-    """The user's cache folder for KV files; it need not exist yet."""
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "kvswap" / "kv"
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    # The XDG rule: a relative path is to be ignored.
-    root = Path(base) if base and Path(base).is_absolute() else Path.home() / ".cache"
-    return root / "kvswap" / "kv"
-
-
 def prepare_dir(path: str | Path) -> Path:
     """Create the folder (mode 0700) and check that files in it would be on a disk and can be written.
 
     Returns the absolute path. Raises StorageError with what to do next.
     """
-    hint = "choose another folder with kv_dir"
-    try:
-        folder = Path(path).expanduser().absolute()
-    except RuntimeError as error:
-        raise StorageError(f"KV folder {path}: {error}", hint=hint) from error
+    folder = absolute(path)
     existing = next(parent for parent in (folder, *folder.parents) if os.path.exists(parent))
     filesystem = filesystem_of(existing)
     if filesystem in IN_MEMORY:
         raise StorageError(
             f"KV folder {folder} is in memory ({filesystem}), so the cache would fill the memory it is meant to save",
-            hint="choose a folder on a disk with kv_dir",
+            hint=f"{ELSEWHERE}, on a disk",
         )
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
-        raise StorageError(f"KV folder {folder}: it or a part of its path is a file", hint=hint) from error
+        raise StorageError(f"KV folder {folder}: it or a part of its path is a file", hint=ELSEWHERE) from error
     except OSError as error:
-        raise StorageError(f"KV folder {folder} cannot be created: {error.strerror}", hint=hint) from error
+        raise StorageError(f"KV folder {folder} cannot be created: {error.strerror}", hint=ELSEWHERE) from error
     try:
         os.close(_create_unlinked(folder, os.O_RDWR))
     except OSError as error:
-        raise StorageError(f"KV folder {folder} cannot be written: {error.strerror}", hint=hint) from error
+        raise StorageError(f"KV folder {folder} cannot be written: {error.strerror}", hint=ELSEWHERE) from error
     return folder
 
 
@@ -121,9 +107,7 @@ def open_unlinked(directory: str | Path, size_bytes: int, direct: bool) -> int:
         if error.errno in _FULL:
             raise full_error(f"a file in {directory} cannot be created", error) from error
         what = " with direct I/O" if direct else ""
-        raise StorageError(
-            f"a file in {directory} cannot be opened{what}: {error.strerror}", hint="choose another folder with kv_dir"
-        ) from error
+        raise StorageError(f"a file in {directory} cannot be opened{what}: {error.strerror}", hint=ELSEWHERE) from error
     try:
         ensure_size(fd, size_bytes)
     except BaseException:

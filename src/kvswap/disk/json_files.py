@@ -4,30 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import types
 import typing
 from pathlib import Path
 from typing import Any, TypeVar
 
+from kvswap.disk.atomic import atomic_write
 from kvswap.errors import ConfigError
 
 T = TypeVar("T")
 
 
 def write_json(target: Path, content: Any) -> None:
-    """Write ``content`` to ``target``."""
-    partial = partial_name(target)
-    try:
-        partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        partial.replace(target)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def partial_name(target: Path) -> Path:
-    """Where it is written before the move."""
-    return target.with_name(f".{target.name}.{os.getpid()}.partial")
+    """Write ``content`` to ``target``, which is replaced in one move. Raises OSError."""
+    atomic_write(target, (json.dumps(content, indent=2) + "\n").encode())
 
 
 def save_json(path: str | Path, content: dict[str, Any]) -> None:

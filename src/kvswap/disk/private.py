@@ -15,11 +15,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from kvswap.disk.atomic import NO_LINKS
 from kvswap.disk.files import full_error, is_full
 from kvswap.errors import DiskReadError, DiskWriteError, StorageError
 
-NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK, errno.EXDEV, errno.ENOSYS)
-"""Where a file system has no hard links, or no more of them."""
 _READ_BYTES = 1 << 24
 _PLAIN = os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK  # a pipe in a file's place must not block
 

@@ -10,7 +10,6 @@ import contextlib
 import hashlib
 import importlib.metadata
 import io
-import os
 import re
 import shutil
 import struct
@@ -21,7 +20,8 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from kvswap.disk.files import default_kv_dir
+from kvswap.disk.atomic import atomic_folder
+from kvswap.disk.folders import models_folder
 from kvswap.errors import ModelError, StorageError
 from kvswap.units import format_bytes
 
@@ -33,14 +33,9 @@ _SAMPLE_BYTES, _SAMPLES = 1 << 18, 16
 _BAD = (ValueError, KeyError, TypeError, IndexError, OverflowError, RuntimeError, OSError, struct.error)
 
 
-def models_dir() -> Path:
-    """Where converted models live; it need not exist yet."""
-    return default_kv_dir().parent / "models"
-
-
 def bundled_model(notice: Callable[[str], None]) -> Path:
     """The directory of SmolLM2-135M-Instruct, made from the package that carries it. Raises ModelError."""
-    folder = models_dir() / f"smollm2-135m-{PACKAGE_VERSION}"
+    folder = models_folder() / f"smollm2-135m-{PACKAGE_VERSION}"
     if _complete(folder):
         return folder
     try:  # found by its list of files: importing it would need packages that are not needed here
@@ -63,7 +58,7 @@ def converted(file: Path, notice: Callable[[str], None]) -> Path:
     except OSError as error:
         raise ModelError(f"model {file}: {error.strerror}", hint="check the file and its permissions") from error
     stem = re.sub(r"[^\w.-]+", "-", file.stem)
-    folder = models_dir() / f"{stem}-{identity}"
+    folder = models_folder() / f"{stem}-{identity}"
     return folder if _complete(folder) else _convert(file, folder, notice)
 
 
@@ -86,21 +81,19 @@ def _complete(folder: Path) -> bool:
 
 def _convert(file: Path, folder: Path, notice: Callable[[str], None]) -> Path:
     notice(f"converting {file.name} to a model directory, once; this takes a minute or less for a small model")
-    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
     try:
-        partial.mkdir(parents=True, exist_ok=True)
-        with contextlib.redirect_stderr(io.StringIO()):  # three progress bars, one of which has no switch
-            _write(file, partial)
-        if not _complete(folder):  # another process may have been faster
-            shutil.rmtree(folder, ignore_errors=True)
-            partial.rename(folder)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_folder(folder) as partial:
+            with contextlib.redirect_stderr(io.StringIO()):  # three progress bars, one of which has no switch
+                _write(file, partial)
+            if not _complete(folder):  # what was left of an older conversion, or nothing
+                shutil.rmtree(folder, ignore_errors=True)
     except (OSError, SafetensorError) as error:
-        raise StorageError(
-            f"{folder} cannot be written: {getattr(error, 'strerror', None) or error}",
-            hint=f"free space there (float32 weights take up to 8 x {format_bytes(file.stat().st_size)})",
-        ) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        if not _complete(folder):  # else another process was faster
+            raise StorageError(
+                f"{folder} cannot be written: {getattr(error, 'strerror', None) or error}",
+                hint=f"free space there (float32 weights take up to 8 x {format_bytes(file.stat().st_size)})",
+            ) from error
     return folder
 
 

@@ -102,17 +102,14 @@ def identity_basis(elements: int) -> Basis:
     return Basis(rotation(elements), "identity")
 
 
-def save_bases(path: Path, statistics: dict[int, KeyCovariance], identity: dict[str, str]) -> None:
-    """Write the statistics of a model's layers, replacing the file in one move."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{os.getpid()}.partial")  # two processes may calibrate at once
+def save_bases(path: str | Path, statistics: dict[int, KeyCovariance], identity: dict[str, str]) -> None:
+    """Write the statistics of a model's layers to a file. Raises OSError."""
     tensors = {}
     for index, each in statistics.items():
         tensors[f"{index}"] = (each.matrix / max(1, each.count)).float()
         tensors[f"m{index}"] = (each.total / max(1, each.count)).float()
         tensors[f"q{index}"] = (each.queries / max(1, each.query_count)).float()
-    save_file(tensors, partial, metadata={"kvswap": json.dumps(identity)})
-    partial.replace(path)
+    save_file(tensors, path, metadata={"kvswap": json.dumps(identity)})
 
 
 def _sound(matrix: torch.Tensor, mean: torch.Tensor, queries: torch.Tensor) -> bool:
@@ -128,7 +125,7 @@ def _sound(matrix: torch.Tensor, mean: torch.Tensor, queries: torch.Tensor) -> b
 
 def load_bases(path: Path, identity: dict[str, str]) -> dict[int, KeyCovariance] | str:
     """Statistics by layer index, or the reason why the file cannot be used."""
-    if not path.exists():
+    if not os.path.exists(path):  # unlike Path.exists, no error where a folder may not be read
         return "no calibration yet"
     try:
         with safe_open(path, framework="pt") as file:

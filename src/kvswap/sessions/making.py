@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from kvswap.disk.atomic import sync_folder
 from kvswap.disk.private import told
 
 PARTIAL = ".new-"
@@ -35,8 +36,4 @@ def move_into_place(partial: Path, path: Path) -> None:
     """Give a complete session its name, durably."""
     with told(f"session {path.name} cannot get its name"):
         os.rename(partial, path)
-        parent = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(parent)
-        finally:
-            os.close(parent)
+        sync_folder(path.parent)

@@ -11,7 +11,8 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from kvswap.disk.files import default_kv_dir, prepare_dir
+from kvswap.disk.files import prepare_dir
+from kvswap.disk.folders import sessions_folder
 from kvswap.disk.private import PrivateFolder
 from kvswap.errors import DamagedError, KVSwapError, SessionError
 from kvswap.sessions import lock
@@ -25,7 +26,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 def sessions_dir(kv_dir: str | None) -> Path:
     """The folder of all sessions below a folder for KV files; it need not exist yet."""
-    return (Path(kv_dir).expanduser() if kv_dir else default_kv_dir()).absolute() / "sessions"
+    return sessions_folder(kv_dir)
 
 
 def session_path(kv_dir: str | None, name: str) -> Path:

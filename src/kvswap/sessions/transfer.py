@@ -19,9 +19,9 @@ from typing import IO
 
 import numpy as np
 
+from kvswap.disk.atomic import atomic_file
 from kvswap.disk.files import check_free
-from kvswap.disk.json_files import partial_name
-from kvswap.disk.private import NO_LINKS, PrivateFolder
+from kvswap.disk.private import PrivateFolder
 from kvswap.errors import DamagedError, InputError, SessionError
 from kvswap.sessions.check import check
 from kvswap.sessions.folder import BASIS, SessionFolder
@@ -58,11 +58,10 @@ def export_session(folder: SessionFolder, target: Path) -> int:
     flat = replace(manifest, commits=1, written_bytes=0, rates=None, segments=(segment,), checkpoints=(checkpoint,))
     members = [(MANIFEST, encode(flat, folder.sealer.sign)), (BASIS, folder.folder.read(BASIS, basis.bytes))]
     members += [("tail-0", tail), ("index-0", index)]
-    partial = partial_name(target)
     try:
         if os.path.lexists(target):
             raise FileExistsError
-        with open(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "wb") as file:
+        with atomic_file(target, replace=False, mode=0o600) as file:
             with tarfile.open(fileobj=file, mode="w", format=tarfile.GNU_FORMAT) as archive:
                 for name, data in members:
                     _add(archive, name, data)
@@ -70,32 +69,12 @@ def export_session(folder: SessionFolder, target: Path) -> int:
                     info = tarfile.TarInfo(f"data-0-{layer}")
                     info.size = len(groups.seals) * layout.slot_bytes
                     archive.addfile(info, _Joined(_data(folder, layer, groups)))
-            file.flush()
-            os.fsync(file.fileno())
             size_bytes = file.tell()
-        _publish(partial, target)
         return size_bytes
     except FileExistsError as error:
         raise InputError(f"{target} exists already", hint="give another name") from error
     except OSError as error:
         raise InputError(f"{target}: {error.strerror or error}", hint="give a file in a folder of yours") from error
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def _publish(partial: Path, target: Path) -> None:
-    """Give a complete file its name, durably. Raises FileExistsError where somebody was faster."""
-    try:
-        os.link(partial, target)
-    except OSError as error:
-        if error.errno not in NO_LINKS:
-            raise
-        os.rename(partial, target)
-    parent = os.open(target.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(parent)
-    finally:
-        os.close(parent)
 
 
 def import_session(source: Path, path: Path) -> Manifest:

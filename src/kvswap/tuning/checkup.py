@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kvswap.disk import ReadBackend, create_backend, default_kv_dir, free_bytes, prepare_dir, probe_direct
+from kvswap.disk import ReadBackend, create_backend, free_bytes, kv_folder, prepare_dir, probe_direct
 from kvswap.disk.uring import probe_uring
 from kvswap.errors import DiskError, StorageError
 from kvswap.tuning.disk_test import FILE_BYTES, ReadTest, measure_reads
@@ -69,7 +69,7 @@ def check_up(kv_dir: str | None, *, file_bytes: int = FILE_BYTES, read_s: float 
 
     Raises StorageError where the folder cannot be used at all.
     """
-    with _borrowed_dir(kv_dir if kv_dir is not None else default_kv_dir()) as path:
+    with _borrowed_dir(kv_dir) as path:
         machine = describe_machine()
         backend = create_backend("auto", path, _DEPTH, on_notice=lambda text: None)
         try:
@@ -119,12 +119,9 @@ def _try_reads(backend: ReadBackend, folder: Folder, file_bytes: int, read_s: fl
 
 
 @contextlib.contextmanager
-def _borrowed_dir(path: str | Path) -> Iterator[Path]:
+def _borrowed_dir(kv_dir: str | None) -> Iterator[Path]:
     """The folder, checked; those of its path that did not exist before are removed at the end when they are empty."""
-    try:
-        folder = Path(path).expanduser().absolute()
-    except RuntimeError as error:  # ~somebody who does not exist
-        raise StorageError(f"KV folder {path}: {error}", hint="choose another folder with kv_dir") from error
+    folder = kv_folder(kv_dir)
     fresh = [part for part in (folder, *folder.parents) if not part.exists()]
     try:
         yield prepare_dir(folder)

@@ -15,7 +15,6 @@ from kvswap.config import Config
 from kvswap.core.attachment import Attachment
 from kvswap.core.calibration import CALIBRATION_TOKENS, calibrate, fingerprint
 from kvswap.core.corpus import calibration_topics
-from kvswap.disk import default_kv_dir
 from kvswap.errors import InputError
 from kvswap.models.adapter import ModelParts, cache_keyword
 from kvswap.models.loading import LoadedModel
@@ -173,7 +172,6 @@ class _Maker:
             self.parts,
             self.implementation,
             self.loaded.tokenizer,
-            default_kv_dir().parent / "calibration",
             run=lambda ids, cache: self._call(ids, cache),
             chunk_tokens=_CHUNK_TOKENS,
             on_progress=self._on_progress,

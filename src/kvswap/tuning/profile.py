@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kvswap.disk import default_kv_dir, prepare_dir
+from kvswap.disk import kv_folder, prepare_dir
 from kvswap.disk.files import filesystem_of
+from kvswap.disk.folders import profiles_folder
 from kvswap.disk.json_files import build, read_json, save_json
 from kvswap.errors import ConfigError
 from kvswap.tuning.cost import DiskCosts, ModelCosts
@@ -117,7 +118,7 @@ def take_profile(
 
     Raises StorageError, DiskError, ModelError.
     """
-    folder = prepare_dir(kv_dir if kv_dir is not None else default_kv_dir())
+    folder = prepare_dir(kv_folder(kv_dir))
     disks = measure_disk(folder, on_progress=on_progress)
     facts, costs = None, None
     if loaded is not None:
@@ -142,7 +143,7 @@ def load_profile(
         raise ConfigError(f"{path}: damaged: no read was measured", hint="make the file anew")
     if force:
         return profile
-    folder = prepare_dir(kv_dir if kv_dir is not None else default_kv_dir())
+    folder = prepare_dir(kv_folder(kv_dir))
     differences = stamp_of(folder).differences(profile.stamp)
     if facts is not None:
         differences += _other_model(profile.model, facts)
@@ -163,5 +164,5 @@ def _other_model(profiled: ModelFacts | None, facts: ModelFacts) -> list[str]:
 
 def cached_path(fingerprint: str, kv_dir: str | None) -> Path:
     """Where the profile of a model and a folder is kept."""
-    folder = prepare_dir(kv_dir if kv_dir is not None else default_kv_dir())
-    return default_kv_dir().parent / "profiles" / f"{fingerprint[:24]}-{folder.stat().st_dev}.json"
+    folder = prepare_dir(kv_folder(kv_dir))
+    return profiles_folder() / f"{fingerprint[:24]}-{folder.stat().st_dev}.json"

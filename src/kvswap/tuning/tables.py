@@ -14,7 +14,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import NormalDist
@@ -26,7 +25,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from kvswap.config import Config
-from kvswap.disk import default_kv_dir
+from kvswap.disk.atomic import atomic_file
+from kvswap.disk.folders import tables_folder
 from kvswap.disk.json_files import build
 from kvswap.errors import ConfigError
 from kvswap.selection.transform import TransformSketch
@@ -198,7 +198,6 @@ class Tables:
     def save(self, path: str | Path) -> None:
         """Write or replace the file in one move. Raises ConfigError."""
         target = Path(path).expanduser().absolute()
-        partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
         about = {"format": FORMAT, "version": VERSION, **dataclasses.asdict(self.facts)}
         tensors: dict[str, NDArray[Any]] = {}
         for (tokens, group_tokens), ranking in self.rankings.items():
@@ -206,8 +205,8 @@ class Tables:
             tensors[f"kept.{tokens}.{group_tokens}"] = self.kept[tokens, group_tokens]
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-            save_file(tensors, partial, metadata={"kvswap": json.dumps(about)})
-            partial.replace(target)
+            with atomic_file(target) as file:
+                save_file(tensors, file.name, metadata={"kvswap": json.dumps(about)})
         except OSError as error:
             raise ConfigError(f"{path}: cannot be written: {error}", hint="give a file in a folder of yours") from error
 
@@ -292,4 +291,4 @@ def _between(wanted: int, places: list[int], rows: list[NDArray[np.float64]]) ->
 
 def cached_tables(fingerprint: str) -> Path:
     """Where the tables of a model are kept."""
-    return default_kv_dir().parent / "tables" / f"{fingerprint[:24]}.safetensors"
+    return tables_folder() / f"{fingerprint[:24]}.safetensors"

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from kvswap.config import Config
-from kvswap.errors import ConfigError
+from kvswap.errors import ConfigError, StorageError
 from kvswap.models.adapter import inspect
 from kvswap.models.loading import LoadedModel, load_model
 from kvswap.tuning.disk_curve import Progress
@@ -66,8 +66,8 @@ def tune(
     loaded = load_model(model, on_notice=notice) if isinstance(model, str) else model
     facts = model_facts(loaded, inspect(loaded.model))
     _check_reach(contexts, facts)
-    known = find_profile(loaded, facts, profile, kv_dir, force=force, on_progress=on_progress)
-    measured = find_tables(loaded, facts, tables, force=force, on_progress=on_progress)
+    known = find_profile(loaded, facts, profile, kv_dir, force=force, on_progress=on_progress, on_notice=notice)
+    measured = find_tables(loaded, facts, tables, force=force, on_progress=on_progress, on_notice=notice)
     pricing = Pricing(known, measured, facts, loaded.model.device)
     requests = [
         Request(limit_bytes=limit_bytes, context_tokens=context, batch=batch, select_tokens=select_tokens)
@@ -91,6 +91,7 @@ def find_profile(
     *,
     force: bool,
     on_progress: Progress | None,
+    on_notice: Callable[[str], None],
 ) -> Profile:
     """The profile that was given, or the cached one, or one measured now (and cached)."""
     if isinstance(given, Profile):
@@ -100,13 +101,15 @@ def find_profile(
         if found.costs is None:
             raise ConfigError(f"{given}: a profile without a model", hint="run `kvswap profile --model`")
         return found
-    path = cached_path(facts.fingerprint, kv_dir)
     try:
-        return load_profile(path, kv_dir, facts)
-    except ConfigError:  # none, of an older version, or damaged: it is ours to measure again
+        return load_profile(cached_path(facts.fingerprint, kv_dir), kv_dir, facts)
+    except (ConfigError, StorageError):  # none, of an older version, or damaged: it is ours to measure again
         found = take_profile(kv_dir, loaded, on_progress=on_progress)
-        found.save(path)
-        return found
+    try:
+        found.save(cached_path(facts.fingerprint, kv_dir))
+    except (ConfigError, StorageError) as error:
+        on_notice(f"the profile cannot be kept, so the next run measures it again: {error}")
+    return found
 
 
 def find_tables(
@@ -116,19 +119,26 @@ def find_tables(
     *,
     force: bool,
     on_progress: Progress | None,
+    on_notice: Callable[[str], None],
 ) -> Tables:
     """The tables that were given, or the cached ones, or some computed now (and cached)."""
     if isinstance(given, Tables):
         return given
     if given is not None and Path(given).expanduser().exists():
         return load_tables(given, facts.fingerprint, facts.layers, force=force)
-    path = cached_tables(facts.fingerprint) if given is None else Path(given)
-    try:
-        return load_tables(path, facts.fingerprint, facts.layers)
-    except ConfigError:
+    if given is not None:
         found = make_tables(loaded, on_progress=on_progress)
-        found.save(path)
+        found.save(given)
         return found
+    try:
+        return load_tables(cached_tables(facts.fingerprint), facts.fingerprint, facts.layers)
+    except (ConfigError, StorageError):  # as above
+        found = make_tables(loaded, on_progress=on_progress)
+    try:
+        found.save(cached_tables(facts.fingerprint))
+    except (ConfigError, StorageError) as error:
+        on_notice(f"the tables cannot be kept, so the next run computes them again: {error}")
+    return found
 
 
 def promise_of(chosen: Candidate) -> Promise:

@@ -18,7 +18,8 @@ from kvswap.config import Config
 from kvswap.core.attach import attach_each
 from kvswap.core.calibration import fingerprint
 from kvswap.disk import create_backend
-from kvswap.disk.files import default_kv_dir, filesystem_of, prepare_dir
+from kvswap.disk.files import filesystem_of, prepare_dir
+from kvswap.disk.folders import kv_folder
 from kvswap.disk.json_files import read_results, write_json
 from kvswap.errors import ConfigError, InputError
 from kvswap.lab.bench.results import Record, record_of, summarise
@@ -217,7 +218,7 @@ def _prompt_tokens(loaded: LoadedModel, plan: Plan, place: Place) -> int:
 
 
 def _read_test(config: Config, on_notice: Callable[[str], None]) -> ReadTest:
-    folder = prepare_dir(Path(config.kv_dir) if config.kv_dir else default_kv_dir())
+    folder = prepare_dir(kv_folder(config.kv_dir))
     return measure_reads(create_backend(config.backend, folder, config.read_depth, on_notice=on_notice))
 
 
@@ -273,11 +274,10 @@ def _environment(config: Config, test: ReadTest) -> dict[str, Any]:
     values = dataclasses.asdict(test)
     for name, rate in (("small", test.small), ("large", test.large), ("single", test.single)):
         values[name] |= {"bytes_per_s": rate.bytes_per_s, "reads_per_s": rate.reads_per_s}
-    folder = config.kv_dir or default_kv_dir()
     return {
         "machine": dataclasses.asdict(describe_machine()),
         "threads": torch.get_num_threads(),
-        "filesystem": filesystem_of(folder),
+        "filesystem": filesystem_of(kv_folder(config.kv_dir)),
         "read_test": values,
         "versions": {name: importlib.metadata.version(name) for name in ("kvswap", "torch", "transformers", "numpy")},
     }

@@ -21,7 +21,8 @@ from kvswap.core.decode import Decode
 from kvswap.core.state import BatchState, Shape, open_state
 from kvswap.core.trace import Trace
 from kvswap.disk import create_backend
-from kvswap.disk.files import default_kv_dir, free_bytes, prepare_dir
+from kvswap.disk.files import free_bytes, prepare_dir
+from kvswap.disk.folders import kv_folder
 from kvswap.selection.basis import KeyCovariance
 from kvswap.selection.kvswap import method as kvswap_method
 from kvswap.selection.method import KeyFacts
@@ -50,7 +51,7 @@ def kv_bytes(tokens: int, shape: Shape = SMOLLM2) -> int:
 
 def fits(tokens: int, config: Config, shape: Shape = SMOLLM2) -> bool:
     """Whether there is room for such a context on the disk, and something to spare."""
-    folder = prepare_dir(Path(config.kv_dir) if config.kv_dir else default_kv_dir())
+    folder = prepare_dir(kv_folder(config.kv_dir))
     return kv_bytes(tokens, shape) + SPARE_BYTES <= free_bytes(folder)
 
 
@@ -69,7 +70,7 @@ def measure_scale(
     ``step_s``: every step. ``parts_s``: mean time of a step by part, ``attention_s`` and ``io_wait_s`` among them; the
     rest is ``other_s``. Memory as the ledger has it. Raises MemoryBudgetError, StorageError.
     """
-    folder = prepare_dir(Path(config.kv_dir) if config.kv_dir else default_kv_dir())
+    folder = prepare_dir(kv_folder(config.kv_dir))
     generator = torch.Generator().manual_seed(0)
     state = _open(tokens, config, folder, shape, generator)
     try:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import itertools
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from safetensors.torch import save_file
 
 from kvswap.core.calibration import fingerprint
 from kvswap.core.layer_major import FullCache
+from kvswap.disk.atomic import atomic_file
 from kvswap.lab.evals.forced import share_prompt
 
 VERSION = "1"
@@ -72,16 +72,12 @@ class PromptShelf:
 
 
 def _write(path: Path, full: FullCache, row: torch.Tensor) -> None:
-    partial = path.with_suffix(f".{os.getpid()}.partial")
     tensors = {"row": row.contiguous()}
     for index, layer in enumerate(full.layers):
         tensors |= {f"{index}.keys": layer.keys.contiguous(), f"{index}.values": layer.values.contiguous()}
         tensors[f"{index}.tokens"] = torch.tensor(layer.get_seq_length())
-    try:
-        save_file(tensors, partial)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with atomic_file(path) as file:
+        save_file(tensors, file.name)
 
 
 def _read(path: Path, full: FullCache) -> torch.Tensor | None:

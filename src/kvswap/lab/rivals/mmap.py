@@ -15,7 +15,8 @@ import torch
 
 from kvswap.config import Config
 from kvswap.core.layer_major import FullCache, InMemory, InMemoryLayer, Progress, stock_layers
-from kvswap.disk.files import check_free, default_kv_dir, open_unlinked, prepare_dir
+from kvswap.disk.files import check_free, open_unlinked, prepare_dir
+from kvswap.disk.folders import kv_folder
 from kvswap.errors import UnsupportedError
 from kvswap.models.adapter import ModelParts
 from kvswap.terms import round_up
@@ -30,7 +31,7 @@ def method() -> InMemory:
 
 def open_cache(parts: ModelParts, implementation: str, config: Config, on_progress: Progress | None) -> FullCache:
     """A cache in mapped files in ``config.kv_dir``. Raises StorageError."""
-    folder = prepare_dir(Path(config.kv_dir) if config.kv_dir else default_kv_dir())
+    folder = prepare_dir(kv_folder(config.kv_dir))
     layers = [
         MappedLayer(folder) if part.order is not None else stock
         for part, stock in zip(parts.layers, stock_layers(parts), strict=True)

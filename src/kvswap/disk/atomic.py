@@ -1,0 +1,135 @@
+"""Files and folders that appear whole or not at all, and stay after a power failure.
+
+Every writer of kvswap uses these: what is new is written beside its final name, made durable (fsync), renamed, and the
+rename is made durable too. A failure in the middle removes the temporary file and leaves the old one as it was; a kill
+can leave a hidden file that ends in ``.partial``, which nothing reads. The temporary name is random and is created
+with O_EXCL, so that two writers do not meet and a link in its place is not followed.
+
+Any thread, any process; the last writer wins. All functions raise OSError and leave it to the caller to say what
+the file was for.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK, errno.EXDEV, errno.ENOSYS)
+"""Errors of a file system that has no hard links, or no more of them."""
+_NO_FOLDER_SYNC = (errno.EINVAL, errno.EOPNOTSUPP)
+
+
+def atomic_write(target: Path, data: bytes, *, mode: int = 0o666) -> None:
+    """Write ``data`` to ``target``, which is replaced if it exists. Raises OSError."""
+    with atomic_file(target, mode=mode) as file:
+        file.write(data)
+
+
+@contextmanager
+def atomic_file(target: Path, *, replace: bool = True, mode: int = 0o666) -> Iterator[IO[bytes]]:
+    """A new binary file that gets the name ``target`` when the block ends without an error.
+
+    Libraries that want a path can write to ``file.name`` instead of ``file``; they may replace that file.
+
+    Parameters
+    ----------
+    replace
+        False: a file of that name is left alone, and FileExistsError is raised at the end.
+    mode
+        Permissions of the file; the umask is taken off.
+
+    Raises
+    ------
+    OSError
+    """
+    temporary = temporary_path(target)
+    file = open(temporary, "xb", opener=lambda path, flags: os.open(path, flags | os.O_NOFOLLOW, mode))  # noqa: SIM115
+    try:
+        with file:
+            yield file
+        sync(temporary)
+        if replace:
+            os.replace(temporary, target)
+        else:
+            _link(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_folder(target.parent)
+
+
+@contextmanager
+def atomic_folder(target: Path) -> Iterator[Path]:
+    """A new folder that gets the name ``target`` when the block ends without an error. Its files lie flat in it.
+
+    Raises FileExistsError when there is a folder of that name with something in it, which is left alone, and OSError.
+    """
+    temporary = temporary_path(target)
+    os.mkdir(temporary)
+    try:
+        yield temporary
+        for path in temporary.iterdir():
+            sync(path)
+        sync_folder(temporary)
+        try:
+            os.rename(temporary, target)
+        except OSError as error:
+            if error.errno == errno.ENOTEMPTY:
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target)) from error
+            raise
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    sync_folder(target.parent)
+
+
+def try_atomic_file(target: Path) -> None:
+    """Find out, without a trace, whether ``atomic_file`` could begin. Raises OSError."""
+    temporary = temporary_path(target)
+    os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600))
+    temporary.unlink()
+
+
+def temporary_path(target: Path) -> Path:
+    """A hidden name beside ``target`` that nobody can guess."""
+    # Only a part of the name, so that a long name does not become too long.
+    return target.with_name(f".{target.name[:40]}.{secrets.token_hex(8)}.partial")
+
+
+def sync(path: Path) -> None:
+    """Wait until the bytes of a file are on the disk. Raises OSError."""
+    _fsync(path, os.O_NOFOLLOW)
+
+
+def sync_folder(path: Path) -> None:
+    """Wait until the names in a folder are on the disk, where the file system can do that. Raises OSError."""
+    try:
+        _fsync(path, os.O_DIRECTORY)
+    except OSError as error:
+        if error.errno not in _NO_FOLDER_SYNC:
+            raise
+
+
+def _fsync(path: Path, flags: int) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | flags)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _link(temporary: Path, target: Path) -> None:
+    """Give a file a second name that is not taken. Raises FileExistsError."""
+    try:
+        os.link(temporary, target)
+    except OSError as error:
+        if error.errno not in NO_LINKS:
+            raise
+        if os.path.lexists(target):  # without hard links nothing better can be asked
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target)) from error
+        os.rename(temporary, target)
