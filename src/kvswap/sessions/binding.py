@@ -23,10 +23,11 @@ from kvswap.errors import ConfigError, DamagedError, SessionError, UnsupportedEr
 from kvswap.selection.basis import Basis
 from kvswap.selection.codes import LayerSketch
 from kvswap.selection.transform import full_precision_basis
-from kvswap.sessions.folder import Commit, SessionFolder
-from kvswap.sessions.index import Arrays, LayerIndex, take
+from kvswap.sessions.arrays import Arrays, take
+from kvswap.sessions.checkpoint import CheckpointContents
+from kvswap.sessions.index import LayerIndex
 from kvswap.sessions.manifest import ITEMSIZES_BYTES, Layout, Manifest, Model
-from kvswap.sessions.reader import Stored
+from kvswap.sessions.store import SessionStore
 from kvswap.store.groups import NamedFiles
 from kvswap.store.segments import Segments
 from kvswap.terms import ceil_div
@@ -48,12 +49,12 @@ class Keeper:
     """
 
     def __init__(
-        self, folder: SessionFolder, model: Model, *, verify: bool = True, room: Callable[[int], None] | None = None
+        self, folder: SessionStore, model: Model, *, verify: bool = True, room: Callable[[int], None] | None = None
     ) -> None:
         self.folder, self.model = folder, model
         self._verify, self.room = verify, room or (lambda nbytes: None)
         self._check_model()
-        self._stored: Stored | None = folder.load()
+        self._stored: CheckpointContents | None = folder.load()
         self.tokens = self._stored.tokens if self._stored else 0
         self._data_bytes = 0
 
@@ -81,7 +82,7 @@ class Keeper:
             wanted, default = getattr(config, key), getattr(Config(), key)
             if wanted not in (value, default):
                 raise ConfigError(
-                    f"{key}: got {wanted!r}, {self.folder.what} was made with {value!r}",
+                    f"{key}: got {wanted!r}, {self.folder.label} was made with {value!r}",
                     hint="leave it out, or start another session",
                 )
         return config.replace(**fixed)
@@ -101,7 +102,7 @@ class Keeper:
         """Give decoder layers that are not offloaded their state: pairs of the layer's index and its cache layer."""
         if self._stored is None or not layers:
             return
-        layout, tail, what = self.layout, self._stored.tail, self.folder.what
+        layout, tail, what = self.layout, self._stored.tail, self.folder.label
         assert layout is not None
         lengths = take(tail, "sliding-lengths", np.int64, what, len(layers))
         for (index, layer), length in zip(layers, lengths.tolist(), strict=True):
@@ -145,7 +146,7 @@ class Keeper:
             sealer=sealer,
             appendable=self.folder.appendable(),
             verify=self._verify,
-            what=self.folder.what,
+            what=self.folder.label,
             begin=begin,
             grow=self.room,
         )
@@ -190,18 +191,16 @@ class Keeper:
             groups.append(LayerIndex(named.seals[layer, start:stop].copy(), codes, scales))
         written_bytes = state.store.backend.counters.write_bytes
         self.folder.commit(
-            Commit(
-                model=self.model,
-                layout=_layout(state),
-                basis=_basis_arrays(state) if self.folder.manifest.basis is None else None,
-                tokens=tokens,
-                flushed=flushed,
-                groups=groups,
-                tail=_tail(state, sliding, ids, talk),
-                data_bytes=written_bytes - self._data_bytes,
-                interim=interim,
-                rates=rates,
-            )
+            model=self.model,
+            layout=_layout(state),
+            basis=_basis_arrays(state) if self.folder.manifest.basis is None else None,
+            tokens=tokens,
+            flushed=flushed,
+            new_groups=groups,
+            tail=_tail(state, sliding, ids, talk),
+            data_bytes=written_bytes - self._data_bytes,
+            interim=interim,
+            rates=rates,
         )
         self._data_bytes = written_bytes
 
@@ -218,12 +217,12 @@ class Keeper:
             if getattr(stored, key) != getattr(self.model, key):
                 detail = f" ({self.model.dtype}, not {stored.dtype})" if key == "dtype" else ""
                 raise SessionError(
-                    f"{self.folder.what} belongs to {stored.name}; the model given {words}{detail}",
+                    f"{self.folder.label} belongs to {stored.name}; the model given {words}{detail}",
                     hint="give the model that it was made with, or start another session",
                 )
 
 
-def made_alike(manifest: Manifest, model: Model, config: Config) -> bool:
+def compatible(manifest: Manifest, model: Model, config: Config) -> bool:
     """Whether a session is of that model and has what a new one would get by ``config``."""
     layout = manifest.layout
     if (
@@ -257,7 +256,7 @@ def sliding_layers(layers: Sequence[Any], orders: Sequence[int | None]) -> list[
     return found
 
 
-def _pin(state: BatchState, layer: int, stored: Stored) -> None:
+def _pin(state: BatchState, layer: int, stored: CheckpointContents) -> None:
     """Sinks and recent window from disk, what was on no disk from the tail."""
     window, flushed, dtype = state.window, stored.flushed[layer], state.pool.dtypes[layer]
     ring = window.ring_start((stored.tokens - 1) // window.group_tokens)
