@@ -75,10 +75,9 @@ def load(
         How much disk sessions may take, and how much may be written a day.
     check_quality
         Repeat some steps with exact attention; ``Engine.stats.quality`` says what selection costs.
-    on_progress
-        Called with ``("calibrate" | "prefill", done, total)``.
-    on_notice
-        Called with a sentence where something falls back; by default it is logged as a warning.
+    on_progress, on_notice
+        Called with ``("calibrate" | "prefill", done, total)``, and with a sentence where something falls back; the
+        sentence is logged as a warning by default.
 
     Raises
     ------

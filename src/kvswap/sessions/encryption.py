@@ -157,7 +157,7 @@ class Cipher:
         self._current, self._next = self._epoch(secrets.token_bytes(SALT_BYTES)), {}
 
     def seal(self, layer: int, first: int, slots: Bytes) -> Seals:
-        """Encrypt groups in place; returns their seals. A layer's groups come in ascending order, each once an epoch."""
+        """Encrypt groups in place; returns their seals. Groups of a layer come in order, each once an epoch."""
         if self._current < 0 or first < self._next.get(layer, 0):
             raise RuntimeError(f"group {first} of layer {layer} would use its nonce again")
         count, size = slots.shape
