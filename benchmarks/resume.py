@@ -35,7 +35,7 @@ from kvswap.disk.folders import kv_folder
 from kvswap.lab.evals.text import evaluation_text
 from kvswap.models.adapter import cache_keyword
 from kvswap.models.loading import LoadedModel, load_model
-from kvswap.sessions.keys import ENVIRONMENT, new_key
+from kvswap.sessions.encryption import KEY_VARIABLE, new_key
 from kvswap.sessions.session import Session
 from kvswap.store.groups import GroupStore
 from kvswap.tuning.machine import describe_machine
@@ -103,7 +103,7 @@ def first_token_s(session: Session, new: list[int], started_s: float) -> float:
 
 def measure_first_tokens(loaded: LoadedModel, config: kvswap.Config, ids: list[int], args: Any) -> dict[str, Any]:
     """Prefilled and resumed, plain and encrypted."""
-    from kvswap.sessions.shelf import session_path
+    from kvswap.sessions.catalog import session_path
 
     found: dict[str, Any] = {}
     context, question = ids[: args.tokens], ids[args.tokens : args.tokens + args.question]
@@ -127,15 +127,15 @@ def measure_first_tokens(loaded: LoadedModel, config: kvswap.Config, ids: list[i
 
 def measure_forks(config: kvswap.Config, repeat: int) -> dict[str, Any]:
     """Seconds of a fork on an open session, and bytes of new disk by the session's own count and by the disk's."""
-    from kvswap.sessions.fork import fork as fork_folder
-    from kvswap.sessions.shelf import open_session, session_path, used_bytes
+    from kvswap.sessions.catalog import open_store, session_path, used_bytes
+    from kvswap.sessions.sharing import fork as fork_store
 
     times, root = [], session_path(config.kv_dir, "plain").parent
     for _ in range(repeat):
-        with open_session(config.kv_dir, "plain") as folder:
+        with open_store(config.kv_dir, "plain") as store:
             before_bytes = used_bytes(root)
             started_s = time.perf_counter()
-            written_bytes = fork_folder(folder, session_path(config.kv_dir, "scratch"))
+            written_bytes = fork_store(store, session_path(config.kv_dir, "scratch"))
             times.append(time.perf_counter() - started_s)
             disk_bytes = used_bytes(root) - before_bytes
         remove(config, "scratch")
@@ -188,17 +188,17 @@ def decode(
 
 def fork(config: kvswap.Config, name: str, new: str) -> None:
     """A fork of a closed session."""
-    from kvswap.sessions.fork import fork as fork_folder
-    from kvswap.sessions.shelf import open_session, session_path
+    from kvswap.sessions.catalog import open_store, session_path
+    from kvswap.sessions.sharing import fork as fork_store
 
-    with open_session(config.kv_dir, name) as folder:
-        fork_folder(folder, session_path(config.kv_dir, new))
+    with open_store(config.kv_dir, name) as store:
+        fork_store(store, session_path(config.kv_dir, new))
 
 
 def remove(config: kvswap.Config, name: str) -> None:
     """Remove a closed session."""
-    from kvswap.sessions.shelf import remove as remove_path
-    from kvswap.sessions.shelf import session_path
+    from kvswap.sessions.catalog import remove as remove_path
+    from kvswap.sessions.catalog import session_path
 
     remove_path(session_path(config.kv_dir, name))
 
@@ -241,7 +241,7 @@ def main() -> None:
     parser.add_argument("--kv-dir", help="default: below the user's cache folder")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    os.environ[ENVIRONMENT] = new_key()
+    os.environ[KEY_VARIABLE] = new_key()
     loaded = load_model(args.model, dtype=args.dtype)
     ids = prompt_ids(loaded, args.tokens + max(args.question, WARM_STEPS + 2 * args.steps) + 1)
     place = kv_folder(args.kv_dir) / f"resume-{secrets.token_hex(4)}"

@@ -34,7 +34,7 @@ def test_turns_are_kept_and_taken_back(chat, tmp_path) -> None:
     assert "tokens are on disk in" in err and "first token" in err and "taken back" in err
     assert sorted(path.name for path in (tmp_path / "kv" / "sessions").iterdir()) == [".usage", "diary", "other"]
     code, again, err = chat("And who not?")
-    assert "session diary goes on" in err
+    assert "session diary continues with" in err
     assert again == out.split("\n", 1)[1]
     assert chat("And then?", words=("--session", "other"))[0] == 0
 
@@ -68,10 +68,10 @@ def test_options_of_run(chat, tmp_path, monkeypatch) -> None:
     words += ("--no-verify", "--no-mmap", "--check-quality")
     code, out, err = chat("Who is there, and what does he count in the evening?", "/stats", words=words)
     assert code == 0 and out.count("\n") == 1 and "first token" in err
-    from kvswap.sessions.shelf import open_session
+    from kvswap.sessions.catalog import open_store
 
-    with open_session(str(tmp_path / "kv"), "diary", write=False) as folder:
-        assert folder.manifest.encryption is not None and folder.manifest.layout.group_tokens == 8
+    with open_store(str(tmp_path / "kv"), "diary", write=False) as store:
+        assert store.manifest.encryption is not None and store.manifest.layout.group_tokens == 8
     assert chat("Who?", words=("--encrypt",))[0] == 2
     assert chat("Who?", words=("--config", str(tmp_path / "absent.json")))[0] == 2
 

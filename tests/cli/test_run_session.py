@@ -46,7 +46,9 @@ def test_second_question_about_the_same_document(run) -> None:
     second = run("What is counted?")
     assert second["resumed_tokens"] + second["computed_tokens"] == second["prompt_tokens"]
     assert second["computed_tokens"] < 60 and second["resumed_tokens"] % 4 == 0
-    assert "this prompt begins as the first" in second["err"]
+    stored = first["prompt_tokens"] + first["new_tokens"] - 1
+    kept = f"this prompt begins with {second['resumed_tokens']:,} of its {stored:,} tokens; these stay"
+    assert kept in second["err"]
     assert second["session_written_bytes"] > first["session_written_bytes"]
 
 
@@ -86,7 +88,7 @@ def test_new_session_begins_with_what_another_one_holds(run) -> None:
     second = run("What is counted?", session="other")
     assert second["session"] == "other" and second["resumed_tokens"] > 900 and second["resumed_tokens"] % 4 == 0
     assert second["resumed_tokens"] + second["computed_tokens"] == second["prompt_tokens"]
-    assert f"session other begins with {second['resumed_tokens']:,} tokens that session tale holds" in second["err"]
+    assert f"session other shares its first {second['resumed_tokens']:,} tokens with session tale" in second["err"]
     assert second["session_written_bytes"] < first["session_written_bytes"] / 2
     third = run("And what?", session="other", document=False)
     assert third["resumed_tokens"] == second["prompt_tokens"] + second["new_tokens"] - 1

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from kvswap.cli.main import run_command
-from kvswap.sessions.shelf import open_session
+from kvswap.sessions.catalog import open_store
 
 pytestmark = pytest.mark.usefixtures("cache_home")
 
@@ -221,7 +221,7 @@ def test_export_that_breaks_off_leaves_nothing_under_its_name(tale, sessions, tm
 
 
 def test_second_writer_gets_a_clear_error(tale, ask, sessions, kv_dir) -> None:
-    with open_session(str(kv_dir), "tale"):
+    with open_store(str(kv_dir), "tale"):
         for code, _, err in (ask("And?"), sessions("rm", "tale"), sessions("fork", "tale", "b")):
             assert code == 2 and f"session tale is in use by process {os.getpid()}" in err
         assert facts(sessions, "tale")["in_use"]
@@ -242,7 +242,7 @@ def test_wipe_says_what_it_cannot_promise(tale, sessions) -> None:
 def test_prune_removes_leftovers_alone(tale, sessions) -> None:
     (tale.parent / ".new-1234").mkdir()
     (tale / "tail-99").write_bytes(b"x")
-    with open_session(str(tale.parent.parent), "tale"):
+    with open_store(str(tale.parent.parent), "tale"):
         assert "nothing" not in sessions("prune")[1]
     sessions("prune")
     assert not (tale.parent / ".new-1234").exists() and not (tale / "tail-99").exists()
@@ -291,16 +291,16 @@ def test_encrypt_is_for_sessions(tiny, command) -> None:
 def test_key_goes_to_the_keyring_once(sessions, monkeypatch) -> None:
     import keyring
 
-    held = {}
-    monkeypatch.setattr(keyring, "get_password", lambda *place: held.get(place))
-    monkeypatch.setattr(keyring, "set_password", lambda service, name, value: held.update({(service, name): value}))
+    stored = {}
+    monkeypatch.setattr(keyring, "get_password", lambda *place: stored.get(place))
+    monkeypatch.setattr(keyring, "set_password", lambda service, name, value: stored.update({(service, name): value}))
     code, out, _ = sessions("key", "--keyring")
-    assert code == 0 and len(held) == 1 and next(iter(held.values())) not in out
+    assert code == 0 and len(stored) == 1 and next(iter(stored.values())) not in out
     code, _, err = sessions("key", "--keyring")
-    assert code == 2 and "has a key already" in err and len(held) == 1
+    assert code == 2 and "has a key already" in err and len(stored) == 1
 
 
 @pytest.mark.parametrize("words", [("show", "none"), ("rm", "none"), ("check", "none"), ("export", "none", "x")])
 def test_absent_session(words, sessions, kv_dir) -> None:
     code, _, err = sessions(*words)
-    assert code == 2 and "session none: there is none; see: kvswap sessions list" in err
+    assert code == 2 and "there is no session none; see: kvswap sessions list" in err

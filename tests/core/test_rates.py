@@ -1,16 +1,16 @@
-"""Read or compute again: the cheaper by what was measured, and reading wherever that is not known."""
+"""Load or recompute: the cheaper by measured rates, and loading where they are not known."""
 
 from __future__ import annotations
 
 import pytest
 
-from kvswap.core.rates import LEAST_TOKENS, MARGIN, Rates, choose
+from kvswap.core.rates import MARGIN, MIN_TOKENS, Rates, load_or_recompute
 
 MEASURED = Rates(prefill_tokens=2000, prefill_us=2_000_000, load_tokens=1000, load_us=1_500_000)
 
 
 @pytest.mark.parametrize(
-    ("rates", "held", "passes", "again"),
+    ("rates", "stored", "passes", "recompute"),
     [
         (None, 1000, 1, False),
         (Rates(), 1000, 1, False),
@@ -24,20 +24,22 @@ MEASURED = Rates(prefill_tokens=2000, prefill_us=2_000_000, load_tokens=1000, lo
         (MEASURED, 4000, 2, True),
     ],
 )
-def test_choice(rates, held, passes, again) -> None:
-    assert choose(rates, held, passes).again == again
+def test_choice(rates, stored, passes, recompute) -> None:
+    assert load_or_recompute(rates, stored, passes).recompute == recompute
 
 
-def test_expectations_are_told() -> None:
-    found = choose(MEASURED, 1000, 2)
+def test_expected_times_are_given() -> None:
+    found = load_or_recompute(MEASURED, 1000, 2)
     assert found.load_s == pytest.approx(3.0) and found.recompute_s == pytest.approx(1.0)
-    assert choose(MEASURED, 4000, 1).recompute_s == pytest.approx(8.0)
+    assert load_or_recompute(MEASURED, 4000, 1).recompute_s == pytest.approx(8.0)
 
 
-def test_computing_has_to_look_cheaper_by_a_margin() -> None:
+def test_recomputing_has_to_be_cheaper_by_a_margin() -> None:
     close = Rates(prefill_tokens=1000, prefill_us=1_000_000, load_tokens=1000, load_us=int(1e6 * MARGIN) - 1)
-    assert not choose(close, 1000, 1).again
-    assert choose(Rates(prefill_tokens=1000, prefill_us=1_000_000, load_tokens=1000, load_us=1_300_000), 500, 1).again
+    assert not load_or_recompute(close, 1000, 1).recompute
+    assert load_or_recompute(
+        Rates(prefill_tokens=1000, prefill_us=1_000_000, load_tokens=1000, load_us=1_300_000), 500, 1
+    ).recompute
 
 
 def test_the_better_rates_are_kept_each_apart() -> None:
@@ -45,6 +47,6 @@ def test_the_better_rates_are_kept_each_apart() -> None:
     assert MEASURED.better(slow_disk) == Rates(
         prefill_tokens=4000, prefill_us=1_000_000, load_tokens=1000, load_us=1_500_000
     )
-    few = Rates(prefill_tokens=LEAST_TOKENS - 1, prefill_us=1, load_tokens=LEAST_TOKENS - 1, load_us=1)
+    few = Rates(prefill_tokens=MIN_TOKENS - 1, prefill_us=1, load_tokens=MIN_TOKENS - 1, load_us=1)
     assert MEASURED.better(few) == MEASURED
     assert Rates().better(MEASURED) == MEASURED

@@ -13,7 +13,7 @@ from platformdirs.unix import Unix
 
 from kvswap.disk import folders, prepare_dir
 from kvswap.errors import StorageError
-from kvswap.sessions.shelf import session_path
+from kvswap.sessions.catalog import session_path
 
 EVERYTHING = (
     folders.calibration_folder,

@@ -65,7 +65,7 @@ def play(
             elif name == "align":
                 kept = session.token_ids[: max(1, len(session.token_ids) - size)]
                 ids = [*kept, *tokens(1, 5, seed=number)[0].tolist()]
-                session.align(ids)
+                session.truncate(session.common_tokens(ids))
                 session.append(ids[len(session.token_ids) :])
             elif name == "fork":
                 fork = f"s{next(NUMBERS)}"

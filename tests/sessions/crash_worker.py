@@ -12,10 +12,10 @@ import torch
 from kvswap.config import Config
 from kvswap.errors import SessionError
 from kvswap.models.loading import LoadedModel
+from kvswap.sessions.catalog import entries, prune, session_path
 from kvswap.sessions.check import check
-from kvswap.sessions.keys import ENVIRONMENT
+from kvswap.sessions.encryption import KEY_VARIABLE
 from kvswap.sessions.session import Session
-from kvswap.sessions.shelf import entries, prune, session_path
 from tests.helpers.families import tiny_model, tokens
 from tests.helpers.folders import byte_tokenizer
 
@@ -56,13 +56,13 @@ def apply(session: Session, number: int) -> None:
         session.undo()
     elif name == "align":
         ids = [*session.token_ids[:-size], *tokens(1, 5, seed=number)[0].tolist()]
-        session.align(ids)
+        session.truncate(session.common_tokens(ids))
         session.append(ids[len(session.token_ids) :])
     elif name == "heir":  # takes over from a fork, which is closed
-        encrypt = session.folder.manifest.encryption is not None
+        encrypt = session.store.manifest.encryption is not None
         try:
             with Session.create(HEIR, MODEL, session.config, encrypt=encrypt) as heir:
-                assert heir.borrow([*session.token_ids, 1]) in ("fork-3", "fork-10")
+                assert heir.share_prefix([*session.token_ids, 1]) in ("fork-3", "fork-10")
         except SessionError as error:
             assert "exists already" in str(error)
     elif name == "fork":
@@ -85,14 +85,14 @@ def reference(folder: Path, *, encrypt: bool = False) -> tuple[list[list[int]], 
 
 def run(folder: Path, home: Path, encrypt: bool, ready: Connection) -> None:
     """The whole schedule on a new session, until somebody kills this process."""
-    os.environ |= {"XDG_CACHE_HOME": str(home), ENVIRONMENT: KEY}
+    os.environ |= {"XDG_CACHE_HOME": str(home), KEY_VARIABLE: KEY}
     ready.send("ready")
     reference(folder, encrypt=encrypt)
 
 
 def recover(folder: Path, home: Path, states: list[list[int]], report: Connection) -> None:
     """What is there after the kill; sends the operation that was reached, or what is wrong, as text."""
-    os.environ |= {"XDG_CACHE_HOME": str(home), ENVIRONMENT: KEY}
+    os.environ |= {"XDG_CACHE_HOME": str(home), KEY_VARIABLE: KEY}
     try:
         report.send(_recover(folder, states))
     except BaseException as error:
@@ -109,7 +109,7 @@ def _recover(folder: Path, states: list[list[int]]) -> int | str:
         reached = max((n for n, ids in enumerate(states) if ids == found), default=None)
         if reached is None and found not in cut:
             return f"{len(found)} tokens are no committed state"
-        if problems := check(session.folder).problems:
+        if problems := check(session.store).problems:
             return f"check: {problems}"
         if reached is not None:
             for number in range(reached, len(OPERATIONS)):

@@ -17,7 +17,7 @@ import torch
 
 from kvswap.errors import KVSwapError
 from kvswap.sessions.check import check
-from kvswap.sessions.keys import ENVIRONMENT
+from kvswap.sessions.encryption import KEY_VARIABLE
 from kvswap.sessions.session import Session
 from tests.sessions import crash_worker
 from tests.sessions.crash_worker import HEIR, KEY, MODEL, NAME, OPERATIONS, apply, config
@@ -86,7 +86,7 @@ def states(tmp_path_factory) -> list[list[int]]:
 
 @pytest.fixture(autouse=True)
 def cache_home(tmp_path_factory, monkeypatch) -> None:
-    monkeypatch.setenv(ENVIRONMENT, KEY)
+    monkeypatch.setenv(KEY_VARIABLE, KEY)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
 
 
@@ -101,7 +101,7 @@ def play(folder: Path, *, encrypt: bool = False) -> None:
             apply(session, number)
         whole = session.token_ids
     with Session.create(HEIR, MODEL, settings, encrypt=encrypt) as session:
-        assert session.borrow([*whole, 1]) in (NAME, None)
+        assert session.share_prefix([*whole, 1]) in (NAME, None)
 
 
 def sites(tmp_path: Path, *, encrypt: bool = False) -> list[tuple[str, str]]:
@@ -130,14 +130,14 @@ def fail_once(
         with Session.open(HEIR, MODEL, config(folder)) as session:
             ids = session.token_ids
             assert any(ids == state[: len(ids)] for state in states), f"{site} {how}"
-            assert check(session.folder).problems == [], f"{site} {how}"
+            assert check(session.store).problems == [], f"{site} {how}"
     path = root / NAME
     if not path.exists():
         return ended
     with Session.open(NAME, MODEL, config(folder)) as session:
         cut = [states[7][:count] for count in range(4, len(states[7]), 4)]
         assert session.token_ids in states or session.token_ids in cut, f"{site} {how}"
-        assert check(session.folder).problems == [], f"{site} {how}"
+        assert check(session.store).problems == [], f"{site} {how}"
         if session.token_ids in states and ended:
             reached = max(n for n, ids in enumerate(states) if ids == session.token_ids)
             for number in range(reached, len(OPERATIONS)):

@@ -13,12 +13,12 @@ import pytest
 
 from kvswap.config import Config
 from kvswap.errors import DamagedError, KVSwapError, SessionError
-from kvswap.sessions import seal
-from kvswap.sessions.check import check
-from kvswap.sessions.fork import fork
-from kvswap.sessions.keys import ENVIRONMENT
+from kvswap.sessions import encryption
+from kvswap.sessions.catalog import entry, open_store, prune
+from kvswap.sessions.check import check, repair_session
+from kvswap.sessions.encryption import KEY_VARIABLE
 from kvswap.sessions.session import Session
-from kvswap.sessions.shelf import entry, open_session, prune, repair_session
+from kvswap.sessions.sharing import fork
 from kvswap.sessions.transfer import export_session, import_session
 from kvswap.store.checksum import text_sum
 from tests.helpers.families import tokens
@@ -31,7 +31,7 @@ PROMPT = tokens(1, 301)[0].tolist()
 @pytest.fixture(autouse=True)
 def environment(tmp_path_factory, monkeypatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
-    monkeypatch.setenv(ENVIRONMENT, KEY)
+    monkeypatch.setenv(KEY_VARIABLE, KEY)
 
 
 @pytest.fixture
@@ -46,7 +46,7 @@ def secret(config: Config) -> Path:
         session.append(PROMPT)
         session.commit(session.token_ids, b'["my secret words"]')
         list(session.generate(max_new_tokens=40))
-        return session.folder.folder.path
+        return session.store.folder.path
 
 
 SCHEDULE = [
@@ -85,7 +85,7 @@ def test_same_tokens_as_without_encryption_in_many_schedules(family, tmp_path_fa
 def test_no_key_meets_a_nonce_twice(tmp_path, monkeypatch, config) -> None:
     """Also where the same groups are written again: after undo, cut, a lost commit, in a fork and after an import."""
     met: set[tuple[bytes, bytes]] = set()
-    real = seal._aes
+    real = encryption._aes
 
     class Recorder:
         def __init__(self, key: bytes) -> None:
@@ -106,13 +106,13 @@ def test_no_key_meets_a_nonce_twice(tmp_path, monkeypatch, config) -> None:
         def __getattr__(self, name: str) -> Any:
             return getattr(self.real, name)
 
-    monkeypatch.setattr(seal, "_aes", Recorder)
+    monkeypatch.setattr(encryption, "_aes", Recorder)
     play("llama", SCHEDULE, tmp_path / "kv", reopen=True, encrypt=True)
     with Session.create("one", loaded("llama"), config, encrypt=True) as session:
         session.append(PROMPT)
         session.fork("two")
         session._forward(tokens(1, 80)[0].tolist())  # written and never committed
-        session.give_up()
+        session.rollback()
         session.append(tokens(1, 80, seed=2)[0].tolist())
         session.undo()
         session.append(tokens(1, 80, seed=3)[0].tolist())
@@ -120,7 +120,7 @@ def test_no_key_meets_a_nonce_twice(tmp_path, monkeypatch, config) -> None:
     with Session.open("two", loaded("llama"), config) as session:
         session.append(tokens(1, 80, seed=2)[0].tolist())
         archive = tmp_path / "two.kvswap"
-        export_session(session.folder, archive)
+        export_session(session.store, archive)
     path = tmp_path / "kv" / "sessions" / "three"
     import_session(archive, path)
     with Session.open("three", loaded("llama"), config) as session:
@@ -133,7 +133,7 @@ def test_nothing_is_readable_on_disk(secret, config) -> None:
         session.append(PROMPT)
         session.commit(session.token_ids, b'["my secret words"]')
         list(session.generate(max_new_tokens=40))
-        plain = session.folder.folder.path
+        plain = session.store.folder.path
     ids = np.array(PROMPT, np.int64).tobytes()
     for folder, found in ((plain, True), (secret, False)):
         data = b"".join(file.read_bytes() for file in sorted(folder.iterdir()))
@@ -156,13 +156,13 @@ def test_without_its_key_a_session_is_listed_and_removed_and_nothing_else(
 
     monkeypatch.setattr(keyring, "get_password", lambda service, name: None)
     before = {file.name: file.read_bytes() for file in secret.iterdir() if file.name != "lock"}
-    monkeypatch.delenv(ENVIRONMENT) if key is None else monkeypatch.setenv(ENVIRONMENT, key)
+    monkeypatch.delenv(KEY_VARIABLE) if key is None else monkeypatch.setenv(KEY_VARIABLE, key)
     with pytest.raises(SessionError, match=message):
         Session.open("secret", loaded("llama"), config)
-    with open_session(config.kv_dir, "secret") as folder, pytest.raises(SessionError, match=message):
-        fork(folder, secret.with_name("fork"))
-    with open_session(config.kv_dir, "secret", write=False) as folder, pytest.raises(SessionError, match=message):
-        check(folder)
+    with open_store(config.kv_dir, "secret") as store, pytest.raises(SessionError, match=message):
+        fork(store, secret.with_name("fork"))
+    with open_store(config.kv_dir, "secret", write=False) as store, pytest.raises(SessionError, match=message):
+        check(store)
     shown = entry(secret)
     assert shown.manifest is not None and shown.manifest.encryption is not None and not shown.problem
     prune(secret.parent)
@@ -209,9 +209,9 @@ def test_somebody_elses_changes_are_found(change, message, secret, config) -> No
     change(secret)
     with pytest.raises(DamagedError, match=message):
         goes_on(config)
-    with open_session(config.kv_dir, "secret", write=False) as folder:
+    with open_store(config.kv_dir, "secret", write=False) as store:
         try:
-            assert check(folder).problems
+            assert check(store).problems
         except DamagedError as error:
             assert "not authentic" in str(error)
 
@@ -242,8 +242,8 @@ def test_encryption_does_not_depend_on_verification(secret, config) -> None:
 
 
 def test_export_import_and_repair_stay_encrypted(secret, config, tmp_path) -> None:
-    with open_session(config.kv_dir, "secret") as folder:
-        export_session(folder, tmp_path / "secret.kvswap")
+    with open_store(config.kv_dir, "secret") as store:
+        export_session(store, tmp_path / "secret.kvswap")
     assert b"secret words" not in (tmp_path / "secret.kvswap").read_bytes()
     import_session(tmp_path / "secret.kvswap", secret.with_name("again"))
     answers = []
@@ -266,9 +266,9 @@ def test_forged_manifest_is_quarantined_by_repair(secret, config) -> None:
 
 
 def test_archive_needs_the_key(secret, config, tmp_path, monkeypatch) -> None:
-    with open_session(config.kv_dir, "secret") as folder:
-        export_session(folder, tmp_path / "secret.kvswap")
-    monkeypatch.setenv(ENVIRONMENT, "6d" * 32)
+    with open_store(config.kv_dir, "secret") as store:
+        export_session(store, tmp_path / "secret.kvswap")
+    monkeypatch.setenv(KEY_VARIABLE, "6d" * 32)
     with pytest.raises(KVSwapError, match="another key"):
         import_session(tmp_path / "secret.kvswap", secret.with_name("again"))
     assert not os.path.lexists(secret.with_name("again"))

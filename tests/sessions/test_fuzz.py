@@ -19,10 +19,11 @@ import pytest
 
 from kvswap.errors import DamagedError, KVSwapError
 from kvswap.sessions.check import check
-from kvswap.sessions.folder import Commit, SessionFolder
+from kvswap.sessions.encryption import KEY_VARIABLE
 from kvswap.sessions.index import LayerIndex
-from kvswap.sessions.keys import ENVIRONMENT
-from kvswap.sessions.manifest import MAGIC, VERSION, Layout, Model
+from kvswap.sessions.manifest import Layout, Model
+from kvswap.sessions.manifest_json import MAGIC, VERSION
+from kvswap.sessions.store import SessionStore
 from kvswap.store.checksum import text_sum
 
 LAYOUT = Layout(
@@ -43,18 +44,18 @@ MORE_MEMORY_BYTES = 64 << 20
 VALUES: tuple[Any, ...] = (-1, 0, 1, 2**31, 2**62, 2**80, 1e300, "", "x" * 5000, "../../etc/passwd", None, True, [], {})
 
 
-def commit_groups(folder: SessionFolder, rng: np.random.Generator, first: int, groups: int) -> None:
+def commit_groups(store: SessionStore, rng: np.random.Generator, first: int, groups: int) -> None:
     """Write that many groups of every layer behind those of before, and commit."""
-    if not folder.appendable():
-        folder.begin_segment((first,) * LAYOUT.layers)
-    folder.sealer.begin()
+    if not store.appendable():
+        store.begin_segment((first,) * LAYOUT.layers)
+    store.sealer.begin()
     layers = []
     for layer in range(LAYOUT.layers):
         slots = np.zeros((groups, LAYOUT.slot_bytes), np.uint8)
         body = slots[:, : LAYOUT.geometry.group_bytes]
         body[:] = rng.integers(0, 256, body.shape, dtype=np.uint8)
-        seals = folder.sealer.seal(layer, first, body)
-        with open(folder.open_data(0, layer, direct=False), "r+b") as file:
+        seals = store.sealer.seal(layer, first, body)
+        with open(store.open_data(0, layer, direct=False), "r+b") as file:
             file.seek(first * LAYOUT.slot_bytes)
             file.write(slots.tobytes())
         size = groups * LAYOUT.group_tokens
@@ -65,34 +66,32 @@ def commit_groups(folder: SessionFolder, rng: np.random.Generator, first: int, g
     tail = {f"waiting-{n}": rng.integers(0, 256, 3 * LAYOUT.geometry.token_bytes, dtype=np.uint8) for n in range(2)}
     tail |= {"ids": np.arange(tokens + 1), "conversation": np.frombuffer(b'["hello"]', np.uint8)}
     shape = (LAYOUT.basis_rows, LAYOUT.sketch_rank)
-    folder.commit(
-        Commit(
-            model=MODEL,
-            layout=LAYOUT,
-            basis={str(layer): rng.random(shape).astype(np.float32) for layer in range(LAYOUT.layers)},
-            tokens=tokens,
-            flushed=(flushed,) * LAYOUT.layers,
-            groups=layers,
-            tail=tail,
-            data_bytes=1,
-            interim=False,
-        )
+    store.commit(
+        model=MODEL,
+        layout=LAYOUT,
+        basis={str(layer): rng.random(shape).astype(np.float32) for layer in range(LAYOUT.layers)},
+        tokens=tokens,
+        flushed=(flushed,) * LAYOUT.layers,
+        new_groups=layers,
+        tail=tail,
+        data_bytes=1,
+        interim=False,
     )
 
 
 def make(path: Path, *, encrypt: bool) -> Path:
     """A session of two commits."""
     rng = np.random.default_rng(0)
-    with SessionFolder.create(path, encrypt=encrypt) as folder:
-        commit_groups(folder, rng, 0, 5)
-        commit_groups(folder, rng, 5, 3)
+    with SessionStore.create(path, encrypt=encrypt) as store:
+        commit_groups(store, rng, 0, 5)
+        commit_groups(store, rng, 5, 3)
     return path
 
 
 @pytest.fixture(autouse=True, scope="module")
 def key() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(ENVIRONMENT, "5c" * 32)
+        patch.setenv(KEY_VARIABLE, "5c" * 32)
         yield
 
 
@@ -108,21 +107,21 @@ def secret(tmp_path_factory) -> Path:
 
 def content(path: Path) -> tuple[Any, ...]:
     """All that a session says it holds, read and checked. Raises KVSwapError."""
-    with SessionFolder.open(path, write=False) as folder:
-        stored, manifest = folder.load(), folder.manifest
-        basis = [each.tobytes() for each in folder.basis()] if manifest.basis else []
-        report = check(folder)
+    with SessionStore.open(path, write=False) as store:
+        stored, manifest = store.load(), store.manifest
+        basis = [each.tobytes() for each in store.basis()] if manifest.basis else []
+        report = check(store)
         assert stored is not None or not manifest.checkpoints
         tail = {name: array.tobytes() for name, array in stored.tail.items()} if stored else {}
         index = [
-            ({name: array.tobytes() for name, array in folder.sealer.pack(g.seals).items()}, g.codes.tobytes())
+            ({name: array.tobytes() for name, array in store.sealer.pack(g.seals).items()}, g.codes.tobytes())
             for g in (stored.groups if stored else ())
         ]
         index += [(g.scales.tobytes(),) for g in (stored.groups if stored else ())]
         groups = []
         for name, size in manifest.files().items() if manifest.layout else ():
             if name.startswith("data-"):  # padding is not part of a group
-                slots = np.frombuffer(folder.folder.read(name, size), np.uint8).reshape(-1, manifest.layout.slot_bytes)
+                slots = np.frombuffer(store.folder.read(name, size), np.uint8).reshape(-1, manifest.layout.slot_bytes)
                 groups.append(slots[:, : manifest.layout.geometry.group_bytes].tobytes())
         if report.problems:
             raise KVSwapError("; ".join(report.problems), hint="repair")
@@ -254,7 +253,7 @@ def test_another_digit_anywhere_in_the_manifest_is_refused(whole, tmp_path) -> N
         changed[at] ^= 1
         (copy / "manifest").write_bytes(changed)
         with pytest.raises(DamagedError, match="another checksum"):
-            SessionFolder.open(copy, write=False)
+            SessionStore.open(copy, write=False)
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,8 @@ import torch
 from kvswap.selection.basis import Basis
 from kvswap.selection.transform import full_precision_basis
 from kvswap.sessions.check import check
-from kvswap.sessions.folder import Commit, SessionFolder
 from kvswap.sessions.index import LayerIndex
+from kvswap.sessions.store import SessionStore
 from kvswap.sessions.transfer import import_session
 
 ARCHIVE = Path(__file__).with_name("session-v1.kvswap")
@@ -35,19 +35,19 @@ def old(tmp_path) -> Path:
 
 
 def test_it_is_read_as_it_was_written(old) -> None:
-    with SessionFolder.open(old, write=False) as folder:
-        stored = folder.load()
-        assert folder.manifest.encryption is None and folder.manifest.layout.sketch_kind == "transform"
+    with SessionStore.open(old, write=False) as store:
+        stored = store.load()
+        assert store.manifest.encryption is None and store.manifest.layout.sketch_kind == "transform"
         assert stored.tokens == 35 and len(stored.ids) == 36 and stored.conversation == b'["hello"]'
         assert [int(layer.seals.sum()) for layer in stored.groups] == SUMS
         assert [int(layer.codes.sum()) for layer in stored.groups] == CODES
         assert [layer.scales.shape for layer in stored.groups] == [(0, 32)] * 2
-        assert check(folder).problems == []
+        assert check(store).problems == []
 
 
 def test_its_basis_becomes_one_of_today(old) -> None:
-    with SessionFolder.open(old, write=False) as folder:
-        for matrix in folder.basis():
+    with SessionStore.open(old, write=False) as store:
+        for matrix in store.basis():
             assert matrix.shape == (2 * 16 + 3, 8)
             basis = full_precision_basis(torch.from_numpy(matrix.copy()))
             again = Basis.split(basis.joined(), "transform")
@@ -59,41 +59,39 @@ def test_its_basis_becomes_one_of_today(old) -> None:
 
 
 def test_it_goes_on_and_its_old_batches_stay(old) -> None:
-    with SessionFolder.open(old, write=True) as folder:
-        stored, manifest = folder.load(), folder.manifest
+    with SessionStore.open(old, write=True) as store:
+        stored, manifest = store.load(), store.manifest
         layout, first = manifest.layout, manifest.current.flushed[0]
         layers = []
         for layer in range(layout.layers):
             slots = np.full((1, layout.slot_bytes), layer + 1, np.uint8)
             slots[:, layout.geometry.group_bytes :] = 0
-            with open(folder.open_data(0, layer, direct=False), "r+b") as file:
+            with open(store.open_data(0, layer, direct=False), "r+b") as file:
                 file.seek(first * layout.slot_bytes)
                 file.write(slots.tobytes())
-            seals = folder.sealer.seal(layer, first, slots[:, : layout.geometry.group_bytes])
+            seals = store.sealer.seal(layer, first, slots[:, : layout.geometry.group_bytes])
             codes = np.ones((layout.code_rows, layout.group_tokens), np.uint8)
             layers.append(LayerIndex(seals, codes, np.empty((0, layout.group_tokens), np.uint16)))
-        folder.commit(
-            Commit(
-                model=manifest.model,
-                layout=layout,
-                basis=None,
-                tokens=stored.tokens + layout.group_tokens,
-                flushed=(first + 1,) * layout.layers,
-                groups=layers,
-                tail={**stored.tail, "ids": np.arange(stored.tokens + layout.group_tokens)},
-                data_bytes=0,
-                interim=False,
-            )
+        store.commit(
+            model=manifest.model,
+            layout=layout,
+            basis=None,
+            tokens=stored.tokens + layout.group_tokens,
+            flushed=(first + 1,) * layout.layers,
+            new_groups=layers,
+            tail={**stored.tail, "ids": np.arange(stored.tokens + layout.group_tokens)},
+            data_bytes=0,
+            interim=False,
         )
     assert (old / "manifest").read_bytes().startswith(b"kvswap-session 2 ")
-    with SessionFolder.open(old, write=False) as folder:
-        found = folder.load()
-        assert check(folder).problems == []
+    with SessionStore.open(old, write=False) as store:
+        found = store.load()
+        assert check(store).problems == []
         assert [int(layer.codes.sum()) - layer.codes.shape[0] * layout.group_tokens for layer in found.groups] == CODES
 
 
 def test_its_archive_is_imported(tmp_path) -> None:
     import_session(ARCHIVE, tmp_path / "new")
-    with SessionFolder.open(tmp_path / "new", write=False) as folder:
-        assert folder.load().tokens == 35
+    with SessionStore.open(tmp_path / "new", write=False) as store:
+        assert store.load().tokens == 35
     assert (tmp_path / "new" / "manifest").read_bytes().startswith(b"kvswap-session 2 ")

@@ -1,14 +1,13 @@
 """Text in, text out: a model, its cache and one conversation.
 
-``load`` gives an ``Engine``; ``ask`` streams an answer and remembers the turn, so that the next ``ask`` computes only
-what is new. One answer at a time; an engine belongs to one thread (generation runs in a second one, joined before
-``ask`` ends). With a session, prompt and answer are durable when they are complete; without one, closing the engine
-drops the cache. Either way the model is given back as it was.
+``load`` gives an ``Engine``. ``Engine.ask`` streams an answer and remembers the turn, so that the next ``ask`` computes
+only what is new. One answer at a time; an engine belongs to one thread (generation runs in a second thread, which ends
+before ``ask`` does). With a session, prompt and answer are durable when they are complete. Without one, closing the
+engine drops the cache. Closing always gives the model back as it was.
 """
 
 from __future__ import annotations
 
-import importlib.metadata
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -21,14 +20,13 @@ from typing import Any, Self
 from kvswap.app.documents import Document, read_document
 from kvswap.app.prompt import Conversation, Request, make_request
 from kvswap.app.quality import QualityMeter
-from kvswap.app.stats import RunStats, latency_percentiles_ms, tokens_per_s
+from kvswap.app.stats import RunStats, blank_stats, latency_percentiles_ms, resolved_config, tokens_per_s
 from kvswap.config import Config
 from kvswap.core.attach import attach
 from kvswap.core.cache import KVSwapCache
 from kvswap.core.layer_major import FullCache, InMemory, Progress
 from kvswap.core.rates import Choice
 from kvswap.core.trace import CacheStats
-from kvswap.disk.folders import kv_folder
 from kvswap.errors import InputError, SessionError, UnsupportedError
 from kvswap.memory.available import peak_rss_bytes
 from kvswap.models.adapter import context_limit
@@ -37,10 +35,10 @@ from kvswap.models.sampling import Sampling
 from kvswap.models.streaming import Generation, end_tokens
 from kvswap.selection.kvswap import method as own_method
 from kvswap.selection.method import Method
-from kvswap.sessions.folder import SessionFolder
+from kvswap.sessions.catalog import open_or_create_store
 from kvswap.sessions.quota import Limits
 from kvswap.sessions.session import Session
-from kvswap.sessions.shelf import close_session, open_or_create
+from kvswap.sessions.store import SessionStore
 
 
 def load(
@@ -50,11 +48,13 @@ def load(
     method: Method | InMemory | None = None,
     dtype: str = "auto",
     mmap: bool = True,
-    session: str | SessionFolder | None = None,
+    session: str | SessionStore | None = None,
     verify: bool = True,
     limits: Limits | None = None,
+    check_quality: bool = False,
     on_progress: Progress | None = None,
     on_notice: Callable[[str], None] | None = None,
+    **settings: Any,
 ) -> Engine:
     """Load a model and put its cache on disk.
 
@@ -62,38 +62,50 @@ def load(
     ----------
     model
         Local directory, ``.gguf`` file, hub id or ``smollm2-135m``; or what ``load_model`` gave.
+    config, settings
+        A ``Config``, and single keys of it that override it: ``load(model, kv_memory="24MiB")``.
     method
         A method to compare with, as ``kvswap.lab.rivals.find`` gives it; None is kvswap's own.
     dtype, mmap
         As for ``load_model``.
     session
-        Name of a session below ``config.kv_dir``, which is made or goes on from where it was; or one that is open.
+        Name of a session below ``config.kv_dir``, which is created or continued; or the store of one that is open.
     verify
-        Whether what is read of a session is compared with its checksums.
+        Whether groups of a session are compared with their checksums when they are read.
     limits
         How much disk sessions may take, and how much may be written a day.
-    on_progress
-        Called with ``("calibrate" | "prefill", done, total)``.
-    on_notice
-        Called with a sentence where something falls back; by default it is logged as a warning.
+    check_quality
+        Repeat some steps with exact attention; ``Engine.stats.quality`` says what selection costs.
+    on_progress, on_notice
+        Called with ``("calibrate" | "prefill", done, total)``, and with a sentence where something falls back; the
+        sentence is logged as a warning by default.
 
     Raises
     ------
-    ModelError, ConfigError, StorageError
+    ModelError, ConfigError, StorageError, SessionError
     """
+    config = (config or Config()).replace(**settings)
     notice = on_notice or logging.getLogger("kvswap").warning
     loaded = load_model(model, dtype=dtype, mmap=mmap, on_notice=notice) if isinstance(model, str) else model
-    config = config or Config()
     if isinstance(session, str):
-        session = open_or_create(config.kv_dir, session)
-    options: dict[str, Any] = {"session": session, "verify": verify, "limits": limits}
-    return Engine(loaded, config, method=method, on_progress=on_progress, on_notice=notice, **options)
+        session = open_or_create_store(config.kv_dir, session)
+    return Engine(
+        loaded,
+        config,
+        method=method,
+        session=session,
+        verify=verify,
+        limits=limits,
+        check_quality=check_quality,
+        on_progress=on_progress,
+        on_notice=notice,
+    )
 
 
 class Engine:
-    """One conversation with one model. Close it, or use it in a ``with`` block.
+    """One conversation with one model. Close it, or use it in a ``with`` block. Arguments are those of ``load``.
 
-    With ``check_quality`` set, some steps are done over again exactly; ``stats.quality`` has what that shows.
+    The engine closes ``session``, also when the constructor fails.
     """
 
     def __init__(
@@ -102,13 +114,14 @@ class Engine:
         config: Config,
         *,
         method: Method | InMemory | None = None,
-        session: SessionFolder | None = None,
+        session: SessionStore | None = None,
         verify: bool = True,
         limits: Limits | None = None,
+        check_quality: bool = False,
         on_progress: Progress | None = None,
         on_notice: Callable[[str], None] | None = None,
     ) -> None:
-        self.config, self.method, self.check_quality = config, method or own_method(), False
+        self.config, self.method, self.check_quality = config, method or own_method(), check_quality
         self._loaded, self._on_progress, self._on_notice = loaded, on_progress, on_notice
         self._notices: list[str] = []
         self._stack = ExitStack()
@@ -116,14 +129,13 @@ class Engine:
         self._generation: Generation | None = None
         self._setup_s = self._calibration_s = 0.0
         self._closed, self._choice = False, Choice()
-        self._said = Conversation()
+        self._conversation = Conversation()
         self._session: Session | None = None
-        self._stats = self._blank()
+        self._stats = blank_stats(loaded, self.method.name, resolved_config(config, loaded.model, None))
         try:
             if session is not None:
-                self._stack.callback(close_session, session)
-                self._join(session, verify, limits)
-            self._open()
+                self._open_session(session, verify, limits)
+            self._open_cache()
         except BaseException:
             self._stack.close()
             raise
@@ -162,15 +174,15 @@ class Engine:
         """The numbers of the last answer."""
         return self._stats
 
-    def begin_anew(self) -> None:
-        """Begin another conversation. In a session, the part of the next prompt that is stored already is kept."""
-        self._said = Conversation()
+    def new_conversation(self) -> None:
+        """Begin another conversation. A session keeps the part of its context that the next prompt begins with."""
+        self._conversation = Conversation()
         if self._session is None:
-            self._drop()
+            self._rollback()
 
     @property
     def session(self) -> Session | None:
-        """The session that the conversation is kept in."""
+        """The session that stores the conversation, if any."""
         return self._session
 
     def undo(self) -> None:
@@ -179,7 +191,7 @@ class Engine:
             raise SessionError("there is no session to take back a turn of", hint="load with session=NAME")
         self._cache = None
         self._session.undo()
-        self._recall()
+        self._read_conversation()
 
     def close(self) -> None:
         """Drop the cache and give the model back as it was. The engine is of no use afterwards."""
@@ -207,14 +219,14 @@ class Engine:
         started_s = time.perf_counter()
         texts = [item if isinstance(item, Document) else read_document(item) for item in documents]
         request = make_request(question, texts)
-        text, ids, goes_on = self._said.prompt(self._loaded.tokenizer, request)
+        text, ids, continues = self._conversation.prompt(self._loaded.tokenizer, request)
         sampling = self._fit(len(ids), sampling)
-        self._settle(ids, goes_on)
-        cache = self._cache or self._open()
+        self._match_context(ids, continues)
+        cache = self._cache or self._open_cache()
         started_s -= self._setup_s - self._calibration_s
         before, stored = cache.stats, cache.get_seq_length()
         if self._session is not None:
-            self._session.keep_prompt(ids, self._said.pack())
+            self._session.commit_prompt(ids, self._conversation.to_json())
         checked = self.check_quality and isinstance(cache, KVSwapCache)
         meter = QualityMeter(self._loaded.model, cache) if checked else None
         generation = Generation(self._loaded.model, self._loaded.tokenizer, ids, cache, sampling, meter)
@@ -224,33 +236,38 @@ class Engine:
         finally:
             self._generation = None
             if generation.error is not None:
-                self._drop()  # a forward broke off: layers hold different numbers of tokens
+                self._rollback()  # a forward failed: layers have different numbers of tokens
             else:
-                self._remember(request, text, ids, generation.token_ids)
+                self._add_turn(request, text, ids, generation.token_ids)
                 stats = self._measure(generation, sampling, ids, stored, started_s, before, cache.stats)
                 self._stats = replace(stats, quality=meter.stats if meter else None)
                 self._setup_s = self._calibration_s = 0.0
 
-    def _settle(self, ids: list[int], goes_on: bool) -> None:
-        """See that what is stored is the beginning of the prompt."""
+    def _match_context(self, ids: list[int], continues: bool) -> None:
+        """See that what is stored is the beginning of the prompt ``ids``."""
         if self._session is not None:
-            lender = self._session.borrow(ids)
-            before, kept = self._session.tokens, self._session.align(ids)
-            self._cache = self._session.cache
-            self._choice = self._session.weigh(len(ids))
-            if self._choice.again:
-                self._session.cache.recompute()
-            if lender is not None:
-                self._notice(f"{self._session.folder.what} begins with {kept:,} tokens that session {lender} holds")
-            if kept < before:
-                what = self._session.folder.what
-                self._notice(f"{what}: this prompt begins as the first {kept:,} of its {before:,} tokens do")
-        elif not goes_on and self._cache is not None and self._cache.get_seq_length():
-            self._notice("the chat template words the conversation anew, so all of it is computed again")
-            self._drop()
+            self._match_session(self._session, ids)
+        elif not continues and self._cache is not None and self._cache.get_seq_length():
+            self._notice("the chat template rewrites earlier turns, so the whole conversation is computed anew")
+            self._rollback()
+
+    def _match_session(self, session: Session, ids: list[int]) -> None:
+        source = session.share_prefix(ids)
+        before = session.tokens
+        kept = session.truncate(session.common_tokens(ids))
+        self._cache = session.cache
+        self._choice = session.load_or_recompute(len(ids))
+        if self._choice.recompute:
+            session.cache.recompute()
+        if source is not None:
+            self._notice(f"{session.store.label} shares its first {kept:,} tokens with session {source}")
+        if kept < before:
+            self._notice(
+                f"{session.store.label}: this prompt begins with {kept:,} of its {before:,} tokens; these stay"
+            )
 
     def _fit(self, tokens: int, sampling: Sampling) -> Sampling:
-        """Keep the answer within the model's context; raises InputError when the prompt is past it."""
+        """Sampling with an answer that fits the model's context. Raises InputError where the prompt does not fit."""
         limit = context_limit(self._loaded.model)
         if limit is None:
             return sampling
@@ -264,30 +281,34 @@ class Engine:
             self._notice(f"the model's limit of {limit:,} tokens leaves room for an answer of {room:,} tokens")
         return replace(sampling, max_new_tokens=min(room, sampling.max_new_tokens))
 
-    def _remember(self, request: Request, text: str, ids: list[int], answer_ids: list[int]) -> None:
-        self._said.remember(self._loaded.tokenizer, request, text, ids, answer_ids)
+    def _add_turn(self, request: Request, text: str, ids: list[int], answer_ids: list[int]) -> None:
+        self._conversation.add(self._loaded.tokenizer, request, text, ids, answer_ids)
         if self._session is not None:
-            self._session.commit(self._said.ids, self._said.pack())
+            self._session.commit(self._conversation.ids, self._conversation.to_json())
 
     # ---- the session
 
-    def _join(self, folder: SessionFolder, verify: bool, limits: Limits | None) -> None:
-        if self.method.name != own_method().name:
-            raise UnsupportedError(f"a session with method {self.method.name}", hint="only kvswap keeps sessions")
-        tell: dict[str, Any] = {"on_progress": self._report, "on_notice": self._notice}
-        self._session = Session(folder, self._loaded, self.config, verify=verify, limits=limits, **tell)
-        self._stack.callback(self._session.detach)
-        self._recall()
+    def _open_session(self, store: SessionStore, verify: bool, limits: Limits | None) -> None:
+        try:
+            if self.method.name != own_method().name:
+                raise UnsupportedError(f"a session with method {self.method.name}", hint="only kvswap keeps sessions")
+            tell: dict[str, Any] = {"on_progress": self._report, "on_notice": self._notice}
+            self._session = Session(store, self._loaded, self.config, verify=verify, limits=limits, **tell)
+        except BaseException:
+            store.close(discard_empty=True)
+            raise
+        self._stack.callback(self._session.close, discard_empty=True)
+        self._read_conversation()
 
-    def _recall(self) -> None:
-        """The conversation as the session has it."""
+    def _read_conversation(self) -> None:
+        """Take over the conversation that the session stores."""
         assert self._session is not None
         session = self._session
-        self._said = Conversation.unpack(session.conversation, session.token_ids, session.folder.what)
+        self._conversation = Conversation.from_json(session.conversation, session.token_ids, session.store.label)
 
     # ---- the cache
 
-    def _open(self) -> KVSwapCache | FullCache:
+    def _open_cache(self) -> KVSwapCache | FullCache:
         started_s = time.perf_counter()
         loaded = self._loaded
         if self._session is not None:
@@ -309,13 +330,14 @@ class Engine:
         self._calibration_s = self._cache.trace.calibration_s
         return self._cache
 
-    def _drop(self) -> None:
+    def _rollback(self) -> None:
+        """Go back to the last commit of the session. Without a session, drop the cache and keep the turns."""
         self._cache = None
         if self._session is not None:
-            self._session.give_up()
-            self._recall()
+            self._session.rollback()
+            self._read_conversation()
         else:
-            self._said = Conversation(self._said.turns)
+            self._conversation = Conversation(self._conversation.turns)
             self._stack.close()
 
     def _report(self, stage: str, done: int, total: int) -> None:
@@ -332,25 +354,6 @@ class Engine:
 
     # ---- numbers
 
-    def _blank(self) -> RunStats:
-        return RunStats(
-            model=self._loaded.name,
-            method=self.method.name,
-            config=self._resolved(None),
-            kvswap_version=importlib.metadata.version("kvswap"),
-            torch_version=importlib.metadata.version("torch"),
-            transformers_version=importlib.metadata.version("transformers"),
-        )
-
-    def _resolved(self, stats: CacheStats | None) -> dict[str, Any]:
-        """The configuration with what ``auto`` and None became."""
-        model, values = self._loaded.model, self.config.to_dict()
-        values["kv_dir"] = values["kv_dir"] or str(kv_folder(None))
-        values |= {"dtype": str(model.dtype).removeprefix("torch."), "device": str(model.device)}
-        if stats is not None:
-            values |= {"sketch": stats.sketch, "resolved_backend": stats.backend}
-        return values
-
     def _measure(
         self,
         generation: Generation,
@@ -366,18 +369,17 @@ class Engine:
         if isinstance(self.method, InMemory):
             cache["kv_memory_limit_bytes"] = None
         return replace(
-            self._blank(),
-            config=self._resolved(after),
+            blank_stats(loaded, self.method.name, resolved_config(self.config, loaded.model, after)),
             prompt_tokens=len(ids),
             stored_tokens=stored,
             session=self._session.name if self._session else None,
             resumed_tokens=stored if self._session else 0,
             computed_tokens=len(ids) - stored,
-            computed_again=self._choice.again,
+            computed_again=self._choice.recompute,
             load_expected_s=self._choice.load_s,
             recompute_expected_s=self._choice.recompute_s,
-            session_written_bytes=self._session.folder.manifest.written_bytes if self._session else 0,
-            sessions_written_bytes=self._session.usage.total_bytes if self._session else 0,
+            session_written_bytes=self._session.store.manifest.written_bytes if self._session else 0,
+            sessions_written_bytes=self._session.written_bytes.total_bytes if self._session else 0,
             new_tokens=len(token_ids),
             finish_reason=self._finish_reason(token_ids, sampling),
             token_ids=token_ids,

@@ -1,6 +1,6 @@
 """The text of a conversation: documents first, question last, in the model's chat template or in a plain form.
 
-Pure but for the tokenizer that is passed in.
+Pure, apart from the tokenizer that is passed in.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from kvswap.errors import DamagedError, InputError
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One turn of the user: ``context`` is the text of the documents, empty without any."""
+    """One request of the user. ``context`` is the text of the documents, empty without any."""
 
     context: str
     question: str
@@ -24,7 +24,7 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """What was asked and what the model answered."""
+    """A request and the answer of the model."""
 
     request: Request
     answer: str
@@ -35,18 +35,18 @@ def make_request(question: str, documents: Sequence[Document] = ()) -> Request:
     if not question.strip():
         raise InputError("the question is empty", hint="ask something")
     texts = [document.text.strip() for document in documents]
-    if len(documents) > 1:  # names help only to tell several apart
+    if len(documents) > 1:  # a name is of use only where there are several documents
         texts = [f"Document {document.name}:\n\n{text}" for document, text in zip(documents, texts, strict=True)]
     return Request("\n\n".join(texts), question.strip())
 
 
 def has_template(tokenizer: Any) -> bool:
-    """Whether the model was trained to chat."""
+    """Whether the model has a chat template."""
     return bool(getattr(tokenizer, "chat_template", None))
 
 
 def render(tokenizer: Any, turns: Sequence[Turn], request: Request) -> str:
-    """The conversation so far and the new request, up to where the model answers."""
+    """The text of the earlier turns and the new request, up to where the model answers."""
     if not has_template(tokenizer):
         return "".join(f"{_plain(turn.request)}{turn.answer}\n\n" for turn in turns) + _plain(request)
     messages = []
@@ -59,7 +59,7 @@ def render(tokenizer: Any, turns: Sequence[Turn], request: Request) -> str:
 
 
 def encode(tokenizer: Any, text: str, *, first: bool) -> list[int]:
-    """Token ids of ``text``; ``first`` when it begins the context. A chat template brings its own special tokens."""
+    """Token ids of ``text``; ``first`` where it begins the context. A chat template has its own special tokens."""
     special = first and not has_template(tokenizer)
     ids: list[int] = tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
     return ids
@@ -67,37 +67,37 @@ def encode(tokenizer: Any, text: str, *, first: bool) -> list[int]:
 
 @dataclass(slots=True)
 class Conversation:
-    """What was said so far: as turns, as the text that the template made of them, and as that text's token ids."""
+    """The turns so far, the text that the template made of them, and the token ids of that text."""
 
     turns: list[Turn] = field(default_factory=list)
     text: str = ""
     ids: list[int] = field(default_factory=list)
 
     def prompt(self, tokenizer: Any, request: Request) -> tuple[str, list[int], bool]:
-        """Text and token ids of everything with a new request, and whether they go on from what was said.
+        """Text and token ids of all turns and a new request, and whether they continue ``text`` and ``ids``.
 
-        They do not where the template words earlier turns anew.
+        They do not where the template rewrites earlier turns.
         """
         text = render(tokenizer, self.turns, request)
         if self.ids and text.startswith(self.text):
             return text, self.ids + encode(tokenizer, text[len(self.text) :], first=False), True
         return text, encode(tokenizer, text, first=True), False
 
-    def remember(self, tokenizer: Any, request: Request, text: str, ids: list[int], answer_ids: list[int]) -> None:
-        """Add a turn: the prompt's text and ids as ``prompt`` gave them, and the ids of the answer."""
+    def add(self, tokenizer: Any, request: Request, text: str, ids: list[int], answer_ids: list[int]) -> None:
+        """Add a turn: text and ids of the prompt, as ``prompt`` gave them, and the token ids of the answer."""
         whole = {"clean_up_tokenization_spaces": False}
         self.turns.append(Turn(request, tokenizer.decode(answer_ids, skip_special_tokens=True, **whole)))
         self.ids = ids + answer_ids
         self.text = text + tokenizer.decode(answer_ids, skip_special_tokens=False, **whole)
 
-    def pack(self) -> bytes:
-        """Everything but the ids, of which only the number is kept, as JSON."""
-        told = [[turn.request.context, turn.request.question, turn.answer] for turn in self.turns]
-        return json.dumps({"turns": told, "text": self.text, "tokens": len(self.ids)}, ensure_ascii=False).encode()
+    def to_json(self) -> bytes:
+        """Turns and text, and the number of token ids; the ids themselves are stored elsewhere."""
+        turns = [[turn.request.context, turn.request.question, turn.answer] for turn in self.turns]
+        return json.dumps({"turns": turns, "text": self.text, "tokens": len(self.ids)}, ensure_ascii=False).encode()
 
     @classmethod
-    def unpack(cls, data: bytes, ids: list[int], what: str) -> Conversation:
-        """What ``pack`` made of a conversation whose ids ``ids`` begin with. Raises DamagedError."""
+    def from_json(cls, data: bytes, ids: list[int], label: str) -> Conversation:
+        """What ``to_json`` wrote; ``ids`` begin with the token ids of the conversation. Raises DamagedError."""
         if not data:
             return cls()
         try:
@@ -107,7 +107,7 @@ class Conversation:
             if not 0 <= tokens <= len(ids):
                 raise ValueError(f"{tokens} tokens")
         except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
-            raise DamagedError(f"{what}: its conversation is malformed", hint="try: kvswap sessions repair") from error
+            raise DamagedError(f"{label}: its conversation is malformed", hint="try: kvswap sessions repair") from error
         return cls(turns, text, ids[:tokens])
 
 

@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 import itertools
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from kvswap.disk.folders import kv_folder
+
+if TYPE_CHECKING:
+    from kvswap.config import Config
+    from kvswap.core.trace import CacheStats
+    from kvswap.models.loading import LoadedModel
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,6 +93,28 @@ class RunStats:
     def to_dict(self) -> dict[str, Any]:
         """All fields, ready for JSON."""
         return dataclasses.asdict(self)
+
+
+def blank_stats(loaded: LoadedModel, method: str, config: dict[str, Any]) -> RunStats:
+    """What is known before anything has run: model, method, configuration and versions."""
+    return RunStats(
+        model=loaded.name,
+        method=method,
+        config=config,
+        kvswap_version=importlib.metadata.version("kvswap"),
+        torch_version=importlib.metadata.version("torch"),
+        transformers_version=importlib.metadata.version("transformers"),
+    )
+
+
+def resolved_config(config: Config, model: Any, cache: CacheStats | None) -> dict[str, Any]:
+    """The configuration, with ``auto`` and None replaced by what they stand for here; ``cache`` once there is one."""
+    values = config.to_dict()
+    values["kv_dir"] = values["kv_dir"] or str(kv_folder(None))
+    values |= {"dtype": str(model.dtype).removeprefix("torch."), "device": str(model.device)}
+    if cache is not None:
+        values |= {"sketch": cache.sketch, "resolved_backend": cache.backend}
+    return values
 
 
 def latency_percentiles_ms(times_s: list[float]) -> dict[str, float] | None:

@@ -1,4 +1,4 @@
-"""``kvswap chat``: a conversation of several turns, kept in a session if it has one.
+"""``kvswap chat``: a conversation of several turns, which a session stores if one is named.
 
 Answers go to stdout, everything else to stderr. Ctrl-C ends an answer, Ctrl-D the chat.
 """
@@ -21,16 +21,17 @@ if TYPE_CHECKING:
 HELP = {
     "/stats": "the numbers of the last answer",
     "/undo": "take back the last turn",
-    "/fork NAME": "a second session that begins as this one is now",
+    "/fork NAME": "create a second session that begins as this one is now",
     "/save": "say what is on disk; every turn is, as soon as it is complete",
     "/help": "these lines",
-    "/quit": "end; so does Ctrl-D",
+    "/quit": "end the chat; so does Ctrl-D",
 }
+_PROMPT = "> "
 
 
 @click.command()
 @shared
-def chat(**options: Any) -> None:
+def chat(**values: Any) -> None:
     """Talk with a model; the context stays on disk, and each turn computes only what is new.
 
     \b
@@ -39,18 +40,18 @@ def chat(**options: Any) -> None:
     """
     from kvswap.cli.display import Display
 
-    wanted = read_options(**options)
-    session = wanted.open_session()
+    options = read_options(**values)
+    session = options.open_session()
     display = Display()
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # ends an answer; the chat goes on
-    with wanted.load(display, session) as engine:
-        _talk(engine, display, wanted.texts, wanted.sampling)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ends an answer; the chat continues
+    with options.load(display, session) as engine:
+        _converse(engine, display, options.documents, options.sampling)
 
 
-def _talk(engine: Engine, display: Any, documents: list[Any], sampling: dict[str, Any]) -> None:
+def _converse(engine: Engine, display: Any, documents: list[Any], sampling: dict[str, Any]) -> None:
     if engine.session is not None and engine.session.tokens:
-        display.notice(f"session {engine.session.name} goes on: {engine.session.tokens:,} tokens are there")
-    for line in _lines():
+        display.notice(f"session {engine.session.name} continues with {engine.session.tokens:,} stored tokens")
+    for line in _lines(display):
         words = line.split()
         if not words:
             continue
@@ -62,7 +63,7 @@ def _talk(engine: Engine, display: Any, documents: list[Any], sampling: dict[str
                 continue
             _answer(engine, display, line, documents, sampling)
             documents = []
-        except UserError as error:  # the next line may do better
+        except UserError as error:  # a mistake does not end the chat
             display.finish()
             click.echo(f"error: {error}", err=True)
 
@@ -78,20 +79,26 @@ def _answer(engine: Engine, display: Any, question: str, documents: list[Any], s
     click.echo()
 
 
+# ---- commands
+
+
 def _command(engine: Engine, display: Any, words: list[str]) -> None:
     commands: dict[str, Callable[..., None]] = {
         "/stats": lambda: display.summary(engine.stats),
-        "/undo": engine.undo,
+        "/undo": lambda: _undo(engine, display),
         "/fork": lambda name: _fork(engine, display, name),
         "/save": lambda: _save(engine, display),
         "/help": _help,
     }
-    wanted = 2 if words[0] == "/fork" else 1
-    if words[0] not in commands or len(words) != wanted:
+    expected = 2 if words[0] == "/fork" else 1
+    if words[0] not in commands or len(words) != expected:
         raise SessionError(f"command {' '.join(words)[:60]!r}", hint=f"use one of {', '.join(HELP)}")
     commands[words[0]](*words[1:])
-    if words[0] == "/undo":
-        display.notice(f"taken back; {_session(engine).tokens:,} tokens are left")
+
+
+def _undo(engine: Engine, display: Any) -> None:
+    engine.undo()
+    display.notice(f"taken back; {_session(engine).tokens:,} tokens are left")
 
 
 def _fork(engine: Engine, display: Any, name: str) -> None:
@@ -101,7 +108,7 @@ def _fork(engine: Engine, display: Any, name: str) -> None:
 
 def _save(engine: Engine, display: Any) -> None:
     session = _session(engine)
-    display.notice(f"{session.tokens:,} tokens are on disk in {session.folder.folder.path}")
+    display.notice(f"{session.tokens:,} tokens are on disk in {session.store.folder.path}")
 
 
 def _session(engine: Engine) -> Any:
@@ -115,18 +122,35 @@ def _help() -> None:
         click.echo(f"{command:12} {meaning}", err=True)
 
 
-def _lines() -> Iterator[str]:
-    """What the user types: with line editing on a terminal, as it comes elsewhere. Kept in memory alone."""
+# ---- what the user types
+
+
+def _lines(display: Any) -> Iterator[str]:
+    """Lines from stdin; from a terminal with a prompt, and with line editing where prompt_toolkit is installed."""
     if not sys.stdin.isatty():
         yield from (line.rstrip("\n") for line in sys.stdin)
         return
-    from prompt_toolkit import PromptSession
-
-    prompt: PromptSession[str] = PromptSession()
+    read_line = _line_reader(display)
     while True:
         try:
-            yield prompt.prompt("> ")
+            yield read_line(_PROMPT)
         except KeyboardInterrupt:  # the line is dropped
             continue
         except EOFError:
             return
+
+
+def _line_reader(display: Any) -> Callable[[str], str]:
+    """What reads a line from a terminal. The history of prompt_toolkit stays in memory."""
+    try:
+        from prompt_toolkit import PromptSession
+    except ImportError:
+        display.notice("lines cannot be edited; for that: pip install 'kvswap[chat]'")
+        return _read_plain_line
+    prompt: PromptSession[str] = PromptSession()
+    return prompt.prompt
+
+
+def _read_plain_line(prompt: str) -> str:
+    click.echo(prompt, nl=False, err=True)  # input() would write it to stdout, among the answers
+    return input()

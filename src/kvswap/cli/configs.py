@@ -1,4 +1,4 @@
-"""What commands share: the configuration from a file and from options, lists with commas."""
+"""Configurations from a file and from options, and option values that are lists."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class TunedChoice:
-    """A file of ``kvswap tune``, which has a configuration for each length of context, and what overrides it."""
+    """A file of ``kvswap tune``, which has a configuration for each length of context, and options that override it."""
 
     tuned: TunedConfig
     overrides: dict[str, Any]
 
     def choose(self, loaded: LoadedModel, *, request: Request | None, new_tokens: int) -> Config:
-        """The configuration for a prompt, or for the longest context. Raises ConfigError for another model.
+        """The configuration for a prompt; without a request, for the longest context. Raises ConfigError: other model.
 
-        A session takes that of the longest context, so that it stays the same as the session grows.
+        A session uses the one for the longest context, so that it stays the same as the session grows.
         """
         from kvswap.app.prompt import encode, render
         from kvswap.core.calibration import fingerprint
@@ -38,7 +38,7 @@ class TunedChoice:
 
 
 def plain_config(config_file: str | None, **options: str | None) -> Config:
-    """The configuration for commands that take no tuned file. Raises ConfigError."""
+    """The configuration of commands that take no tuned file. Raises ConfigError."""
     from kvswap.config import Config
 
     given = {name: value for name, value in options.items() if value is not None}
@@ -46,7 +46,7 @@ def plain_config(config_file: str | None, **options: str | None) -> Config:
 
 
 def split_list(option: str, text: str) -> list[str]:
-    """What stands between the commas of an option, without repetitions. Raises ConfigError for nothing."""
+    """The values of an option that are separated by commas, each once. Raises ConfigError where there is none."""
     found = list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
     if not found:
         raise ConfigError(f"{option}: got {text!r}", hint="give one or more, with commas between them")
@@ -54,7 +54,7 @@ def split_list(option: str, text: str) -> list[str]:
 
 
 def split_numbers(option: str, text: str) -> list[int]:
-    """The same for whole numbers from 1 up."""
+    """As ``split_list``, for integers from 1 up."""
     parts = split_list(option, text)
     for part in parts:
         if not part.isdigit() or int(part) < 1:
@@ -63,7 +63,10 @@ def split_numbers(option: str, text: str) -> list[int]:
 
 
 def read_config(config_file: str | None, **options: str | None) -> tuple[Config, TunedChoice | None]:
-    """The configuration, and the choice that follows when the file is a tuned one. Raises ConfigError."""
+    """The configuration from a file and from options; where the file is a tuned one, also what chooses by context.
+
+    Raises ConfigError.
+    """
     from kvswap.config import Config
     from kvswap.tuning.tuned import is_tuned, load_tuned
 

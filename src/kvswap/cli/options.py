@@ -1,11 +1,14 @@
-"""Options that ``run`` and ``chat`` share, and what comes of them before anything heavy is loaded."""
+"""Options that ``run`` and ``chat`` share.
+
+``read_options`` checks them before torch or a model is loaded and gives ``RunOptions``, which open the session and load
+the model.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -17,9 +20,8 @@ if TYPE_CHECKING:
     from kvswap.app.engine import Engine
     from kvswap.app.prompt import Request
     from kvswap.config import Config
-    from kvswap.models.loading import LoadedModel
-    from kvswap.sessions.folder import SessionFolder
     from kvswap.sessions.quota import Limits
+    from kvswap.sessions.store import SessionStore
 
 _DTYPES = click.Choice(["auto", "float32", "bfloat16", "float16"])
 _SHARED = (
@@ -67,7 +69,7 @@ _SHARED = (
         "--session",
         "session_name",
         metavar="NAME",
-        help="Keep the context on disk under this name, or go on from where it was.",
+        help="Keep the context on disk under this name, or continue the session of that name.",
     ),
     click.option(
         "--encrypt", is_flag=True, help="Encrypt a new session, with the key in KVSWAP_SESSION_KEY or the keyring."
@@ -84,37 +86,39 @@ _SHARED = (
     click.option(
         "--check-quality",
         is_flag=True,
-        help="Do some steps over again with exact attention, in 5 % of the time, and tell what selection costs.",
+        help="Repeat some steps with exact attention, in 5 % of the time, and say what selection costs.",
     ),
 )
 
 
 def shared(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Give a command the shared options; it hands them to ``read_options``."""
+    """Add the shared options to a command, which passes them to ``read_options``."""
     for option in reversed(_SHARED):
         command = option(command)
     return command
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Wanted:
-    """What the shared options say, checked as far as that goes without a model."""
+class RunOptions:
+    """The values of the shared options, checked as far as that is possible without a model."""
 
     model: str
     config: Config
     tuned: TunedChoice | None
-    texts: list[Document]
+    documents: list[Document]
     sampling: dict[str, Any]
     limits: Limits
     session_name: str | None
     encrypt: bool
     check_quality: bool
-    loading: dict[str, Any]
+    verify: bool
+    dtype: str
+    mmap: bool
 
-    def open_session(self, method: str = "kvswap") -> SessionFolder | None:
-        """Open or make the session before anything heavy is loaded. Raises ConfigError, SessionError."""
+    def open_session(self, method: str = "kvswap") -> SessionStore | None:
+        """Open or create the session, before a model is loaded; None without one. Raises ConfigError, SessionError."""
         from kvswap.errors import ConfigError
-        from kvswap.sessions.shelf import open_or_create
+        from kvswap.sessions.catalog import open_or_create_store
 
         if self.session_name is None:
             if self.encrypt:
@@ -122,37 +126,42 @@ class Wanted:
             return None
         if method != "kvswap":
             raise ConfigError(f"--session with --method {method}", hint="only kvswap keeps sessions")
-        return open_or_create(self.config.kv_dir, self.session_name, encrypt=self.encrypt)
+        return open_or_create_store(self.config.kv_dir, self.session_name, encrypt=self.encrypt)
 
     def load(
-        self, display: Any, session: SessionFolder | None, *, method: str = "kvswap", request: Request | None = None
+        self, display: Any, session: SessionStore | None, *, method: str = "kvswap", request: Request | None = None
     ) -> Engine:
-        """An engine that tells ``display`` what it does. The session is closed with it, also when it cannot be loaded.
+        """Load the model and give an engine that reports to ``display``.
 
-        A tuned file is asked for the configuration of ``request``; without one, for that of the longest context.
+        The engine closes the session; where loading fails, it is closed here. A tuned file gives the configuration for
+        the length of ``request``. Without a request, or with a session, it gives that of the longest context.
         """
         from kvswap.cli.loading import load_weights
-        from kvswap.sessions.shelf import close_session
 
-        choose: Callable[[LoadedModel], Config] | None = None
-        if self.tuned is not None:
-            new_tokens = self.sampling["max_new_tokens"]
-            choose = partial(self.tuned.choose, request=None if session else request, new_tokens=new_tokens)
-        verify = self.loading["verify"]
         try:
-            loaded = load_weights(self.model, display, dtype=self.loading["dtype"], mmap=self.loading["mmap"])
-            config = choose(loaded) if choose is not None else self.config
+            loaded = load_weights(self.model, display, dtype=self.dtype, mmap=self.mmap)
+            config = self.config
+            if self.tuned is not None:
+                new_tokens = self.sampling["max_new_tokens"]
+                config = self.tuned.choose(loaded, request=None if session else request, new_tokens=new_tokens)
         except BaseException:
             if session is not None:
-                close_session(session)
+                session.close(discard_empty=True)
             raise
         from kvswap.app.engine import load
         from kvswap.lab.rivals import find
 
-        tell: dict[str, Any] = {"on_progress": display.progress, "on_notice": display.notice}
-        engine = load(loaded, config, method=find(method), session=session, verify=verify, limits=self.limits, **tell)
-        engine.check_quality = self.check_quality
-        return engine
+        return load(
+            loaded,
+            config,
+            method=find(method),
+            session=session,
+            verify=self.verify,
+            limits=self.limits,
+            check_quality=self.check_quality,
+            on_progress=display.progress,
+            on_notice=display.notice,
+        )
 
 
 def read_options(
@@ -171,29 +180,31 @@ def read_options(
     no_verify: bool,
     check_quality: bool,
     **sampling: Any,
-) -> Wanted:
+) -> RunOptions:
     """Check the shared options. Raises ConfigError, InputError."""
     from kvswap.app.documents import read_document
     from kvswap.models.sampling import Sampling
 
-    checked = dataclasses.asdict(Sampling(**sampling))
+    checked_sampling = dataclasses.asdict(Sampling(**sampling))
     config, tuned = read_config(config_file, kv_memory=kv_memory, kv_dir=kv_dir)
-    return Wanted(
+    return RunOptions(
         model=model,
         config=config,
         tuned=tuned,
-        texts=[read_document(path) for path in documents],
-        sampling=checked,
-        limits=limits_of(disk_quota, write_limit),
+        documents=[read_document(path) for path in documents],
+        sampling=checked_sampling,
+        limits=read_limits(disk_quota, write_limit),
         session_name=session_name,
         encrypt=encrypt,
         check_quality=check_quality,
-        loading={"dtype": dtype, "mmap": not no_mmap, "verify": not no_verify},
+        verify=not no_verify,
+        dtype=dtype,
+        mmap=not no_mmap,
     )
 
 
-def limits_of(disk_quota: str | None, write_limit: str | None) -> Limits:
-    """The limits that two options state. Raises ConfigError."""
+def read_limits(disk_quota: str | None, write_limit: str | None) -> Limits:
+    """The limits that --disk-quota and --write-limit state. Raises ConfigError."""
     from kvswap.sessions.quota import Limits
     from kvswap.units import parse_bytes
 

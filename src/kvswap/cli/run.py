@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from kvswap.cli.options import Wanted, read_options, shared
+from kvswap.cli.options import RunOptions, read_options, shared
 from kvswap.lab.rivals.registry import DISK, NAMES
 
 if TYPE_CHECKING:
     from kvswap.app.prompt import Request
     from kvswap.app.stats import RunStats
-    from kvswap.sessions.folder import SessionFolder
+    from kvswap.sessions.store import SessionStore
 
 
 @click.command()
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     help="For comparison: full keeps the whole cache in memory, the others are published methods.",
 )
 @click.option("--stats-json", metavar="FILE", help="Write all numbers of the run there.")
-def run(question: str, method: str, stats_json: str | None, **options: Any) -> None:
+def run(question: str, method: str, stats_json: str | None, **values: Any) -> None:
     """Ask a model about documents, with its KV cache on disk.
 
     The answer goes to stdout, everything else to stderr.
@@ -36,7 +36,7 @@ def run(question: str, method: str, stats_json: str | None, **options: Any) -> N
     Example:
       kvswap run --model smollm2-135m --document notes.md --ask "What is decided?"
     """
-    # What the user can get wrong is checked before the seconds that torch and a model take to load.
+    # Mistakes of the user are reported before torch and a model are loaded, which takes seconds.
     from kvswap.app.prompt import make_request
     from kvswap.cli.files import check_writable
     from kvswap.disk.files import prepare_dir
@@ -44,27 +44,29 @@ def run(question: str, method: str, stats_json: str | None, **options: Any) -> N
     from kvswap.disk.json_files import write_json
     from kvswap.errors import ConfigError
 
-    wanted = read_options(**options)
-    request = make_request(question, wanted.texts)
+    options = read_options(**values)
+    request = make_request(question, options.documents)
     target = None if stats_json is None else check_writable("--stats-json", stats_json)
-    if wanted.check_quality and method != "kvswap":
+    if options.check_quality and method != "kvswap":
         raise ConfigError(f"--check-quality with --method {method}", hint="it checks kvswap alone")
     if method in DISK:
-        prepare_dir(kv_folder(wanted.config.kv_dir))
-    stats = _answer(wanted, question, request, wanted.open_session(method), method)
+        prepare_dir(kv_folder(options.config.kv_dir))
+    stats = _answer(options, question, request, options.open_session(method), method)
     if target is not None:
         write_json(target, stats.to_dict())
 
 
-def _answer(wanted: Wanted, question: str, request: Request, session: SessionFolder | None, method: str) -> RunStats:
+def _answer(
+    options: RunOptions, question: str, request: Request, session: SessionStore | None, method: str
+) -> RunStats:
     from kvswap.cli.display import Display
 
     display = Display()
     try:
-        with wanted.load(display, session, method=method, request=request) as engine:
-            if wanted.texts and engine.session is not None:
-                engine.begin_anew()
-            for text in engine.ask(question, wanted.texts, **wanted.sampling):
+        with options.load(display, session, method=method, request=request) as engine:
+            if options.documents and engine.session is not None:
+                engine.new_conversation()
+            for text in engine.ask(question, options.documents, **options.sampling):
                 display.finish()
                 click.echo(text, nl=False)
                 sys.stdout.flush()

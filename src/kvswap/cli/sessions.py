@@ -1,4 +1,4 @@
-"""``kvswap sessions``: what is on disk, whether it is sound, and how it goes away."""
+"""``kvswap sessions``: list, check, repair, fork, export, import and remove stored contexts."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from kvswap.sessions.shelf import Entry
+    from kvswap.sessions.catalog import Entry
 
-_FLASH = (
-    "Overwritten in place. Flash storage, and file systems that copy on write, may keep older copies where no program "
-    "reaches them; only encryption of the whole disk protects from somebody who takes the disk apart."
+_WIPE_LIMITS = (
+    "Overwritten in place. Flash storage, and file systems that copy on write, may keep older copies that no program "
+    "can reach; only encryption of the whole disk protects from somebody who takes the disk apart."
 )
 
 
@@ -22,12 +22,12 @@ _FLASH = (
 @click.option("--kv-dir", metavar="DIR", help="Folder for KV files.  [default: the user's cache folder]")
 @click.pass_context
 def sessions(context: click.Context, kv_dir: str | None) -> None:
-    """Contexts that were kept on disk with --session."""
+    """Contexts that --session keeps on disk."""
     context.obj = kv_dir
 
 
 def _path(context: click.Context, name: str) -> Path:
-    from kvswap.sessions.shelf import session_path
+    from kvswap.sessions.catalog import session_path
 
     return session_path(context.obj, name)
 
@@ -37,7 +37,8 @@ def _path(context: click.Context, name: str) -> Path:
 @click.pass_context
 def list_(context: click.Context, as_json: bool) -> None:
     """List all sessions with their tokens and the disk they take."""
-    from kvswap.sessions.shelf import entries, quarantined, sessions_dir, used_bytes
+    from kvswap.sessions.catalog import entries, sessions_dir, used_bytes
+    from kvswap.sessions.check import quarantined
     from kvswap.units import format_bytes
 
     root = sessions_dir(context.obj)
@@ -62,9 +63,9 @@ def list_(context: click.Context, as_json: bool) -> None:
 def show(context: click.Context, name: str) -> None:
     """Show one session as JSON."""
     from kvswap.errors import DamagedError
-    from kvswap.sessions.shelf import entry, open_session
+    from kvswap.sessions.catalog import entry, open_store
 
-    open_session(context.obj, name, write=False).close()  # says what is wrong
+    open_store(context.obj, name, write=False).close()  # raises where it cannot be used
     found = entry(_path(context, name))
     if found.manifest is None:
         raise DamagedError(found.problem, hint=f"kvswap sessions repair {name}")
@@ -75,17 +76,17 @@ def show(context: click.Context, name: str) -> None:
 @click.argument("names", nargs=-1)
 @click.pass_context
 def check(context: click.Context, names: tuple[str, ...]) -> int:
-    """Read sessions, all without a name, and compare everything with its checksums."""
+    """Read sessions, without a name all of them, and compare everything with its checksums."""
     from kvswap.errors import KVSwapError
-    from kvswap.sessions.check import check as check_folder
-    from kvswap.sessions.shelf import entries, open_session, sessions_dir
+    from kvswap.sessions.catalog import entries, open_store, sessions_dir
+    from kvswap.sessions.check import check as check_store
     from kvswap.units import format_bytes
 
     wrong = 0
     for name in names or [entry.name for entry in entries(sessions_dir(context.obj))]:
         try:
-            with open_session(context.obj, name, write=False) as folder:
-                report = check_folder(folder)
+            with open_store(context.obj, name, write=False) as store:
+                report = check_store(store)
         except KVSwapError as error:
             if len(names) == 1:
                 raise
@@ -97,7 +98,7 @@ def check(context: click.Context, names: tuple[str, ...]) -> int:
             click.echo(f"{name}: damaged")
             for problem in report.problems:
                 click.echo(f"  {problem}")
-            click.echo(f"  kvswap sessions repair {name} keeps what is whole")
+            click.echo(f"  kvswap sessions repair {name} keeps what is undamaged")
         else:
             click.echo(f"{name}: sound, {report.groups:,} groups, {format_bytes(report.read_bytes)} read")
     return 1 if wrong else 0
@@ -107,8 +108,8 @@ def check(context: click.Context, names: tuple[str, ...]) -> int:
 @click.argument("name")
 @click.pass_context
 def repair(context: click.Context, name: str) -> None:
-    """Go back to the longest context of a damaged session that is whole; the damaged files stay in quarantine."""
-    from kvswap.sessions.shelf import repair_session
+    """Go back to the longest undamaged context of a session; the damaged files stay in quarantine."""
+    from kvswap.sessions.check import repair_session
 
     words, place = repair_session(_path(context, name))
     click.echo(f"{name}: {words}")
@@ -121,13 +122,13 @@ def repair(context: click.Context, name: str) -> None:
 @click.argument("new_name")
 @click.pass_context
 def fork(context: click.Context, name: str, new_name: str) -> None:
-    """Make a second session that begins as the first one is now, sharing its files."""
-    from kvswap.sessions.fork import fork as fork_folder
-    from kvswap.sessions.shelf import open_session
+    """Create a second session that begins as the first one is now, over the same files."""
+    from kvswap.sessions.catalog import open_store
+    from kvswap.sessions.sharing import fork as fork_store
     from kvswap.units import format_bytes
 
-    with open_session(context.obj, name) as folder:
-        new_bytes = fork_folder(folder, _path(context, new_name))
+    with open_store(context.obj, name) as store:
+        new_bytes = fork_store(store, _path(context, new_name))
     click.echo(f"{new_name}: {format_bytes(new_bytes)} written, the rest is shared with {name}")
 
 
@@ -135,8 +136,8 @@ def fork(context: click.Context, name: str, new_name: str) -> None:
 @click.argument("names", nargs=-1, required=True)
 @click.pass_context
 def rm(context: click.Context, names: tuple[str, ...]) -> None:
-    """Remove sessions. What forks share stays with them."""
-    from kvswap.sessions.shelf import remove
+    """Remove sessions. Files that other sessions share stay with these."""
+    from kvswap.sessions.catalog import remove
 
     for name in names:
         remove(_path(context, name))
@@ -147,36 +148,36 @@ def rm(context: click.Context, names: tuple[str, ...]) -> None:
 @click.argument("names", nargs=-1, required=True)
 @click.pass_context
 def wipe(context: click.Context, names: tuple[str, ...]) -> None:
-    """Overwrite sessions with zeros, then remove them. What forks share stays with them as it is."""
-    from kvswap.sessions.shelf import remove
+    """Overwrite sessions with zeros, then remove them. Files that other sessions share stay as they are."""
+    from kvswap.sessions.catalog import remove
     from kvswap.units import format_bytes
 
     for name in names:
         click.echo(f"{name}: {format_bytes(remove(_path(context, name), wipe=True))} overwritten, then removed")
-    click.echo(_FLASH)
+    click.echo(_WIPE_LIMITS)
 
 
 @sessions.command()
-@click.option("--keyring", is_flag=True, help="Keep it in the system's keyring instead of printing it.")
+@click.option("--keyring", is_flag=True, help="Store it in the system's keyring instead of printing it.")
 def key(keyring: bool) -> None:
-    """Make a new key for encrypted sessions. Whoever loses it loses them."""
-    from kvswap.sessions.keys import ENVIRONMENT, new_key, store_in_keyring
+    """Make a new key for encrypted sessions. Without it they cannot be read again."""
+    from kvswap.sessions.encryption import KEY_VARIABLE, new_key, store_in_keyring
 
-    made = new_key()
+    created = new_key()
     if keyring:
-        store_in_keyring(made)
+        store_in_keyring(created)
         click.echo("the keyring has a key now; sessions made with --encrypt take it from there")
     else:
-        click.echo(made)
-        click.echo(f"keep it where others cannot read it, and set {ENVIRONMENT} to it", err=True)
+        click.echo(created)
+        click.echo(f"keep it where others cannot read it, and set {KEY_VARIABLE} to it", err=True)
 
 
 @sessions.command()
 @click.pass_context
 def prune(context: click.Context) -> None:
-    """Remove what interrupted work left behind, and sessions that hold nothing."""
-    from kvswap.sessions.shelf import prune as prune_all
-    from kvswap.sessions.shelf import sessions_dir
+    """Remove leftovers of interrupted work, and empty sessions."""
+    from kvswap.sessions.catalog import prune as prune_all
+    from kvswap.sessions.catalog import sessions_dir
 
     removed = prune_all(sessions_dir(context.obj))
     for words in removed:
@@ -190,13 +191,13 @@ def prune(context: click.Context) -> None:
 @click.argument("file", type=click.Path(path_type=Path))
 @click.pass_context
 def export(context: click.Context, name: str, file: Path) -> None:
-    """Write the current context of a session to one file; it holds the text in plain form unless it is encrypted."""
-    from kvswap.sessions.shelf import open_session
+    """Write the current context of a session to one file, where its text can be read unless it is encrypted."""
+    from kvswap.sessions.catalog import open_store
     from kvswap.sessions.transfer import export_session
     from kvswap.units import format_bytes
 
-    with open_session(context.obj, name) as folder:
-        click.echo(f"{file}: {format_bytes(export_session(folder, file.expanduser().absolute()))}")
+    with open_store(context.obj, name) as store:
+        click.echo(f"{file}: {format_bytes(export_session(store, file.expanduser().absolute()))}")
 
 
 @sessions.command("import")
@@ -204,11 +205,12 @@ def export(context: click.Context, name: str, file: Path) -> None:
 @click.option("--name", help="Name of the new session.  [default: the file's name without its ending]")
 @click.pass_context
 def import_(context: click.Context, file: Path, name: str | None) -> None:
-    """Make a session from an exported file, after everything in it was checked."""
-    from kvswap.sessions.shelf import made
+    """Create a session from an exported file, after everything in it was checked."""
+    from kvswap.sessions.catalog import prepare_parent
     from kvswap.sessions.transfer import import_session
 
-    path = made(_path(context, name or file.name.split(".")[0]))
+    path = _path(context, name or file.name.split(".")[0])
+    prepare_parent(path)
     manifest = import_session(file.expanduser().absolute(), path)
     tokens = manifest.current.tokens if manifest.current else 0
     click.echo(f"{path.name}: {tokens:,} tokens")

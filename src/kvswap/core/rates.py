@@ -1,25 +1,28 @@
-"""Is it cheaper to read what a session holds, or to compute it again? Pure arithmetic on rates measured in the session.
+"""Is it cheaper to load what a session stores, or to recompute it? Pure arithmetic on rates measured in the session.
 
-New tokens attend to everything that is stored, so a prompt that goes on from a session reads its K, V once for each
-chunk of new tokens. A fast processor beside a slow disk computes them sooner than it reads them (SparKV, arXiv
-2604.21231, which streams or computes KV caches by cost). Nothing is written again either way. Without new tokens there
-is nothing to weigh: a decode step reads selected groups alone.
+New tokens attend to everything that is stored, so a prompt that continues a session reads the stored K, V once for each
+chunk of new tokens. A fast processor with a slow disk recomputes them sooner than it reads them (SparKV, arXiv
+2604.21231, which streams or computes KV caches by cost). Neither way writes anything again. A decode step reads only
+selected groups, so without a prompt there is nothing to choose.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-LEAST_TOKENS = 512
-"""What is measured on less says little."""
+MIN_TOKENS = 512
+"""A rate measured on fewer tokens is ignored."""
 MARGIN = 1.2
-"""How much cheaper computing has to look: reading is what was measured more often."""
+"""Recomputing is chosen where loading is expected to take this many times as long; loading is measured more often."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rates:
-    """Best rates seen, 0 tokens for none: microseconds for a prompt of ``prefill_tokens`` computed from nothing, and
-    that reading ``load_tokens`` stored tokens held up the computation."""
+    """The best rates measured. 0 tokens means that nothing was measured yet.
+
+    Computing a prompt of ``prefill_tokens`` from nothing took ``prefill_us`` microseconds. Reading ``load_tokens``
+    stored tokens delayed the computation by ``load_us`` microseconds.
+    """
 
     prefill_tokens: int = 0
     prefill_us: int = 0
@@ -27,13 +30,13 @@ class Rates:
     load_us: int = 0
 
     def better(self, other: Rates) -> Rates:
-        """The better of both, each rate apart: one busy moment of the disk must not decide for ever."""
+        """The better of both for each rate, because one busy moment of the disk must not decide for ever."""
         prefill, load = self, self
-        if other.prefill_tokens >= LEAST_TOKENS and not _slower(
+        if other.prefill_tokens >= MIN_TOKENS and not _slower(
             other.prefill_us, other.prefill_tokens, self.prefill_us, self.prefill_tokens
         ):
             prefill = other
-        if other.load_tokens >= LEAST_TOKENS and not _slower(
+        if other.load_tokens >= MIN_TOKENS and not _slower(
             other.load_us, other.load_tokens, self.load_us, self.load_tokens
         ):
             load = other
@@ -47,25 +50,28 @@ class Rates:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Choice:
-    """Whether to compute what is stored ``again``, and what either way is expected to take; None where unknown."""
+    """Whether to ``recompute`` what is stored instead of loading it, and how long each way is expected to take.
 
-    again: bool = False
+    A time is None where it is not known.
+    """
+
+    recompute: bool = False
     load_s: float | None = None
     recompute_s: float | None = None
 
 
-def choose(rates: Rates | None, held_tokens: int, passes: int) -> Choice:
-    """The cheaper way for a prompt whose new tokens need ``passes`` readings of the ``held_tokens`` before them."""
-    if rates is None or not held_tokens:
+def load_or_recompute(rates: Rates | None, stored_tokens: int, passes: int) -> Choice:
+    """The cheaper way for a prompt whose new tokens read the ``stored_tokens`` before them ``passes`` times."""
+    if rates is None or not stored_tokens:
         return Choice()
     load_s = recompute_s = None
     if rates.load_tokens:
-        load_s = 1e-6 * rates.load_us / rates.load_tokens * held_tokens * passes
-    if rates.prefill_tokens:  # attention grows with the context: at worst in proportion past what was measured
-        longer = max(1.0, held_tokens / rates.prefill_tokens)
-        recompute_s = 1e-6 * rates.prefill_us / rates.prefill_tokens * held_tokens * longer
-    again = load_s is not None and recompute_s is not None and recompute_s * MARGIN < load_s
-    return Choice(again=again, load_s=load_s, recompute_s=recompute_s)
+        load_s = 1e-6 * rates.load_us / rates.load_tokens * stored_tokens * passes
+    if rates.prefill_tokens:  # attention grows with the context: assume in proportion, beyond what was measured
+        longer = max(1.0, stored_tokens / rates.prefill_tokens)
+        recompute_s = 1e-6 * rates.prefill_us / rates.prefill_tokens * stored_tokens * longer
+    recompute = load_s is not None and recompute_s is not None and recompute_s * MARGIN < load_s
+    return Choice(recompute=recompute, load_s=load_s, recompute_s=recompute_s)
 
 
 def _slower(us: int, tokens: int, other_us: int, other_tokens: int) -> bool:

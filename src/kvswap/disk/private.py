@@ -44,7 +44,7 @@ class PrivateFolder:
     @classmethod
     def create(cls, path: Path) -> PrivateFolder:
         """Make the folder, which must not exist, with mode 0700. Raises FileExistsError when it does."""
-        with told(f"folder {path} cannot be made"):
+        with translate_os_errors(f"folder {path} cannot be made"):
             os.mkdir(path, 0o700)
             folder = cls(path)
             os.fchmod(folder._fd, 0o700)
@@ -80,7 +80,7 @@ class PrivateFolder:
     def make(self, name: str, *, direct: bool = False) -> int:
         """A descriptor of a new file with mode 0600, which the caller closes."""
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | _PLAIN | (getattr(os, "O_DIRECT", 0) if direct else 0)
-        with told(f"{self.path / name} cannot be made"):
+        with translate_os_errors(f"{self.path / name} cannot be made"):
             fd = os.open(name, flags, 0o600, dir_fd=self._fd)
             os.fchmod(fd, 0o600)
         return fd
@@ -123,7 +123,7 @@ class PrivateFolder:
     def replace(self, name: str, data: bytes) -> None:
         """Put new contents in a file's place in one move, durably: it has the old or the new ones, never a part."""
         self.write(f"{name}.new", data)
-        with told(f"{self.path / name} cannot be replaced"):
+        with translate_os_errors(f"{self.path / name} cannot be replaced"):
             os.rename(f"{name}.new", name, src_dir_fd=self._fd, dst_dir_fd=self._fd)
         self.sync()
 
@@ -146,7 +146,7 @@ class PrivateFolder:
 
     def sync(self) -> None:
         """Make names durable."""
-        with told(f"folder {self.path} cannot be made durable"):
+        with translate_os_errors(f"folder {self.path} cannot be made durable"):
             os.fsync(self._fd)
 
     # ---- names
@@ -161,7 +161,7 @@ class PrivateFolder:
 
     def remove(self, name: str) -> None:
         """Remove a name; nothing when it is absent."""
-        with contextlib.suppress(FileNotFoundError), told(f"{self.path / name} cannot be removed"):
+        with contextlib.suppress(FileNotFoundError), translate_os_errors(f"{self.path / name} cannot be removed"):
             os.unlink(name, dir_fd=self._fd)
 
     def link_from(self, source: PrivateFolder, name: str) -> bool:
@@ -189,7 +189,7 @@ class PrivateFolder:
     def _closing(self, fd: int, name: str, *, durable: bool = True) -> Iterator[None]:
         """Close at the end, after fdatasync; errors of both become ours."""
         try:
-            with told(f"write of {self.path / name}"):
+            with translate_os_errors(f"write of {self.path / name}"):
                 yield
                 if durable:
                     os.fdatasync(fd)
@@ -222,8 +222,11 @@ def _pread(fd: int, count_bytes: int, offset_bytes: int, path: Path) -> bytes:
 
 
 @contextmanager
-def told(what: str) -> Iterator[None]:
-    """Errors of the system in the block become ours; that a name is absent or taken is the caller's to judge."""
+def translate_os_errors(what: str) -> Iterator[None]:
+    """Raise DiskWriteError or DiskFullError for an OSError in the block; ``what`` says what failed.
+
+    FileNotFoundError and FileExistsError pass through, because callers decide what they mean.
+    """
     try:
         yield
     except (FileNotFoundError, FileExistsError):

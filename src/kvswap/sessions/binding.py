@@ -23,10 +23,11 @@ from kvswap.errors import ConfigError, DamagedError, SessionError, UnsupportedEr
 from kvswap.selection.basis import Basis
 from kvswap.selection.codes import LayerSketch
 from kvswap.selection.transform import full_precision_basis
-from kvswap.sessions.folder import Commit, SessionFolder
-from kvswap.sessions.index import Arrays, LayerIndex, take
+from kvswap.sessions.arrays import Arrays, take
+from kvswap.sessions.checkpoint import CheckpointContents
+from kvswap.sessions.index import LayerIndex
 from kvswap.sessions.manifest import ITEMSIZES_BYTES, Layout, Manifest, Model
-from kvswap.sessions.reader import Stored
+from kvswap.sessions.store import SessionStore
 from kvswap.store.persistent import PersistentFiles, PersistentGroupStore
 from kvswap.store.segments import Segments
 from kvswap.terms import ceil_div
@@ -48,12 +49,12 @@ class SessionBinding:
     """
 
     def __init__(
-        self, folder: SessionFolder, model: Model, *, verify: bool = True, reserve: Callable[[int], None] | None = None
+        self, session: SessionStore, model: Model, *, verify: bool = True, reserve: Callable[[int], None] | None = None
     ) -> None:
-        self.folder, self.model = folder, model
+        self.session, self.model = session, model
         self._verify, self._reserve = verify, reserve
         self._check_model()
-        self._stored: Stored | None = folder.load()
+        self._stored: CheckpointContents | None = session.load()
         self.tokens = self._stored.tokens if self._stored else 0
         self._sliding: list[tuple[int, Any]] = []
         self._data_bytes = 0
@@ -63,7 +64,7 @@ class SessionBinding:
     @property
     def layout(self) -> Layout | None:
         """What the session's groups look like; None in an empty one."""
-        return self.folder.manifest.layout
+        return self.session.manifest.layout
 
     @property
     def alignment_bytes(self) -> int:
@@ -92,7 +93,7 @@ class SessionBinding:
             wanted, default = getattr(config, key), getattr(Config(), key)
             if wanted not in (value, default):
                 raise ConfigError(
-                    f"{key}: got {wanted!r}, {self.folder.what} was made with {value!r}",
+                    f"{key}: got {wanted!r}, {self.session.label} was made with {value!r}",
                     hint="leave it out, or start another session",
                 )
         return config.replace(**fixed)
@@ -102,7 +103,7 @@ class SessionBinding:
         layout = self.layout
         if layout is None:
             return None
-        matrices = [torch.from_numpy(matrix.copy()).to(device) for matrix in self.folder.basis()]
+        matrices = [torch.from_numpy(matrix.copy()).to(device) for matrix in self.session.basis()]
         split: Callable[[torch.Tensor], Basis] = partial(Basis.split, kind=layout.sketch_kind)
         if any(len(matrix) != layout.basis_rows for matrix in matrices):
             split = full_precision_basis
@@ -118,7 +119,7 @@ class SessionBinding:
         self._sliding = sliding_layers(layers, orders)
         if self._stored is None or not self._sliding:
             return
-        layout, tail, what = self.layout, self._stored.tail, self.folder.what
+        layout, tail, what = self.layout, self._stored.tail, self.session.label
         assert layout is not None
         lengths = take(tail, "sliding-lengths", np.int64, what, len(self._sliding))
         for (index, layer), length in zip(self._sliding, lengths.tolist(), strict=True):
@@ -138,21 +139,21 @@ class SessionBinding:
 
     def files(self, backend: ReadBackend, layers: int) -> PersistentFiles:
         """The session's files, opened in ``backend``."""
-        current = self.folder.base
+        current = self.session.base
         stored_groups = np.array(current.flushed if current else [0] * layers, np.int64)
-        sealer = self.folder.sealer
+        sealer = self.session.sealer
         seals = np.zeros((layers, int(stored_groups.max())), sealer.dtype)
         starts = np.empty((0, layers), np.int64)
         files = np.empty((0, layers), np.int64)
         segments = Segments(starts, files)
         for number, _ in current.segments if current else ():
-            segment = self.folder.manifest.segment(number)
+            segment = self.session.manifest.segment(number)
             segments.add(np.array(segment.start, np.int64), self._adopt(backend, number, layers))
         for layer, index in enumerate(self._stored.groups if self._stored else ()):
             seals[layer, : len(index.seals)] = index.seals
 
         def begin(first: NDArray[np.int64]) -> NDArray[np.int64]:
-            number = self.folder.begin_segment(tuple(first.tolist()))
+            number = self.session.begin_segment(tuple(first.tolist()))
             return self._adopt(backend, number, layers)
 
         return PersistentFiles(
@@ -160,9 +161,9 @@ class SessionBinding:
             stored_groups=stored_groups,
             seals=seals,
             sealer=sealer,
-            appendable=self.folder.appendable(),
+            appendable=self.session.appendable(),
             verify=self._verify,
-            label=self.folder.what,
+            label=self.session.label,
             begin_segment=begin,
             reserve=self.reserve,
         )
@@ -187,7 +188,7 @@ class SessionBinding:
 
         There is at most one id more than tokens. The next commit replaces an ``interim`` one. Raises DiskError.
         """
-        store, current = state.store, self.folder.base
+        store, current = state.store, self.session.base
         assert isinstance(store, PersistentGroupStore) and state.batch == 1
         store.sync()
         tokens, flushed = int(state.tokens[0]), tuple(state.flushed[:, 0].tolist())
@@ -199,41 +200,39 @@ class SessionBinding:
             codes, scales = _codes(state, layer).dump(0, start * group_tokens, stop * group_tokens)
             groups.append(LayerIndex(store.seals(layer, start, stop), codes, scales))
         written_bytes = store.backend.counters.write_bytes
-        self.folder.commit(
-            Commit(
-                model=self.model,
-                layout=_layout(state),
-                basis=_basis_arrays(state) if self.folder.manifest.basis is None else None,
-                tokens=tokens,
-                flushed=flushed,
-                groups=groups,
-                tail=_tail(state, self._sliding, ids, conversation),
-                data_bytes=written_bytes - self._data_bytes,
-                interim=interim,
-                rates=rates,
-            )
+        self.session.commit(
+            model=self.model,
+            layout=_layout(state),
+            basis=_basis_arrays(state) if self.session.manifest.basis is None else None,
+            tokens=tokens,
+            flushed=flushed,
+            new_groups=groups,
+            tail=_tail(state, self._sliding, ids, conversation),
+            data_bytes=written_bytes - self._data_bytes,
+            interim=interim,
+            rates=rates,
         )
         self._data_bytes = written_bytes
 
     def _adopt(self, backend: ReadBackend, segment: int, layers: int) -> NDArray[np.int64]:
-        open_data = self.folder.open_data
+        open_data = self.session.open_data
         opened = [backend.adopt(open_data(segment, layer, direct=backend.direct)) for layer in range(layers)]
         return np.array(opened, np.int64)
 
     def _check_model(self) -> None:
-        stored = self.folder.manifest.model
+        stored = self.session.manifest.model
         if stored is None:
             return
         for key, words in _MODEL_WORDS.items():
             if getattr(stored, key) != getattr(self.model, key):
                 detail = f" ({self.model.dtype}, not {stored.dtype})" if key == "dtype" else ""
                 raise SessionError(
-                    f"{self.folder.what} belongs to {stored.name}; the model given {words}{detail}",
+                    f"{self.session.label} belongs to {stored.name}; the model given {words}{detail}",
                     hint="give the model that it was made with, or start another session",
                 )
 
 
-def made_alike(manifest: Manifest, model: Model, config: Config) -> bool:
+def compatible(manifest: Manifest, model: Model, config: Config) -> bool:
     """Whether a session is of that model and has what a new one would get by ``config``."""
     layout = manifest.layout
     if (
@@ -267,7 +266,7 @@ def sliding_layers(layers: Sequence[Any], orders: Sequence[int | None]) -> list[
     return found
 
 
-def _pin(state: BatchState, layer: int, stored: Stored) -> None:
+def _pin(state: BatchState, layer: int, stored: CheckpointContents) -> None:
     """Sinks and recent window from disk, what was on no disk from the tail."""
     window, flushed, dtype = state.window, stored.flushed[layer], state.pool.dtypes[layer]
     ring = window.ring_start((stored.tokens - 1) // window.group_tokens)

@@ -1,7 +1,7 @@
-"""Is a session what was written? And if not: what of it can be kept.
+"""Compare a session with its checksums, and repair one that is damaged.
 
-``check`` reads everything and changes nothing. ``repair`` goes back to the longest context that is whole; the damaged
-files stay in a quarantine folder beside the sessions (as second names of the same files), and nothing is ever deleted.
+``check`` reads everything and changes nothing. ``repair`` goes back to the longest context that is undamaged. The
+damaged files stay in a quarantine folder beside the sessions, as second names of the same files; nothing is deleted.
 Imports no torch.
 """
 
@@ -16,9 +16,10 @@ import numpy as np
 
 from kvswap.disk.private import PrivateFolder
 from kvswap.errors import DamagedError, DiskReadError, StorageError
-from kvswap.sessions.folder import SessionFolder
+from kvswap.sessions import lock
 from kvswap.sessions.index import LayerIndex, decode_index, empty_index
 from kvswap.sessions.manifest import Checkpoint, Manifest, Segment
+from kvswap.sessions.store import SessionStore
 
 QUARANTINE = ".damaged"
 _PIECE_BYTES = 4 << 20
@@ -27,64 +28,88 @@ _READ_ERRORS = (DamagedError, DiskReadError, StorageError, FileNotFoundError)
 
 @dataclass(slots=True)
 class Report:
-    """What ``check`` found. ``damaged`` holds ``(segment, layer, group)`` of groups that are not what was written."""
+    """What ``check`` found; ``problems`` in words."""
 
     groups: int = 0
     read_bytes: int = 0
     problems: list[str] = field(default_factory=list)
-    damaged: set[tuple[int, int, int]] = field(default_factory=set)
-    broken: set[int] = field(default_factory=set)
+    damaged_groups: set[tuple[int, int, int]] = field(default_factory=set)
+    """``(segment, layer, group)`` of groups that are not what was written."""
+    damaged_commits: set[int] = field(default_factory=set)
     """Commits whose tail or index cannot be used."""
 
 
-def check(folder: SessionFolder) -> Report:
-    """Read and compare everything that a session refers to."""
-    report, manifest = Report(), folder.manifest
-    _ = folder.sealer  # without the key nothing can be said, which is no damage
+def check(store: SessionStore) -> Report:
+    """Read everything that a session refers to and compare it with its checksums. Raises SessionError: no key."""
+    report, manifest = Report(), store.manifest
+    _ = store.sealer  # a missing key is an error, not damage
     for checkpoint in manifest.checkpoints:
         try:
-            folder.load(checkpoint)
+            store.load(checkpoint)
         except _READ_ERRORS as error:
-            report.broken.add(checkpoint.commit)
+            report.damaged_commits.add(checkpoint.commit)
             report.problems.append(f"commit {checkpoint.commit}: {_words(error)}")
     if manifest.checkpoints:
         try:
-            folder.basis()
+            store.basis()
         except _READ_ERRORS as error:
-            report.broken |= {checkpoint.commit for checkpoint in manifest.checkpoints}
+            report.damaged_commits |= {checkpoint.commit for checkpoint in manifest.checkpoints}
             report.problems.append(f"basis: {_words(error)}")
     for segment in manifest.segments:
-        _check_segment(folder, segment, report)
+        _check_segment(store, segment, report)
     return report
 
 
-def repair(folder: SessionFolder) -> tuple[str, Path | None]:
-    """Go back to what is whole; what was done, in words, and where the damaged files are (None: nothing was wrong).
+def repair(store: SessionStore) -> tuple[str, Path | None]:
+    """Go back to what is undamaged. Returns what was done, in words, and where the damaged files are, if there are any.
 
-    Raises DamagedError, after the whole session was moved to quarantine, where nothing can be kept.
+    Where nothing can be kept, the whole session is moved to quarantine and DamagedError is raised.
     """
-    report, manifest = check(folder), folder.manifest
+    report, manifest = check(store), store.manifest
     if not report.problems:
         return "nothing is wrong", None
-    place = quarantine_path(folder.folder.path)
-    _keep_copy(folder, place)
-    whole = tuple(each for each in manifest.checkpoints if _intact(manifest, each, report))
-    groups = _groups_before_damage(folder, report)
-    best_tokens = whole[-1].tokens if whole else 0
-    layout = manifest.layout
-    if layout is not None and groups * layout.group_tokens > best_tokens:
-        folder.cut(groups)
-        kept = (*whole, folder.manifest.checkpoints[-1])
-    elif whole:
-        kept = whole
-    else:
-        folder.close()
-        move_away(folder.folder.path, place)
+    place = quarantine_path(store.folder.path)
+    _copy_to_quarantine(store, place)
+    kept = tuple(each for each in manifest.checkpoints if _is_intact(manifest, each, report))
+    groups, layout = _groups_before_damage(store, report), manifest.layout
+    if layout is not None and groups * layout.group_tokens > (kept[-1].tokens if kept else 0):
+        store.truncate(groups * layout.group_tokens)
+        kept = (*kept, store.manifest.checkpoints[-1])
+    elif not kept:
+        store.close()
+        move_away(store.folder.path, place)
         raise DamagedError(
-            f"{folder.what} cannot be repaired; it was moved to {place}", hint="make it anew from its documents"
+            f"{store.label} cannot be repaired; it was moved to {place}", hint="create it again from its documents"
         )
-    _adopt(folder, kept)
+    _keep_only(store, kept)
     return f"{kept[-1].tokens:,} of {manifest.checkpoints[-1].tokens:,} tokens are kept", place
+
+
+def repair_session(path: Path) -> tuple[str, Path | None]:
+    """As ``repair``, for a session that may not open: one without a sound manifest is moved to quarantine.
+
+    Raises DamagedError where nothing can be kept.
+    """
+    store: SessionStore | None = None
+    try:
+        store = SessionStore.open(path, write=True, check_files=False)
+        _ = store.sealer  # checks that the manifest is authentic
+    except DamagedError as error:
+        if store is not None:
+            store.close()
+        place = _quarantine(path)
+        raise DamagedError(
+            f"{error.message}; it was moved to {place}", hint="create it again from its documents"
+        ) from error
+    except BaseException:
+        if store is not None:
+            store.close()
+        raise
+    with store:
+        return repair(store)
+
+
+# ---- quarantine
 
 
 def quarantine_path(path: Path) -> Path:
@@ -93,21 +118,57 @@ def quarantine_path(path: Path) -> Path:
     return path.parent / QUARANTINE / f"{path.name}-{stamp}-{time.monotonic_ns() % 10**6:06d}"
 
 
+def quarantined(root: Path) -> list[Path]:
+    """All folders in quarantine."""
+    place = root / QUARANTINE
+    return sorted(place.iterdir()) if place.is_dir() else []
+
+
 def move_away(path: Path, place: Path) -> None:
-    """Move a session's folder to quarantine, into what was copied there already if there is anything."""
+    """Move a session's folder to ``place`` in quarantine, which may have its files already."""
     place.parent.mkdir(mode=0o700, exist_ok=True)
     if not place.exists():
         os.rename(path, place)
         return
-    for name in os.listdir(path):  # second names of what is there already
+    for name in os.listdir(path):  # second names of the files in quarantine
         os.unlink(path / name)
     os.rmdir(path)
 
 
-def _check_segment(folder: SessionFolder, segment: Segment, report: Report) -> None:
-    layout = folder.manifest.layout
+def _quarantine(path: Path) -> Path:
+    """Move a session that nobody has open to quarantine; its new place."""
+    place, folder = quarantine_path(path), PrivateFolder(path)
+    try:
+        locked = lock.acquire(folder, f"session {path.name}")
+        try:
+            move_away(path, place)
+        finally:
+            os.close(locked)
+    finally:
+        folder.close()
+    return place
+
+
+def _copy_to_quarantine(store: SessionStore, place: Path) -> None:
+    """Second names for all files of a session; copies where the file system has no hard links."""
+    place.parent.mkdir(mode=0o700, exist_ok=True)
+    target = PrivateFolder.create(place)
+    try:
+        for name in store.folder.names():
+            if not target.link_from(store.folder, name):
+                target.copy_from(store.folder, name)
+        target.sync()
+    finally:
+        target.close()
+
+
+# ---- details
+
+
+def _check_segment(store: SessionStore, segment: Segment, report: Report) -> None:
+    layout = store.manifest.layout
     assert layout is not None
-    index = _index(folder, segment)
+    index = _index(store, segment)
     for layer in range(layout.layers):
         first, end = segment.start[layer], segment.high[layer]
         seals = index[layer].seals
@@ -116,83 +177,70 @@ def _check_segment(folder: SessionFolder, segment: Segment, report: Report) -> N
         piece = max(1, _PIECE_BYTES // slot_bytes)
         for start in range(0, end - first, piece):
             count = min(piece, end - first - start)
-            found = np.zeros(count, np.bool_)
+            right = np.zeros(count, np.bool_)
             try:
-                data = folder.folder.read(name, count * slot_bytes, offset_bytes=start * slot_bytes)
+                data = store.folder.read(name, count * slot_bytes, offset_bytes=start * slot_bytes)
                 slots = np.frombuffer(data, np.uint8)[: len(data) // slot_bytes * slot_bytes].reshape(-1, slot_bytes)
                 report.read_bytes += len(data)
                 known = min(len(slots), max(0, len(seals) - start))
                 used = slots[:known, : layout.geometry.group_bytes]
-                found[:known] = folder.sealer.authentic(layer, first + start, used, seals[start : start + known])
+                right[:known] = store.sealer.authentic(layer, first + start, used, seals[start : start + known])
             except _READ_ERRORS as error:
                 report.problems.append(f"{name}: {_words(error)}")
-            wrong = np.flatnonzero(~found)
+            wrong = np.flatnonzero(~right)
             if len(wrong):
                 shown = f"groups {first + start + wrong[0]} to {first + start + wrong[-1]}, {len(wrong)} of them"
                 report.problems.append(f"{name}: layer {layer}: {shown} are not what was written")
-                report.damaged |= {(segment.number, layer, first + start + int(each)) for each in wrong}
+                report.damaged_groups |= {(segment.number, layer, first + start + int(each)) for each in wrong}
 
 
-def _index(folder: SessionFolder, segment: Segment) -> list[LayerIndex]:
-    """Seals of a segment as far as its index can be read; without any, all its groups count as damaged."""
-    layout = folder.manifest.layout
+def _index(store: SessionStore, segment: Segment) -> list[LayerIndex]:
+    """The index of a segment. If it cannot be read it is empty, so that all groups count as damaged."""
+    layout = store.manifest.layout
     assert layout is not None
     try:
-        data = folder.folder.read(f"index-{segment.number}", segment.index_bytes)
-        return decode_index(data, layout, folder.sealer, segment.number, segment.start, segment.high, folder.what)
+        data = store.folder.read(f"index-{segment.number}", segment.index_bytes)
+        return decode_index(data, layout, store.sealer, segment.number, segment.start, segment.high, store.label)
     except _READ_ERRORS:
-        return empty_index(layout, folder.sealer)
+        return empty_index(layout, store.sealer)
 
 
-def _intact(manifest: Manifest, checkpoint: Checkpoint, report: Report) -> bool:
-    if checkpoint.commit in report.broken:
+def _is_intact(manifest: Manifest, checkpoint: Checkpoint, report: Report) -> bool:
+    if checkpoint.commit in report.damaged_commits:
         return False
     ends = {segment.number: end for segment, end in manifest.ends(checkpoint)}
-    return not any(number in ends and group < ends[number][layer] for number, layer, group in report.damaged)
+    return not any(number in ends and group < ends[number][layer] for number, layer, group in report.damaged_groups)
 
 
-def _groups_before_damage(folder: SessionFolder, report: Report) -> int:
-    """Whole groups of the current context before its first damaged one; 0 where it cannot be cut."""
-    manifest, current = folder.manifest, folder.manifest.current
-    if current is None or manifest.layout is None or current.commit in report.broken:
+def _groups_before_damage(store: SessionStore, report: Report) -> int:
+    """Whole groups of the current context before its first damaged one; 0 where it cannot be truncated."""
+    manifest, current = store.manifest, store.manifest.current
+    if current is None or manifest.layout is None or current.commit in report.damaged_commits:
         return 0
-    stored = folder.load(current, tail_only=True)
-    if stored is None or any(name.startswith("sliding-") for name in stored.tail):
+    contents = store.load(current, tail_only=True)
+    if contents is None or contents.has_sliding_layers:
         return 0
     ends = {segment.number: end for segment, end in manifest.ends(current)}
-    hurt = [group for number, layer, group in report.damaged if number in ends and group < ends[number][layer]]
-    return min(hurt, default=current.tokens // manifest.layout.group_tokens)
+    damaged = [
+        group for number, layer, group in report.damaged_groups if number in ends and group < ends[number][layer]
+    ]
+    return min(damaged, default=current.tokens // manifest.layout.group_tokens)
 
 
-def _keep_copy(folder: SessionFolder, place: Path) -> None:
-    place.parent.mkdir(mode=0o700, exist_ok=True)
-    with_names = PrivateFolder.create(place)
-    try:
-        for name in folder.folder.names():
-            if not with_names.link_from(folder.folder, name):
-                with_names.copy_from(folder.folder, name)
-        with_names.sync()
-    finally:
-        with_names.close()
-
-
-def _adopt(folder: SessionFolder, kept: tuple[Checkpoint, ...]) -> None:
-    """Commit those checkpoints alone; segments end with what they refer to, since what is behind may be damaged."""
-    manifest = replace(folder.manifest, checkpoints=kept)
-    segments = []
+def _keep_only(store: SessionStore, kept: tuple[Checkpoint, ...]) -> None:
+    """Commit these checkpoints alone. Segments end with what they refer to, because the rest may be damaged."""
+    manifest, segments = replace(store.manifest, checkpoints=kept), []
     for segment in manifest.segments:
-        refers = [(each, pair) for each in kept for pair in each.segments if pair[0] == segment.number]
-        if not refers:
+        found = manifest.referenced(segment)
+        if found is None:
             continue
-        ends = [dict((s.number, end) for s, end in manifest.ends(each))[segment.number] for each, _ in refers]
-        high = tuple(max(column) for column in zip(*ends, strict=True))
-        index_bytes = max(pair[1] for _, pair in refers)
+        high, index_bytes = found
         segments.append(replace(segment, owned=False, high=high, index_bytes=index_bytes))
         for layer, count in enumerate(high):
             name = f"data-{segment.number}-{layer}"
-            if count == segment.start[layer] and name not in folder.folder.names():
-                folder.folder.write(name, b"")
-    folder.put(replace(manifest, segments=tuple(segments)))
+            if count == segment.start[layer] and name not in store.folder.names():
+                store.folder.write(name, b"")
+    store.publish(replace(manifest, segments=tuple(segments)))
 
 
 def _words(error: BaseException) -> str:

@@ -1,7 +1,7 @@
-"""Seals and sketch of the groups on disk, and the state beside them, as bytes (docs/file-format.md).
+"""The index of a segment: seals and sketch of the groups on disk, as bytes (docs/file-format.md).
 
-An index is a run of batches, a batch is a header and a safetensors payload. Decoding raises DamagedError for anything
-that is not what ``encode`` makes, and takes no more memory than a small multiple of the bytes given. Pure.
+An index is a sequence of batches, one for each commit that brought new groups. A batch is a header and a safetensors
+payload. Decoding raises DamagedError for anything that ``encode_batch`` would not have written. Pure.
 """
 
 from __future__ import annotations
@@ -11,25 +11,24 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import safetensors.numpy
 import xxhash
 from numpy.typing import NDArray
-from safetensors import SafetensorError
 
-from kvswap.errors import DamagedError
+from kvswap.sessions.arrays import Arrays, damaged, decode_arrays, encode_arrays, take
 from kvswap.sessions.manifest import Counts, Layout
 from kvswap.sessions.seal import Sealer, Seals
 
 MAGIC = b"KVSWIDX1"
 _HEADER = struct.Struct("<8sQQ")
 
-Arrays = dict[str, NDArray[np.generic]]
-
 
 @dataclass(slots=True)
 class LayerIndex:
-    """One layer's groups in order: ``seals`` ``(n,)``, ``codes`` uint8 ``(rows, n * G)``, ``scales`` uint16
-    ``(2 or 0, n * G)``, the bits of float16."""
+    """One layer's groups in order.
+
+    ``seals`` has one entry a group, ``[n]``. ``codes`` is uint8 ``[code_rows, n * group_tokens]``. ``scales`` is uint16
+    ``[2 or 0, n * group_tokens]``: the bits of float16 numbers.
+    """
 
     seals: Seals
     codes: NDArray[np.uint8]
@@ -43,12 +42,12 @@ def empty_index(layout: Layout, sealer: Sealer) -> list[LayerIndex]:
 
 
 def batch_name(segment: int, offset_bytes: int) -> str:
-    """What a batch is wrapped for: where it stands."""
+    """The name that an encrypted batch is bound to: its file and its place in it."""
     return f"index-{segment} {offset_bytes}"
 
 
 def encode_batch(first: Counts, layers: Sequence[LayerIndex], sealer: Sealer, name: str) -> bytes:
-    """A batch with new groups of every layer, which begin at ``first``; ``name`` is that of ``batch_name``."""
+    """A batch with the new groups of every layer, from ``first[layer]`` on; ``name`` is that of ``batch_name``."""
     payload = encode_arrays(
         {
             "first": np.array(first, np.int64),
@@ -63,28 +62,28 @@ def encode_batch(first: Counts, layers: Sequence[LayerIndex], sealer: Sealer, na
 
 
 def decode_index(
-    data: bytes, layout: Layout, sealer: Sealer, segment: int, start: Counts, ends: Counts, what: str
+    data: bytes, layout: Layout, sealer: Sealer, segment: int, start: Counts, ends: Counts, label: str
 ) -> list[LayerIndex]:
-    """Groups ``start`` up to ``ends`` of every layer from all batches of a segment's index."""
+    """Groups ``start`` up to ``ends`` of every layer from all batches of a segment's index. Raises DamagedError."""
     pieces: list[list[LayerIndex]] = [[] for _ in range(layout.layers)]
     reached, offset = list(start), 0
     while offset < len(data):
         head = data[offset : offset + _HEADER.size]
         if len(head) < _HEADER.size:
-            raise _damaged(what, "a batch ends too early")
+            raise damaged(label, "a batch ends too early")
         magic, length, expected = _HEADER.unpack(head)
         payload = data[offset + _HEADER.size : offset + _HEADER.size + length]
         if magic != MAGIC or len(payload) != length or xxhash.xxh3_64_intdigest(payload) != expected:
-            raise _damaged(what, f"its batch at byte {offset:,} is not what was written")
-        payload = sealer.unwrap(payload, batch_name(segment, offset), what)
+            raise damaged(label, f"its batch at byte {offset:,} is not what was written")
+        payload = sealer.unwrap(payload, batch_name(segment, offset), label)
         offset += _HEADER.size + length
-        for number, piece in enumerate(_split(decode_arrays(payload, what), layout, sealer, reached, what)):
+        for number, piece in enumerate(_split(decode_arrays(payload, label), layout, sealer, reached, label)):
             pieces[number].append(piece)
             reached[number] += len(piece.seals)
     if any(count < end for count, end in zip(reached, ends, strict=True)):
-        raise _damaged(what, "groups are missing")
+        raise damaged(label, "groups are missing")
     return [
-        _cut(_join(found), end - first, layout.group_tokens) if found else empty
+        _shorten(_join(found), end - first, layout.group_tokens) if found else empty
         for found, first, end, empty in zip(pieces, start, ends, empty_index(layout, sealer), strict=True)
     ]
 
@@ -94,39 +93,17 @@ def join_indexes(parts: Sequence[list[LayerIndex]]) -> list[LayerIndex]:
     return [_join(list(layer)) for layer in zip(*parts, strict=True)]
 
 
-def encode_arrays(arrays: Arrays) -> bytes:
-    """A safetensors file."""
-    data: bytes = safetensors.numpy.save({name: np.ascontiguousarray(array) for name, array in arrays.items()})
-    return data
-
-
-def decode_arrays(data: bytes, what: str) -> Arrays:
-    """The arrays of a safetensors file. Raises DamagedError."""
-    try:
-        found: Arrays = safetensors.numpy.load(data)
-        return found
-    except (SafetensorError, ValueError, KeyError, TypeError, OverflowError) as error:
-        raise _damaged(what, str(error)) from error
-
-
-def take(arrays: Arrays, name: str, dtype: type, what: str, size: int | None = None) -> NDArray[np.generic]:
-    """One array, which must be there with that dtype, one dimension and ``size`` elements. Raises DamagedError."""
-    found = arrays.get(name)
-    if found is None or found.dtype != np.dtype(dtype) or found.ndim != 1 or (size is not None and found.size != size):
-        raise _damaged(what, f"{name} is missing or of another size")
-    return found
-
-
-def _split(arrays: Arrays, layout: Layout, sealer: Sealer, reached: list[int], what: str) -> list[LayerIndex]:
+def _split(arrays: Arrays, layout: Layout, sealer: Sealer, reached: list[int], label: str) -> list[LayerIndex]:
+    """The layers of one batch, which must continue at the groups ``reached``."""
     tokens, rows = layout.group_tokens, layout.code_rows
-    first, count = (take(arrays, name, np.int64, what, layout.layers) for name in ("first", "count"))
-    seals = sealer.unpack(arrays, what)
+    first, count = (take(arrays, name, np.int64, label, layout.layers) for name in ("first", "count"))
+    seals = sealer.unpack(arrays, label)
     counts = [int(each) for each in count]
-    # checked before anything is multiplied or cut by them
+    # Checked before anything is multiplied or sliced by these numbers.
     if any(not 0 <= each <= seals.size for each in counts) or sum(counts) != seals.size or first.tolist() != reached:
-        raise _damaged(what, "the groups of a batch do not join those before")
-    codes = take(arrays, "codes", np.uint8, what, seals.size * tokens * rows)
-    scales, width = _scales(arrays, layout, seals.size * tokens, what), layout.scale_rows * tokens
+        raise damaged(label, "the groups of a batch do not continue those before")
+    codes = take(arrays, "codes", np.uint8, label, seals.size * tokens * rows)
+    scales, width = _scales(arrays, layout, seals.size * tokens, label), layout.scale_rows * tokens
     layers, at = [], 0
     for number in counts:
         stop = at + number
@@ -141,12 +118,12 @@ def _split(arrays: Arrays, layout: Layout, sealer: Sealer, reached: list[int], w
     return layers
 
 
-def _scales(arrays: Arrays, layout: Layout, tokens: int, what: str) -> NDArray[np.uint16]:
-    found = take(arrays, "scales", np.uint16, what)
-    if not layout.scale_rows and found.size == 2 * tokens:  # version 1 wrote zeros where a sketch has none
+def _scales(arrays: Arrays, layout: Layout, tokens: int, label: str) -> NDArray[np.uint16]:
+    found = take(arrays, "scales", np.uint16, label)
+    if not layout.scale_rows and found.size == 2 * tokens:  # version 1 wrote zeros for sketches without scales
         found = found[:0]
     if found.size != layout.scale_rows * tokens:
-        raise _damaged(what, "scales are of another size")
+        raise damaged(label, "scales have another size")
     return found.view(np.uint16)
 
 
@@ -160,10 +137,6 @@ def _join(pieces: list[LayerIndex]) -> LayerIndex:
     )
 
 
-def _cut(layer: LayerIndex, groups: int, group_tokens: int) -> LayerIndex:
+def _shorten(layer: LayerIndex, groups: int, group_tokens: int) -> LayerIndex:
     tokens = groups * group_tokens
     return LayerIndex(layer.seals[:groups], layer.codes[:, :tokens], layer.scales[:, :tokens])
-
-
-def _damaged(what: str, why: str) -> DamagedError:
-    return DamagedError(f"{what} is damaged: {why}", hint="try: kvswap sessions repair")

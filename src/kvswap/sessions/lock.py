@@ -1,7 +1,11 @@
-"""One writer a session: a lock that the system gives back when its holder ends, however it ends.
+"""Two locks: one writer a session, and a lock on the folder of all sessions while a session is created.
 
-The file says who holds it, for messages; only the lock itself counts. Readers take none: what is committed is never
-changed under them, and what is taken out of it they notice.
+Both are held by an open descriptor (flock), so the system releases them when the process ends in any way. The file
+``lock`` of a session also says who holds it, for error messages. Readers take no lock: committed bytes never change
+under them, and they notice when a file is removed.
+
+A new session is built in a folder with a temporary name and renamed when it is complete. An interruption leaves the
+temporary folder, which ``kvswap sessions prune`` removes; the creation lock keeps prune away from one in use.
 """
 
 from __future__ import annotations
@@ -11,20 +15,29 @@ import errno
 import fcntl
 import json
 import os
+import secrets
+import shutil
 import socket
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from kvswap.disk.private import PrivateFolder
+from kvswap.disk.atomic import sync_folder
+from kvswap.disk.private import PrivateFolder, translate_os_errors
 from kvswap.errors import SessionError
 
 NAME = "lock"
+TEMPORARY_PREFIX = ".new-"
 _OWNER_BYTES = 4096
 _TRIES, _PAUSE_S = 4, 0.02
 
 
-def acquire(folder: PrivateFolder, what: str) -> int:
+# ---- one writer a session
+
+
+def acquire(folder: PrivateFolder, label: str) -> int:
     """Take the writer's lock; returns the descriptor that holds it. Raises SessionError that names the holder."""
     try:
         fd = folder.open(NAME, write=True)
@@ -36,42 +49,23 @@ def acquire(folder: PrivateFolder, what: str) -> int:
         holder = owner(folder)
         os.close(fd)
         if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-            raise SessionError(f"{what} cannot be locked: {error.strerror}", hint="use another folder") from error
+            raise SessionError(f"{label} cannot be locked: {error.strerror}", hint="use another folder") from error
         raise SessionError(
-            f"{what} is in use by {holder}", hint="end that, or use a session of another name (kvswap sessions fork)"
+            f"{label} is in use by {holder}", hint="end that, or use a session of another name (kvswap sessions fork)"
         ) from error
-    _sign(fd)
+    _write_owner(fd)
     return fd
 
 
-def _sign(fd: int) -> None:
-    """Write who we are, for others' messages; a disk that refuses that little will be heard of soon enough."""
-    command = Path(sys.argv[0]).name if sys.argv and sys.argv[0] else "python"
-    held = {"pid": os.getpid(), "host": socket.gethostname(), "since": int(time.time()), "command": command}
-    with contextlib.suppress(OSError):
-        os.ftruncate(fd, 0)
-        os.pwrite(fd, json.dumps(held).encode(), 0)
-
-
-def _lock(fd: int) -> None:
-    """Try for a moment: who only asks whether the lock is held holds it for an instant."""
-    for _ in range(_TRIES - 1):
-        try:
-            return fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            time.sleep(_PAUSE_S)
-    return fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-
-
 def release(fd: int) -> None:
-    """Give the lock back."""
+    """Release the writer's lock."""
     with contextlib.suppress(OSError):
         os.ftruncate(fd, 0)
     os.close(fd)
 
 
-def held(folder: PrivateFolder) -> bool:
-    """Whether a living process has the lock now."""
+def is_locked(folder: PrivateFolder) -> bool:
+    """Whether a running process has the session open for writing."""
     try:
         fd = folder.open(NAME)
     except FileNotFoundError:
@@ -86,7 +80,7 @@ def held(folder: PrivateFolder) -> bool:
 
 
 def owner(folder: PrivateFolder) -> str:
-    """Who holds the lock, for people."""
+    """Who holds the writer's lock, in words."""
     try:
         found = json.loads(folder.read(NAME, _OWNER_BYTES))
         since = time.strftime("%Y-%m-%d %H:%M", time.localtime(int(found["since"])))
@@ -95,3 +89,69 @@ def owner(folder: PrivateFolder) -> str:
         )
     except (OSError, ValueError, KeyError, TypeError):
         return "another process"
+
+
+def _lock(fd: int) -> None:
+    """Try several times, because ``is_locked`` in another process holds the lock for an instant."""
+    for _ in range(_TRIES - 1):
+        try:
+            return fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            time.sleep(_PAUSE_S)
+    return fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def _write_owner(fd: int) -> None:
+    """Write who we are. A failure is ignored, since only messages use it."""
+    command = Path(sys.argv[0]).name if sys.argv and sys.argv[0] else "python"
+    ours = {"pid": os.getpid(), "host": socket.gethostname(), "since": int(time.time()), "command": command}
+    with contextlib.suppress(OSError):
+        os.ftruncate(fd, 0)
+        os.pwrite(fd, json.dumps(ours).encode(), 0)
+
+
+# ---- creation of a session
+
+
+def temporary_path(path: Path) -> Path:
+    """A temporary name beside a session's folder."""
+    return path.with_name(f"{TEMPORARY_PREFIX}{secrets.token_hex(8)}")
+
+
+@contextmanager
+def creation_lock(root: Path, *, exclusive: bool = False) -> Iterator[None]:
+    """Hold the lock of ``root``, the folder of all sessions: shared while creating one, exclusive while pruning."""
+    with translate_os_errors(f"folder {root} cannot be locked"):
+        fd = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH)
+        yield
+    finally:
+        os.close(fd)
+
+
+@contextmanager
+def new_session_folder(path: Path) -> Iterator[PrivateFolder]:
+    """A folder with a temporary name to build a session in; it gets the name ``path``, durably, when the block ends.
+
+    An exception in the block removes it. Raises SessionError where the name is taken.
+    """
+    if os.path.lexists(path):
+        raise SessionError(f"session {path.name} exists already", hint="choose another name")
+    with creation_lock(path.parent):
+        temporary = temporary_path(path)
+        folder = PrivateFolder.create(temporary)
+        try:
+            yield folder
+            _move_into_place(temporary, path)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        finally:
+            folder.close()
+
+
+def _move_into_place(temporary: Path, path: Path) -> None:
+    with translate_os_errors(f"session {path.name} cannot get its name"):
+        os.rename(temporary, path)
+        sync_folder(path.parent)

@@ -1,31 +1,27 @@
-"""What a session's manifest says (docs/file-format.md), as values, and how it is written; ``store/parse.py`` reads it.
+"""What is committed in a session (docs/file-format.md), as values. ``manifest_json`` writes and reads them as text.
 
-Pure: values in, text out.
+Field names are those of the format. Pure.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from kvswap.core.rates import Rates
-from kvswap.store.checksum import text_sum
 from kvswap.terms import KVGeometry, ceil_div, round_up
 
-MAGIC, VERSION = "kvswap-session", 2
-LIMIT_BYTES = 16 << 20
-CHECKPOINTS = 8
-SEGMENTS = 32
+MAX_CHECKPOINTS = 8
+MAX_SEGMENTS = 32
 ITEMSIZES_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 
 Counts = tuple[int, ...]
+"""One number a layer."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Model:
-    """Whose K, V these are; ``name`` is for display, the rest must be equal."""
+    """The model whose K, V are stored. ``name`` is for display; a model fits if all other fields are equal."""
 
     name: str
     fingerprint: str
@@ -36,7 +32,7 @@ class Model:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
-    """Geometry of groups and sketch; the same for the whole life of a session."""
+    """Geometry of groups and sketch. It never changes within a session."""
 
     layers: int
     kv_heads: int
@@ -62,34 +58,34 @@ class Layout:
 
     @property
     def slot_bytes(self) -> int:
-        """Bytes of a group with its padding."""
+        """Bytes of a group on disk, with its padding."""
         return round_up(self.geometry.group_bytes, self.alignment_bytes)
 
     @property
     def code_rows(self) -> int:
-        """Bytes of one token's codes."""
+        """Bytes of the codes of one token."""
         return self.sketch_rank * self.sketch_bits // 8
 
     @property
     def scale_rows(self) -> int:
-        """Scales of a token: scale and minimum, or none."""
+        """Scales of one token: scale and minimum, or none."""
         return 0 if self.sketch_kind == "transform" else 2
 
     @property
     def basis_rows(self) -> int:
-        """Rows of one layer's basis: one an element, twice that and five for a transform."""
+        """Rows of one layer's basis: one for each element of a key; for a transform two each, and five more."""
         elements = self.kv_heads * self.head_dim
         return 2 * elements + 5 if self.sketch_kind == "transform" else elements
 
     @property
     def waiting_groups(self) -> int:
-        """Most groups of a layer that may not be on disk yet, the rolling tail included."""
+        """Most groups of a layer that may not be on disk yet, rolling tail included."""
         return ceil_div(self.recent_tokens, self.group_tokens) + ceil_div(self.sink_tokens, self.group_tokens) + 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Encryption:
-    """How a session is encrypted; ``salt`` and ``check`` are hexadecimal digits."""
+    """How a session is encrypted. ``salt`` and ``check`` are hexadecimal digits."""
 
     cipher: str
     salt: str
@@ -98,7 +94,7 @@ class Encryption:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Blob:
-    """A small file that is read whole: its name, length and checksum, as it is stored."""
+    """A small file that is read whole: its name, and length and checksum of its bytes on disk."""
 
     file: str
     bytes: int
@@ -107,7 +103,10 @@ class Blob:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Segment:
-    """Groups ``start`` to ``high`` by layer, in files of their own; see the format."""
+    """Groups ``start[layer]`` up to ``high[layer]`` of every layer, in files of their own.
+
+    A session appends to its ``owned`` segments alone. The others are shared with a second session.
+    """
 
     number: int
     owned: bool
@@ -118,9 +117,10 @@ class Segment:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checkpoint:
-    """A state that can be gone back to: ``segments`` are pairs of a number and the index length that counts.
+    """A committed state.
 
-    The next commit takes the place of an ``interim`` one.
+    ``flushed`` counts whole groups on disk, by layer. ``segments`` are pairs: the number of a segment, and how many
+    bytes of its index belong to the checkpoint. The next commit replaces an ``interim`` checkpoint.
     """
 
     commit: int
@@ -133,7 +133,7 @@ class Checkpoint:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
-    """Everything that is committed. A new session has neither model nor checkpoints."""
+    """Everything that is committed. A new session has no model, layout, basis or checkpoints."""
 
     created: int
     used: int
@@ -149,17 +149,18 @@ class Manifest:
 
     @property
     def current(self) -> Checkpoint | None:
-        """What the session holds now."""
+        """The newest checkpoint: what the session contains now."""
         return self.checkpoints[-1] if self.checkpoints else None
 
     def segment(self, number: int) -> Segment:
-        """The segment of that number."""
+        """The segment with a number."""
         return next(segment for segment in self.segments if segment.number == number)
 
     def ends(self, checkpoint: Checkpoint) -> list[tuple[Segment, Counts]]:
-        """Segments of a checkpoint in order, each with the groups by layer at which it ends there.
+        """Segments of a checkpoint in order, each with the group, by layer, before which the checkpoint leaves it.
 
-        A later segment takes over at its start; after a cut its start may lie below that of one before it.
+        A later segment replaces an earlier one from its start on. After ``truncate`` it may start below the earlier
+        one.
         """
         limits, found = list(checkpoint.flushed), []
         for number, _ in reversed(checkpoint.segments):
@@ -168,8 +169,18 @@ class Manifest:
             limits = list(map(min, segment.start, limits))
         return found[::-1]
 
+    def referenced(self, segment: Segment) -> tuple[Counts, int] | None:
+        """Groups by layer, and bytes of the index, up to which checkpoints refer to a segment; None where none does."""
+        ends, index_bytes = [], 0
+        for checkpoint in self.checkpoints:
+            for (each, end), (_, length_bytes) in zip(self.ends(checkpoint), checkpoint.segments, strict=True):
+                if each.number == segment.number:
+                    ends.append(end)
+                    index_bytes = max(index_bytes, length_bytes)
+        return (tuple(max(column) for column in zip(*ends, strict=True)), index_bytes) if ends else None
+
     def files(self) -> dict[str, int]:
-        """Names that count, with the least length of each."""
+        """Names of all files that are part of the session, each with the fewest bytes it must have."""
         sizes = {blob.file: blob.bytes for blob in self.blobs()}
         if self.layout is None:
             return sizes
@@ -181,14 +192,36 @@ class Manifest:
         return sizes
 
     def blobs(self) -> list[Blob]:
-        """Basis and tails."""
+        """The basis and all tails."""
         basis = [self.basis] if self.basis else []
         return [*basis, *(checkpoint.tail for checkpoint in self.checkpoints)]
 
+    # ---- what comes next
 
-def encode(manifest: Manifest, sign: Callable[[bytes], str]) -> bytes:
-    """The manifest as it is written; ``sign`` gives what authenticates it, or nothing."""
-    values = {"byte_order": "little", **dataclasses.asdict(manifest)}
-    body = json.dumps(values, indent=1).encode()
-    words = (MAGIC, str(VERSION), text_sum(body), sign(body))
-    return f"{' '.join(word for word in words if word)}\n".encode() + body
+    def with_checkpoint(self, checkpoint: Checkpoint) -> Manifest:
+        """With a new checkpoint, which replaces an interim one. Only the newest ``MAX_CHECKPOINTS`` stay."""
+        kept = self.checkpoints[:-1] if self.current and self.current.interim else self.checkpoints
+        return replace(self, commits=self.commits + 1, checkpoints=(*kept, checkpoint)[-MAX_CHECKPOINTS:])
+
+    def without_newest(self) -> Manifest:
+        """Without the newest checkpoint. Without any other one the session is empty."""
+        if len(self.checkpoints) > 1:
+            return replace(self, checkpoints=self.checkpoints[:-1])
+        return Manifest(
+            created=self.created, used=self.used, encryption=self.encryption, written_bytes=self.written_bytes
+        )
+
+    def without_unused_segments(self, is_shared: Callable[[Segment], bool]) -> Manifest:
+        """Without segments that no checkpoint refers to. Owned segments end at the last group that is referred to.
+
+        A segment that ``is_shared`` with another session keeps its end, because the other one may refer to more.
+        """
+        kept = []
+        for segment in self.segments:
+            found = self.referenced(segment)
+            if found is None:
+                continue
+            if segment.owned and not is_shared(segment):
+                segment = replace(segment, high=found[0], index_bytes=found[1])
+            kept.append(segment)
+        return replace(self, segments=tuple(kept))

@@ -1,8 +1,8 @@
-"""How much disk sessions may take, and how much may be written: quota, reserve, daily limit, and the counts.
+"""Limits on disk: how much space sessions may take, and how much may be written for them a day.
 
-``Room`` is asked before a session's files take more space. Where a quota is set, sessions that nobody has open give
-way, least recently used first, before anything is refused; without one nothing is ever removed. What was written, in
-all and on the day, is in the file ``.usage`` of the folder of all sessions. Imports no torch; any thread.
+``Quota.reserve`` is called before the files of a session grow. With a limit on disk space it removes sessions that
+nobody has open, least recently used first; without a limit it never removes anything. The file ``.usage`` in the folder
+of all sessions counts the bytes written, in total and on the current day. Imports no torch; any thread.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import logging
 import os
 import time
 from collections.abc import Callable
@@ -18,41 +19,46 @@ from pathlib import Path
 
 from kvswap.disk.files import free_bytes
 from kvswap.errors import KVSwapError, StorageError
-from kvswap.sessions.shelf import entries, remove, used_bytes
+from kvswap.sessions.catalog import entries, remove, used_bytes
 from kvswap.units import format_bytes
 
 USAGE = ".usage"
 RESERVE_BYTES = 256 << 20
-"""What sessions leave free on the disk: a full file system harms more than the one who filled it."""
+"""Space that sessions leave free on the disk, because other programs fail when it is full."""
 _USAGE_BYTES = 4096
+
+_logger = logging.getLogger("kvswap")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """``quota_bytes`` of disk for all sessions together, ``write_bytes`` a day; None for no limit."""
+    """``quota_bytes`` of disk for all sessions together, ``write_bytes`` a day. None is no limit."""
 
     quota_bytes: int | None = None
     write_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Usage:
-    """Bytes written for sessions: in all, and on ``day`` (local time)."""
+class WrittenBytes:
+    """Bytes written for all sessions of a folder: in total, and on ``day`` (local time)."""
 
     total_bytes: int = 0
     day: str = ""
     day_bytes: int = 0
 
 
-class Room:
-    """Says whether one session, ``path``, may take more disk. ``root`` is the folder of all sessions."""
+class Quota:
+    """The limits of one session. ``path`` is its folder, ``root`` the folder of all sessions."""
 
     def __init__(self, path: Path, limits: Limits, on_notice: Callable[[str], None]) -> None:
         self.root, self._path = path.parent, path
         self._limits, self._notice = limits, on_notice
 
-    def ask(self, nbytes: int) -> None:
-        """Raise StorageError unless ``nbytes`` more may be written now; makes room by the quota's rule."""
+    def reserve(self, nbytes: int) -> None:
+        """Check that ``nbytes`` more may be written now; under a limit on disk space, remove other sessions if needed.
+
+        Raises StorageError where they may not.
+        """
         self._check_writes(nbytes)
         quota_bytes = self._limits.quota_bytes
         if quota_bytes is not None:
@@ -65,7 +71,7 @@ class Room:
         limit_bytes = self._limits.write_bytes
         if limit_bytes is None:
             return
-        today = read_usage(self.root)
+        today = read_written_bytes(self.root)
         if today.day_bytes + nbytes > limit_bytes:
             raise StorageError(
                 f"write limit: {format_bytes(today.day_bytes)} of {format_bytes(limit_bytes)} are written today, "
@@ -74,7 +80,10 @@ class Room:
             )
 
     def _evict(self, excess_bytes: int, quota_bytes: int) -> None:
-        """Remove closed sessions, least recently used first, until ``excess_bytes`` are free, or nothing at all."""
+        """Remove closed sessions, least recently used first, until ``excess_bytes`` are free.
+
+        Nothing is removed where removing all of them would not be enough.
+        """
         others = [entry for entry in entries(self.root) if entry.path != self._path and not entry.in_use]
         closed = sorted(
             (e for e in others if e.manifest is not None), key=lambda e: e.manifest.used if e.manifest else 0
@@ -82,13 +91,14 @@ class Room:
         if sum(entry.disk_bytes for entry in closed) >= excess_bytes:
             while excess_bytes > 0 and closed:
                 entry = closed.pop(0)
-                with contextlib.suppress(KVSwapError):  # somebody has just opened it
+                with contextlib.suppress(KVSwapError):  # another process has just opened it
                     remove(entry.path)
                     excess_bytes -= entry.disk_bytes
+                    _logger.debug("disk quota: evicted session %s, %d bytes", entry.name, entry.disk_bytes)
                     self._notice(f"disk quota: session {entry.name} was used longest ago and was removed")
         if excess_bytes > 0:
             raise StorageError(
-                f"disk quota: {format_bytes(excess_bytes)} more than {format_bytes(quota_bytes)} would be taken",
+                f"disk quota: sessions would take {format_bytes(excess_bytes)} more than {format_bytes(quota_bytes)}",
                 hint="raise --disk-quota or remove sessions (kvswap sessions rm)",
             )
 
@@ -102,27 +112,27 @@ class Room:
             )
 
 
-def read_usage(root: Path) -> Usage:
-    """What was written up to now; a file that cannot be read counts as nothing."""
+def read_written_bytes(root: Path) -> WrittenBytes:
+    """The counts up to now. A file that cannot be read counts as zero."""
     try:
         found = json.loads((root / USAGE).read_bytes()[:_USAGE_BYTES])
         total_bytes, day, day_bytes = int(found["total_bytes"]), str(found["day"]), int(found["day_bytes"])
     except (OSError, ValueError, KeyError, TypeError, OverflowError):
-        return Usage(day=_today())
-    return Usage(total_bytes=total_bytes, day=_today(), day_bytes=day_bytes if day == _today() else 0)
+        return WrittenBytes(day=_today())
+    return WrittenBytes(total_bytes=total_bytes, day=_today(), day_bytes=day_bytes if day == _today() else 0)
 
 
-def add_usage(root: Path, written_bytes: int) -> None:
-    """Count bytes that were written; two processes take turns. A disk that refuses loses the count, nothing else."""
+def add_written_bytes(root: Path, nbytes: int) -> None:
+    """Add to the counts, one process at a time. Where the file cannot be written, only the counts are lost."""
     with contextlib.suppress(OSError):
         fd = os.open(root / USAGE, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX)
-            before = read_usage(root)
+            before = read_written_bytes(root)
             counts = {
-                "total_bytes": before.total_bytes + written_bytes,
+                "total_bytes": before.total_bytes + nbytes,
                 "day": before.day,
-                "day_bytes": before.day_bytes + written_bytes,
+                "day_bytes": before.day_bytes + nbytes,
             }
             data = json.dumps(counts).encode()
             os.pwrite(fd, data, 0)

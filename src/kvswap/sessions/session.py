@@ -1,9 +1,12 @@
-"""One stored context of one model: create it, append to it, generate from it, fork it, take turns back, go on tomorrow.
+"""``Session``: a model together with one stored context.
 
-Whatever ``append``, ``generate``, ``undo`` or ``fork`` has done is durable when it returns; an interruption before that
-leaves the session as it was. What comes back after ``close`` and ``open`` goes on with the same tokens as if it had
-never been closed. One writer a session, in this process or any other. One thread (generation runs in a second one,
-which ends before its iterator does).
+A session is created once and opened again later. It appends to its context, generates from it, takes turns back and
+forks. What ``append``, ``generate``, ``undo`` or ``fork`` has done is durable when the call returns; an interruption
+before that leaves the session as it was. After ``close`` and ``open`` the session continues with the same tokens as if
+it had never been closed.
+
+One writer a session, in this process or any other. One thread uses a session; generation runs in a second thread, which
+ends before its iterator does.
 """
 
 from __future__ import annotations
@@ -15,7 +18,6 @@ from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
-import numpy as np
 import torch
 
 from kvswap.config import Config
@@ -23,32 +25,33 @@ from kvswap.core.attach import attach_each
 from kvswap.core.cache import KVSwapCache
 from kvswap.core.layer_major import Progress
 from kvswap.core.prefill import chunk_spans
-from kvswap.core.rates import Choice, choose
+from kvswap.core.rates import Choice, load_or_recompute
 from kvswap.errors import InputError
 from kvswap.models.adapter import cache_keyword, context_limit, inspect
 from kvswap.models.identity import rope_hash, tokenizer_hash, weights_hash
 from kvswap.models.loading import LoadedModel, load_model
 from kvswap.models.sampling import Sampling
 from kvswap.models.streaming import Generation
-from kvswap.sessions.binding import SessionBinding, made_alike
-from kvswap.sessions.folder import SessionFolder
-from kvswap.sessions.fork import fork
+from kvswap.sessions.binding import SessionBinding, compatible
+from kvswap.sessions.catalog import create_store, open_store, session_path
 from kvswap.sessions.manifest import Model
-from kvswap.sessions.prefix import borrow
-from kvswap.sessions.quota import Limits, Room, Usage, add_usage, read_usage
-from kvswap.sessions.shelf import create_session, open_session, session_path
+from kvswap.sessions.quota import Limits, Quota, WrittenBytes, add_written_bytes, read_written_bytes
+from kvswap.sessions.sharing import common_tokens, fork, share_prefix
+from kvswap.sessions.store import SessionStore
 
-KEEP_TOKENS = 512
-"""A prompt with so many new tokens is worth a commit of its own."""
+COMMIT_PROMPT_TOKENS = 512
+"""A prompt with so many new tokens is committed before the answer is generated."""
+
+_logger = logging.getLogger("kvswap")
 
 
 class Session:
-    """An open session. Made by ``create`` or ``open``; close it, or use it in a ``with`` block.
+    """An open session, from ``create`` or ``open``. Close it, or use it in a ``with`` block.
 
     Parameters
     ----------
-    folder
-        The session's folder, open for writing; it is closed with the session.
+    store
+        The session's folder, open for writing. The session closes it; if the constructor fails, the caller does.
     loaded
         Model and tokenizer, as ``load_model`` gives them.
     verify
@@ -61,7 +64,7 @@ class Session:
 
     def __init__(
         self,
-        folder: SessionFolder,
+        store: SessionStore,
         loaded: LoadedModel,
         config: Config,
         *,
@@ -70,22 +73,17 @@ class Session:
         on_progress: Progress | None = None,
         on_notice: Callable[[str], None] | None = None,
     ) -> None:
-        self.folder, self.config = folder, config
+        self.store, self.config = store, config
         self._loaded, self._verify = loaded, verify
         self._on_progress = on_progress
-        self._on_notice = on_notice or logging.getLogger("kvswap").warning
-        self._room = Room(folder.folder.path, limits or Limits(), self._on_notice)
+        self._on_notice = on_notice or _logger.warning
+        self._quota = Quota(store.folder.path, limits or Limits(), self._on_notice)
         self._stack = ExitStack()
         self._cache: KVSwapCache | None = None
-        self._generating = self._closed = self._restarted = False
-        self._ids = list[int]()
-        self._talk, self._tokens = b"", 0
-        try:
-            self._identity = self._identify()
-            self._reload()
-        except BaseException:
-            folder.close()
-            raise
+        self._generating = self._closed = False
+        self._ids, self._conversation, self._tokens = list[int](), b"", 0
+        self._identity = self._identify()
+        self._read_committed()
 
     @classmethod
     def create(
@@ -98,20 +96,21 @@ class Session:
         encrypt: bool = False,
         **options: Any,
     ) -> Session:
-        """A new session of a model, given by name or loaded; empty, or with ``prompt`` appended.
+        """A new session of a model, given by name or loaded. It is empty, or has ``prompt`` appended.
 
-        What a closed session holds of the prompt's beginning is shared instead of being computed: see ``borrow``.
-        With ``encrypt`` nothing but sizes and the manifest can be read without the key, which comes from the variable
-        ``KVSWAP_SESSION_KEY`` or the system's keyring, now and whenever the session is opened.
-        Raises SessionError when the name is taken, or without a key.
+        Where a closed session stores the beginning of the prompt, it is shared instead of computed: see
+        ``share_prefix``. With ``encrypt`` nothing but sizes and the manifest can be read without the key, which comes
+        from the variable ``KVSWAP_SESSION_KEY`` or the system's keyring, now and whenever the session is opened.
+        ``options`` are the other arguments of ``Session``. Raises SessionError where the name is taken, or without a
+        key.
         """
         config = config or Config()
-        session = cls._with_model(create_session(config.kv_dir, name, encrypt=encrypt), model, config, **options)
+        session = cls._with_model(create_store(config.kv_dir, name, encrypt=encrypt), model, config, **options)
         if prompt is None:
             return session
         try:
             ids = session.encode(prompt)
-            session.borrow(ids)
+            session.share_prefix(ids)
             session.append(ids[len(session.token_ids) :])
         except BaseException:
             session.close()
@@ -120,33 +119,33 @@ class Session:
 
     @classmethod
     def open(cls, name: str, model: str | LoadedModel, config: Config | None = None, **options: Any) -> Session:
-        """An existing session, with the model it was made with. Raises SessionError, DamagedError, StorageError.
+        """An existing session, with the model it was created with. Raises SessionError, DamagedError, StorageError.
 
-        What is fixed for a session (group_tokens, sinks, recent window, sketch, store_dtype) comes from it; other keys
-        of ``config`` may be as they like.
+        The session fixes group_tokens, sinks, recent window, sketch and store_dtype. The other keys of ``config`` may
+        differ from those it was created with. ``options`` are the other arguments of ``Session``.
         """
         config = config or Config()
-        return cls._with_model(open_session(config.kv_dir, name), model, config, **options)
+        return cls._with_model(open_store(config.kv_dir, name), model, config, **options)
 
     @classmethod
-    def _with_model(cls, folder: SessionFolder, model: str | LoadedModel, config: Config, **options: Any) -> Session:
+    def _with_model(cls, store: SessionStore, model: str | LoadedModel, config: Config, **options: Any) -> Session:
         try:
             loaded = load_model(model) if isinstance(model, str) else model
+            return cls(store, loaded, config, **options)
         except BaseException:
-            folder.close()
+            store.close()
             raise
-        return cls(folder, loaded, config, **options)
 
-    # ---- what it holds
+    # ---- its contents
 
     @property
     def name(self) -> str:
         """Its name."""
-        return self.folder.name
+        return self.store.name
 
     @property
     def token_ids(self) -> list[int]:
-        """Token ids of the whole context; the last one's K, V may come with the next step."""
+        """Token ids of the whole context. K, V of the last one may be computed with the next step."""
         return list(self._ids)
 
     @property
@@ -155,21 +154,21 @@ class Session:
         return self._cache.padded_tokens if self._cache is not None else self._tokens
 
     @property
-    def usage(self) -> Usage:
-        """What was written for all sessions of this folder."""
-        return read_usage(self._room.root)
+    def conversation(self) -> bytes:
+        """What was committed beside the token ids (JSON); empty where nothing was."""
+        return self._conversation
 
     @property
-    def conversation(self) -> bytes:
-        """What ``commit`` was given beside the ids; empty where nothing was."""
-        return self._talk
+    def written_bytes(self) -> WrittenBytes:
+        """Bytes written for all sessions of this folder."""
+        return read_written_bytes(self._quota.root)
 
     @property
     def cache(self) -> KVSwapCache:
         """The context as a cache for ``generate``, attached to the model at first use. ``commit`` makes it durable."""
         self._check_open()
         if self._cache is None:
-            binding = SessionBinding(self.folder, self._identity, verify=self._verify, reserve=self._room.ask)
+            binding = SessionBinding(self.store, self._identity, verify=self._verify, reserve=self._quota.reserve)
             (cache,) = self._stack.enter_context(
                 attach_each(
                     self._loaded.model,
@@ -184,13 +183,20 @@ class Session:
             self._cache = cache
         return self._cache
 
-    # ---- what it does
+    def encode(self, new: str | Sequence[int]) -> list[int]:
+        """Token ids of text to append. In an empty session the tokenizer adds its special tokens."""
+        if not isinstance(new, str):
+            return [int(each) for each in new]
+        ids: list[int] = self._loaded.tokenizer(new, add_special_tokens=not self._ids, verbose=False)["input_ids"]
+        return ids
+
+    # ---- going on
 
     def append(self, new: str | Sequence[int]) -> int:
-        """Take text or token ids into the context; how many tokens were computed.
+        """Append text or token ids to the context; returns how many tokens were computed.
 
-        Attention is exact, also to what is stored already. The last token is computed with what comes next, as the
-        first step of ``generate`` needs one. Raises InputError for nothing, MemoryBudgetError, DiskError.
+        Attention is exact, also to what is stored already. The last token is not computed yet, because the first step
+        of ``generate`` needs one. Raises InputError for nothing to append, MemoryBudgetError, DiskError.
         """
         self._check_open()
         whole = [*self._ids, *self.encode(new)]
@@ -201,126 +207,122 @@ class Session:
         compute = whole[stored : max(1, len(whole) - 1)]
         if compute:
             self._forward(compute)
-        self.commit(whole, self._talk)
+        self.commit(whole, self._conversation)
         return len(compute)
-
-    def encode(self, new: str | Sequence[int]) -> list[int]:
-        """Token ids of what comes next; text in an empty session gets the tokenizer's special tokens."""
-        if not isinstance(new, str):
-            return [int(each) for each in new]
-        ids: list[int] = self._loaded.tokenizer(new, add_special_tokens=not self._ids, verbose=False)["input_ids"]
-        return ids
 
     def generate(
         self, *, max_new_tokens: int = 256, temperature: float = 0.0, top_p: float = 1.0, seed: int | None = None
     ) -> Iterator[str]:
-        """Stream text that goes on from the context, and take it in; durable when the iterator has ended."""
+        """Stream text that continues the context, and append it. It is durable when the iterator has ended."""
         sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
         return self._generate(sampling)
 
-    def undo(self) -> None:
-        """Take back the last ``append`` or ``generate``. Raises SessionError when nothing can be taken back."""
-        self._check_open()
-        self.detach()
-        try:
-            self.folder.undo()
-        finally:
-            self._reload()
-
     def fork(self, name: str) -> int:
-        """Make another session that begins as this one is now, sharing its files; bytes of new disk it took."""
+        """Create a second session that begins as this one is now, over the same files; bytes of new disk."""
         self._check_open()
-        return fork(self.folder, session_path(self.config.kv_dir, name))
+        return fork(self.store, session_path(self.config.kv_dir, name))
 
-    def align(self, ids: Sequence[int]) -> int:
-        """Keep the part of the context that ``ids`` begin with, up to the last whole group; how many tokens that is.
+    def share_prefix(self, ids: Sequence[int]) -> str | None:
+        """Let an empty session begin with the prefix of ``ids`` that a closed session of the same model stores.
 
-        At least the last of ``ids`` stays to be computed. What is taken out can be gone back to with ``undo``. Models
-        with sliding-window layers cannot go back into the middle of a context: all of it stays, or nothing.
+        Returns the name of that session. Files are shared, its conversation and turns are not. None where no session
+        shares enough (see ``sharing``), or where this session is not empty.
         """
         self._check_open()
-        limit = min(len(ids) - 1, len(self._ids))
-        differ = np.flatnonzero(np.array(ids[:limit]) != np.array(self._ids[:limit]))
-        shared = int(differ[0]) if len(differ) else limit
-        if shared >= self.tokens:
-            self._ids = self._ids[: self.tokens]
-            return self.tokens
-        self.detach()
-        layout = self.folder.manifest.layout
-        groups = shared // layout.group_tokens if layout else 0
-        sliding = any(part.order is None for part in inspect(self._loaded.model).layers)
-        if groups and not sliding:
-            self.folder.cut(groups)
-        else:
-            self.folder.restart()
-        self._reload()
-        return self._tokens
-
-    def borrow(self, ids: Sequence[int]) -> str | None:
-        """Begin an empty session with what a closed session of the same model holds of ``ids``; that one's name.
-
-        As ``align``, token by token up to the last whole group; the files are shared, conversation and turns are not.
-        None where nothing worth it is held, or this session is not empty.
-        """
-        self._check_open()
-        if self.tokens or self.folder.manifest.checkpoints:
+        if self.tokens or self.store.manifest.checkpoints:
             return None
-        fits = partial(made_alike, model=self._identity, config=self.config)
-        name, written_bytes = borrow(self.folder, ids, fits)
-        if not name:
+        fits = partial(compatible, model=self._identity, config=self.config)
+        source, written_bytes = share_prefix(self.store, ids, fits)
+        if not source:
             return None
-        self.detach()
-        add_usage(self._room.root, written_bytes)
-        self._reload()
-        return name
+        self._detach()
+        add_written_bytes(self._quota.root, written_bytes)
+        self._read_committed()
+        return source
 
-    def weigh(self, tokens: int) -> Choice:
-        """Whether to read what the session holds of a prompt of ``tokens``, or to compute it again: the cheaper.
+    def load_or_recompute(self, tokens: int) -> Choice:
+        """Whether to load what is stored of a prompt of ``tokens``, or to recompute it: the cheaper.
 
-        By rates that the session has measured; unknown until a prompt was computed and one appended. After
-        ``cache.recompute`` the next forward takes the whole prompt.
+        Decided by rates measured in this session; until a prompt was computed and one appended, it is to load. To
+        recompute, call ``cache.recompute`` and give the whole prompt to the next forward.
         """
         self._check_open()
         if any(part.order is None for part in inspect(self._loaded.model).layers):
             return Choice()
         passes = sum(1 for _ in chunk_spans(tokens - self.tokens, self.config.chunk_tokens))
-        return choose(self.folder.manifest.rates, self.tokens, passes if tokens - self.tokens > 1 else 0)
+        choice = load_or_recompute(self.store.manifest.rates, self.tokens, passes if tokens - self.tokens > 1 else 0)
+        _logger.debug("%s: %d of %d prompt tokens are stored; %s", self.store.label, self.tokens, tokens, choice)
+        return choice
 
-    def commit(self, ids: Sequence[int], talk: bytes = b"", *, interim: bool = False) -> None:
-        """Make what ``cache`` holds now durable, with its token ids and the conversation (JSON).
+    def commit(self, ids: Sequence[int], conversation: bytes = b"", *, interim: bool = False) -> None:
+        """Make what ``cache`` contains now durable, with its token ids and the conversation (JSON).
 
-        The next commit takes the place of an ``interim`` one, as ``undo`` sees it.
+        The next commit replaces an ``interim`` one, so that ``undo`` takes back both at once.
         """
         self._check_open()
         ids = list(ids)
-        unchanged = self.tokens == self._tokens
-        if unchanged and ids == self._ids and talk == self._talk and not self._restarted:
+        unchanged = self.tokens == self._tokens and not self.store.starts_anew
+        if unchanged and ids == self._ids and conversation == self._conversation:
             return
-        before_bytes = self.folder.manifest.written_bytes
-        self.cache.commit(ids, talk, interim=interim)
-        add_usage(self._room.root, self.folder.manifest.written_bytes - before_bytes)
-        self._ids, self._talk, self._tokens, self._restarted = ids, talk, self.tokens, False
+        before_bytes = self.store.manifest.written_bytes
+        self.cache.commit(ids, conversation, interim=interim)
+        add_written_bytes(self._quota.root, self.store.manifest.written_bytes - before_bytes)
+        self._ids, self._conversation, self._tokens = ids, conversation, self.tokens
 
-    def keep_prompt(self, ids: Sequence[int], talk: bytes = b"") -> None:
-        """Have the prompt ``ids`` made durable as soon as it is through: a kill while answering must not cost it."""
-        worth = len(ids) - self.tokens >= KEEP_TOKENS
-        self.cache.after_prompt = partial(self.commit, list(ids), talk, interim=True) if worth else None
+    def commit_prompt(self, ids: Sequence[int], conversation: bytes = b"") -> None:
+        """Have a long prompt ``ids`` committed as soon as it is computed, so that a kill does not cost it."""
+        long = len(ids) - self.tokens >= COMMIT_PROMPT_TOKENS
+        self.cache.after_prompt = partial(self.commit, list(ids), conversation, interim=True) if long else None
 
-    def give_up(self) -> None:
-        """Go back to the last commit, as after a forward that broke off."""
-        self.detach()
-        self.folder.give_up()
-        self._reload()
+    # ---- going back
 
-    def close(self) -> None:
-        """Give back the model, the memory and the writer's lock. May be called twice."""
+    def undo(self) -> None:
+        """Take back the last ``append`` or ``generate``. Raises SessionError when nothing can be taken back."""
+        self._check_open()
+        self._detach()
+        try:
+            self.store.undo()
+        finally:
+            self._read_committed()
+
+    def common_tokens(self, ids: Sequence[int]) -> int:
+        """How many tokens the context and ``ids`` begin with in common; fewer than ``ids`` has."""
+        return common_tokens(ids, self._ids)
+
+    def truncate(self, tokens: int) -> int:
+        """Keep the first ``tokens`` tokens of the context, up to the last whole group; returns how many are stored.
+
+        ``undo`` goes back to what was there before. With less than a group the context begins anew. So does that of a
+        model with sliding-window layers, which cannot go back into the middle of a context. What begins anew becomes
+        durable with the next commit.
+        """
+        self._check_open()
+        if tokens >= self.tokens:
+            self._ids = self._ids[:tokens]
+            return self.tokens
+        self._detach()
+        self.store.truncate(tokens)
+        self._read_committed()
+        return self._tokens
+
+    def rollback(self) -> None:
+        """Go back to the last commit, as after a forward that failed."""
+        self._detach()
+        self.store.rollback()
+        self._read_committed()
+
+    def close(self, *, discard_empty: bool = False) -> None:
+        """Give back the model, the memory and the writer's lock. May be called twice.
+
+        With ``discard_empty`` a session that nothing was ever committed to is removed.
+        """
         if self._generating:
             raise InputError("text is still being generated", hint="read it to its end or close its iterator first")
         self._closed = True
         try:
-            self.detach()
+            self._detach()
         finally:
-            self.folder.close()
+            self.store.close(discard_empty=discard_empty)
 
     def __enter__(self) -> Self:
         return self
@@ -335,7 +337,7 @@ class Session:
     def _generate(self, sampling: Sampling) -> Iterator[str]:
         self._check_open()
         if len(self._ids) <= self.tokens:
-            raise InputError("the context has no token to go on from", hint="append some text first")
+            raise InputError("the context has no token to continue from", hint="append some text first")
         self._check_length(len(self._ids) + sampling.max_new_tokens - 1)
         loaded = self._loaded
         generation = Generation(loaded.model, loaded.tokenizer, self._ids, self.cache, sampling)
@@ -345,9 +347,9 @@ class Session:
         finally:
             self._generating = False
             if generation.error is not None:
-                self.give_up()
+                self.rollback()
             else:
-                self.commit(self._ids + generation.token_ids, self._talk)
+                self.commit(self._ids + generation.token_ids, self._conversation)
 
     @torch.no_grad()
     def _forward(self, ids: list[int]) -> None:
@@ -356,19 +358,18 @@ class Session:
         try:
             model(input_ids=tokens, use_cache=True, logits_to_keep=1, **{cache_keyword(model): self.cache})
         except BaseException:
-            self.give_up()
+            self.rollback()
             raise
 
-    def _reload(self) -> None:
-        """What the last commit says."""
-        stored = self.folder.load(tail_only=True)
-        self._ids = stored.ids if stored else []
-        self._talk = stored.conversation if stored else b""
-        self._tokens = stored.tokens if stored else 0
-        self._restarted = stored is None and bool(self.folder.manifest.checkpoints)
+    def _read_committed(self) -> None:
+        """Take over token ids and conversation of the store."""
+        contents = self.store.load(tail_only=True)
+        self._ids = contents.ids if contents else []
+        self._conversation = contents.conversation if contents else b""
+        self._tokens = contents.tokens if contents else 0
 
-    def detach(self) -> None:
-        """Give the model back; the next use attaches to it again, as of the last commit."""
+    def _detach(self) -> None:
+        """Give the model back. The next use of ``cache`` attaches to it again, as of the last commit."""
         self._cache = None
         self._stack.close()
 
@@ -386,12 +387,12 @@ class Session:
         limit = context_limit(self._loaded.model)
         if limit is not None and tokens > limit:
             raise InputError(
-                f"{self.folder.what} would have {tokens:,} tokens, the model's limit is {limit:,}",
+                f"{self.store.label} would have {tokens:,} tokens, the model's limit is {limit:,}",
                 hint="append less, or generate less",
             )
 
     def _check_open(self) -> None:
         if self._closed:
-            raise InputError(f"{self.folder.what} is closed", hint="open it again")
+            raise InputError(f"{self.store.label} is closed", hint="open it again")
         if self._generating:
             raise InputError("text is still being generated", hint="read it to its end or close its iterator first")

@@ -1,15 +1,14 @@
-"""A session as one file: the current context, its files joined, in a tar archive without compression.
+"""A session as one file: its current context in a tar archive without compression, the files of all segments joined.
 
-``export_session`` compares every group with its seal on the way out; an encrypted session stays so, under its key.
-``import_session`` reads everything again before the session gets its name. Only the names of the format are taken from
-an archive, as plain files and with the sizes that its manifest states. Imports no torch.
+``export_session`` compares every group with its seal while it writes; an encrypted session stays encrypted, under the
+same key. ``import_session`` reads everything again before the session gets its name. It takes only the names of the
+format from an archive, as plain files, with the sizes that the manifest states. Imports no torch.
 """
 
 from __future__ import annotations
 
 import io
 import os
-import shutil
 import tarfile
 import time
 from collections.abc import Iterator
@@ -23,41 +22,26 @@ from kvswap.disk.atomic import atomic_file
 from kvswap.disk.files import check_free
 from kvswap.disk.private import PrivateFolder
 from kvswap.errors import DamagedError, InputError, SessionError
+from kvswap.sessions.arrays import encode_arrays
 from kvswap.sessions.check import check
-from kvswap.sessions.folder import BASIS, SessionFolder
-from kvswap.sessions.index import LayerIndex, batch_name, encode_arrays, encode_batch
-from kvswap.sessions.making import making, move_into_place, partial_path
-from kvswap.sessions.manifest import LIMIT_BYTES, Blob, Manifest, Segment, encode
-from kvswap.sessions.parse import parse, signature
-from kvswap.sessions.reader import MANIFEST, unlock
+from kvswap.sessions.encryption import authenticated_sealer
+from kvswap.sessions.index import LayerIndex, batch_name, encode_batch
+from kvswap.sessions.lock import new_session_folder
+from kvswap.sessions.manifest import Blob, Manifest, Segment
+from kvswap.sessions.manifest_json import LIMIT_BYTES, encode, parse
+from kvswap.sessions.store import BASIS, MANIFEST, SessionStore
 from kvswap.store.checksum import text_sum
 
 _PIECE_BYTES = 4 << 20
 
 
-def export_session(folder: SessionFolder, target: Path) -> int:
-    """Write the current context to a new file ``target``, mode 0600; its size in bytes. It appears whole or not at all.
+def export_session(store: SessionStore, target: Path) -> int:
+    """Write the current context to a new file ``target``, mode 0600; its size in bytes.
 
-    Raises SessionError for an empty session, InputError where the file exists or cannot be written, DamagedError.
+    The file appears complete or not at all. Raises SessionError for an empty session, InputError where the file exists
+    or cannot be written, DamagedError.
     """
-    stored, manifest = folder.load(), folder.manifest
-    layout, current, basis = manifest.layout, manifest.current, manifest.basis
-    if stored is None or layout is None or current is None or basis is None:
-        raise SessionError(f"{folder.what} is empty", hint="there is nothing to export")
-    start = (0,) * layout.layers
-    index = encode_batch(start, stored.groups, folder.sealer, batch_name(0, 0))
-    tail = folder.sealer.wrap(encode_arrays(stored.tail), "tail-0")
-    checkpoint = replace(
-        current,
-        commit=0,
-        interim=False,
-        tail=Blob(file="tail-0", bytes=len(tail), xxh3=text_sum(tail)),
-        segments=((0, len(index)),),
-    )
-    segment = Segment(number=0, owned=True, start=start, high=current.flushed, index_bytes=len(index))
-    flat = replace(manifest, commits=1, written_bytes=0, rates=None, segments=(segment,), checkpoints=(checkpoint,))
-    members = [(MANIFEST, encode(flat, folder.sealer.sign)), (BASIS, folder.folder.read(BASIS, basis.bytes))]
-    members += [("tail-0", tail), ("index-0", index)]
+    members, layers = _members(store)
     try:
         if os.path.lexists(target):
             raise FileExistsError
@@ -65,10 +49,8 @@ def export_session(folder: SessionFolder, target: Path) -> int:
             with tarfile.open(fileobj=file, mode="w", format=tarfile.GNU_FORMAT) as archive:
                 for name, data in members:
                     _add(archive, name, data)
-                for layer, groups in enumerate(stored.groups):
-                    info = tarfile.TarInfo(f"data-0-{layer}")
-                    info.size = len(groups.seals) * layout.slot_bytes
-                    archive.addfile(info, _Joined(_data(folder, layer, groups)))
+                for layer, groups in enumerate(layers):
+                    _add_groups(archive, store, layer, groups)
             size_bytes = file.tell()
         return size_bytes
     except FileExistsError as error:
@@ -77,52 +59,70 @@ def export_session(folder: SessionFolder, target: Path) -> int:
         raise InputError(f"{target}: {error.strerror or error}", hint="give a file in a folder of yours") from error
 
 
-def import_session(source: Path, path: Path) -> Manifest:
-    """Make the session ``path`` from an archive. It appears whole or not at all.
+def _members(store: SessionStore) -> tuple[list[tuple[str, bytes]], list[LayerIndex]]:
+    """The small files of an archive, by name, and the index of the groups that follow."""
+    contents, manifest = store.load(), store.manifest
+    layout, current, basis = manifest.layout, manifest.current, manifest.basis
+    if contents is None or layout is None or current is None or basis is None:
+        raise SessionError(f"{store.label} is empty", hint="there is nothing to export")
+    start = (0,) * layout.layers
+    index = encode_batch(start, contents.groups, store.sealer, batch_name(0, 0))
+    tail = store.sealer.wrap(encode_arrays(contents.tail), "tail-0")
+    checkpoint = replace(
+        current,
+        commit=0,
+        interim=False,
+        tail=Blob(file="tail-0", bytes=len(tail), xxh3=text_sum(tail)),
+        segments=((0, len(index)),),
+    )
+    segment = Segment(number=0, owned=True, start=start, high=current.flushed, index_bytes=len(index))
+    joined = replace(manifest, commits=1, written_bytes=0, rates=None, segments=(segment,), checkpoints=(checkpoint,))
+    members = [
+        (MANIFEST, encode(joined, store.sealer.sign)),
+        (BASIS, store.folder.read(BASIS, basis.bytes)),
+        ("tail-0", tail),
+        ("index-0", index),
+    ]
+    return members, contents.groups
 
-    Raises SessionError when the name is taken, InputError or DamagedError for a file that is no sound archive.
+
+def import_session(source: Path, path: Path) -> Manifest:
+    """Create the session ``path`` from an archive. It appears complete or not at all.
+
+    Raises SessionError where the name is taken, InputError or DamagedError for a file that is not a sound archive.
     """
-    if os.path.lexists(path):
-        raise SessionError(f"session {path.name} exists already", hint="choose another name (--name)")
-    partial = partial_path(path)
+    label = f"archive {source.name}"
     try:
-        with making(path.parent), tarfile.open(source, mode="r:") as archive:
+        with new_session_folder(path) as folder, tarfile.open(source, mode="r:") as archive:
             check_free(path.parent, source.stat().st_size)
-            folder = PrivateFolder.create(partial)
-            try:
-                manifest = _unpack(archive, folder, f"archive {source.name}")
-            finally:
-                folder.close()
-        with SessionFolder.open(partial, write=False) as session:
-            report = check(session)
-        if report.problems:
-            raise DamagedError(f"archive {source.name} is damaged: {report.problems[0]}", hint="export it again")
-        move_into_place(partial, path)
+            manifest = _unpack(archive, folder, label)
+            with SessionStore.open(folder.path, write=False) as store:
+                report = check(store)
+            if report.problems:
+                raise DamagedError(f"{label} is damaged: {report.problems[0]}", hint="export it again")
         return manifest
     except (tarfile.TarError, EOFError) as error:
         raise InputError(f"{source}: not an archive of a session ({error})", hint="give a file from export") from error
     except OSError as error:
         raise InputError(f"{source}: {error.strerror or error}", hint="give a file from export") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
-def _unpack(archive: tarfile.TarFile, folder: PrivateFolder, what: str) -> Manifest:
+def _unpack(archive: tarfile.TarFile, folder: PrivateFolder, label: str) -> Manifest:
     first = archive.next()
     if first is None or first.name != MANIFEST or not first.isreg() or first.size > LIMIT_BYTES:
-        raise InputError(f"{what} does not begin with a manifest", hint="give a file from export")
+        raise InputError(f"{label} does not begin with a manifest", hint="give a file from export")
     data = _content(archive, first).read()
-    manifest = parse(data, what)
-    sealer = unlock(manifest, *signature(data), what)
+    manifest = parse(data, label)
+    sealer = authenticated_sealer(manifest, data, label)
     sizes, layout = manifest.files(), manifest.layout
     if layout is None or len(manifest.segments) != 1 or len(manifest.checkpoints) != 1:
-        raise DamagedError(f"{what} holds more or less than one context", hint="export it again")
+        raise DamagedError(f"{label} does not contain exactly one context", hint="export it again")
     while (member := archive.next()) is not None:
         if not member.isreg() or sizes.pop(member.name, None) != member.size:
-            raise DamagedError(f"{what}: unexpected member {member.name[:40]!r}", hint="export it again")
+            raise DamagedError(f"{label}: unexpected member {member.name[:40]!r}", hint="export it again")
         _copy(_content(archive, member), folder, member)
     if sizes:
-        raise DamagedError(f"{what} ends before {next(iter(sizes))}", hint="export it again")
+        raise DamagedError(f"{label} ends before {next(iter(sizes))}", hint="export it again")
     now = int(time.time())
     fresh = replace(manifest, created=now, used=now, written_bytes=folder.written_bytes)
     folder.sync()
@@ -150,46 +150,53 @@ def _add(archive: tarfile.TarFile, name: str, data: bytes) -> None:
     archive.addfile(info, io.BytesIO(data))
 
 
-def _data(folder: SessionFolder, layer: int, groups: LayerIndex) -> Iterator[bytes]:
-    """All groups of a layer in order, from whichever segments hold them, compared with their seals."""
-    layout, current = folder.manifest.layout, folder.manifest.current
+def _add_groups(archive: tarfile.TarFile, store: SessionStore, layer: int, groups: LayerIndex) -> None:
+    assert store.manifest.layout is not None
+    info = tarfile.TarInfo(f"data-0-{layer}")
+    info.size = len(groups.seals) * store.manifest.layout.slot_bytes
+    archive.addfile(info, _Joined(_read_groups(store, layer, groups)))
+
+
+def _read_groups(store: SessionStore, layer: int, groups: LayerIndex) -> Iterator[bytes]:
+    """All groups of a layer in order, from all segments, compared with their seals."""
+    layout, current = store.manifest.layout, store.manifest.current
     assert layout is not None and current is not None
     slot_bytes, piece = layout.slot_bytes, max(1, _PIECE_BYTES // layout.slot_bytes)
-    for segment, ends in folder.manifest.ends(current):
+    for segment, ends in store.manifest.ends(current):
         first, end = segment.start[layer], ends[layer]
         for start in range(first, end, piece):
             count = min(piece, end - start)
             name = f"data-{segment.number}-{layer}"
-            data = folder.folder.read(name, count * slot_bytes, offset_bytes=(start - first) * slot_bytes)
+            data = store.folder.read(name, count * slot_bytes, offset_bytes=(start - first) * slot_bytes)
             if len(data) < count * slot_bytes:
-                raise DamagedError(f"{folder.what}: {name} ends too early", hint="try: kvswap sessions repair")
+                raise DamagedError(f"{store.label}: {name} ends too early", hint="try: kvswap sessions repair")
             slots = np.frombuffer(data, np.uint8).reshape(count, slot_bytes)
             used, seals = slots[:, : layout.geometry.group_bytes], groups.seals[start : start + count]
-            wrong = ~folder.sealer.authentic(layer, start, used, seals)
+            wrong = ~store.sealer.authentic(layer, start, used, seals)
             if wrong.any():
                 group = start + int(np.flatnonzero(wrong)[0])
                 raise DamagedError(
-                    f"{folder.what} is damaged: group {group} of layer {layer} is not what was written",
-                    hint=f"kvswap sessions repair {folder.name} keeps the context before it",
+                    f"{store.label} is damaged: group {group} of layer {layer} is not what was written",
+                    hint=f"kvswap sessions repair {store.name} keeps the context before it",
                 )
             yield data
 
 
 class _Joined(io.RawIOBase):
-    """Pieces of bytes as a file to read from."""
+    """A sequence of bytes objects as one file to read from."""
 
     def __init__(self, pieces: Iterator[bytes]) -> None:
         self._pieces, self._rest = pieces, memoryview(b"")
 
     def read(self, size: int = -1) -> bytes:
         """At most ``size`` bytes; fewer only at the end."""
-        parts, wanted = [], size
-        while wanted > 0:
+        parts, missing = [], size
+        while missing > 0:
             if not self._rest:
                 self._rest = memoryview(next(self._pieces, b""))
                 if not self._rest:
                     break
-            part, self._rest = self._rest[:wanted], self._rest[wanted:]
+            part, self._rest = self._rest[:missing], self._rest[missing:]
             parts.append(bytes(part))
-            wanted -= len(part)
+            missing -= len(part)
         return b"".join(parts)

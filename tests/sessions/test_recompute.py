@@ -13,9 +13,9 @@ from kvswap.cli.main import run_command
 from kvswap.config import Config
 from kvswap.core.rates import Rates
 from kvswap.errors import UnsupportedError
+from kvswap.sessions.catalog import open_store
 from kvswap.sessions.check import check
 from kvswap.sessions.session import Session
-from kvswap.sessions.shelf import open_session
 from tests.helpers.families import tokens
 from tests.helpers.folders import save_tiny
 from tests.laws.test_resume import loaded
@@ -51,7 +51,7 @@ def play(name: str, config: Config, *, again: bool, reopen: bool) -> tuple[list[
     streamed = session.cache._state.store.streamed_bytes
     session.commit(whole)
     list(session.generate(max_new_tokens=20))
-    assert check(session.folder).problems == []
+    assert check(session.store).problems == []
     written = session.cache.stats.disk_write_bytes - written
     session.close()
     with Session.open(name, loaded("llama"), config) as session:
@@ -70,8 +70,8 @@ def test_same_tokens_whether_read_or_computed_again(reopen, config) -> None:
 def test_sliding_windows_are_gone_on_with(config) -> None:
     with Session.create("s", loaded("gemma3"), config) as session:
         session.append(PROMPT)
-        session.folder.put(replace(session.folder.manifest, rates=SLOW_DISK))
-        assert not session.weigh(len(PROMPT) + 40).again
+        session.store.publish(replace(session.store.manifest, rates=SLOW_DISK))
+        assert not session.load_or_recompute(len(PROMPT) + 40).recompute
         with pytest.raises(UnsupportedError, match="sliding-window"):
             session.cache.recompute()
 
@@ -81,18 +81,18 @@ def test_rates_are_measured_kept_and_left_behind(config, tmp_path) -> None:
 
     with Session.create("s", loaded("llama"), config) as session:
         session.append(PROMPT)
-        first = session.folder.manifest.rates
+        first = session.store.manifest.rates
         assert first.prefill_tokens == len(PROMPT) - 1 and first.prefill_us > 0 and first.load_tokens == 0
-        assert session.weigh(len(PROMPT) + 40).load_s is None
+        assert session.load_or_recompute(len(PROMPT) + 40).load_s is None
         session.append(MORE)
-        second = session.folder.manifest.rates
+        second = session.store.manifest.rates
         assert second.load_tokens >= 512 and (second.prefill_tokens, second.prefill_us) == (602, first.prefill_us)
-        found = session.weigh(len(session.token_ids) + 40)
+        found = session.load_or_recompute(len(session.token_ids) + 40)
         assert found.load_s is not None and found.recompute_s is not None
-        export_session(session.folder, tmp_path / "s.kvswap")
+        export_session(session.store, tmp_path / "s.kvswap")
     import_session(tmp_path / "s.kvswap", tmp_path / "kv" / "sessions" / "there")
     with Session.open("there", loaded("llama"), config) as session:  # another machine, perhaps
-        assert session.folder.manifest.rates is None
+        assert session.store.manifest.rates is None
 
 
 def test_run_computes_again_where_the_disk_is_slow(tmp_path, capfd) -> None:
@@ -108,11 +108,11 @@ def test_run_computes_again_where_the_disk_is_slow(tmp_path, capfd) -> None:
         return {**json.loads((tmp_path / "n.json").read_text()), "err": capfd.readouterr().err}
 
     run("Who counts?", "a", "--document", tmp_path / "story.txt")
-    with open_session(str(tmp_path / "kv"), "a") as folder:
-        from kvswap.sessions.fork import fork
+    with open_store(str(tmp_path / "kv"), "a") as store:
+        from kvswap.sessions.sharing import fork
 
-        fork(folder, folder.folder.path.with_name("b"))
-        folder.put(replace(folder.manifest, rates=SLOW_DISK))
+        fork(store, store.folder.path.with_name("b"))
+        store.publish(replace(store.manifest, rates=SLOW_DISK))
     again, read = run("And what?", "a"), run("And what?", "b")
     assert again["token_ids"] == read["token_ids"] and again["prompt_tokens"] == read["prompt_tokens"]
     assert again["computed_again"] and (again["resumed_tokens"], again["computed_tokens"]) == (

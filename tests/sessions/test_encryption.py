@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from kvswap.errors import DamagedError, SessionError
-from kvswap.sessions import keys
-from kvswap.sessions.keys import ENVIRONMENT, master_key, new_key, store_in_keyring
-from kvswap.sessions.seal import Checksums, Cipher, Sealer
+from kvswap.sessions import encryption
+from kvswap.sessions.encryption import KEY_VARIABLE, Cipher, new_key, store_in_keyring, user_key
+from kvswap.sessions.seal import Checksums, Sealer
 
 KEY, OTHER = bytes(range(32)), bytes(range(1, 33))
 ENCRYPTION = Cipher.new(KEY)
@@ -144,16 +144,16 @@ def test_another_key_is_said_to_be_one() -> None:
 
 
 class FakeKeyring:
-    """What ``kvswap.sessions.keys`` uses of a keyring."""
+    """What ``kvswap.sessions.encryption`` uses of a keyring."""
 
     def __init__(self) -> None:
-        self.held: dict[tuple[str, str], str] = {}
+        self.stored: dict[tuple[str, str], str] = {}
 
     def get_password(self, service: str, name: str) -> str | None:
-        return self.held.get((service, name))
+        return self.stored.get((service, name))
 
     def set_password(self, service: str, name: str, value: str) -> None:
-        self.held[service, name] = value
+        self.stored[service, name] = value
 
 
 def test_key_comes_from_the_environment_then_from_the_keyring(monkeypatch) -> None:
@@ -162,27 +162,27 @@ def test_key_comes_from_the_environment_then_from_the_keyring(monkeypatch) -> No
     fake = FakeKeyring()
     monkeypatch.setattr(keyring, "get_password", fake.get_password)
     monkeypatch.setattr(keyring, "set_password", fake.set_password)
-    monkeypatch.delenv(ENVIRONMENT, raising=False)
+    monkeypatch.delenv(KEY_VARIABLE, raising=False)
     with pytest.raises(SessionError, match="session tale is encrypted and there is no key; set KVSWAP_SESSION_KEY"):
-        master_key("session tale")
+        user_key("session tale")
     key = new_key()
     store_in_keyring(key)
-    assert master_key("session tale") == bytes.fromhex(key)
+    assert user_key("session tale") == bytes.fromhex(key)
     with pytest.raises(SessionError, match="has a key already"):
         store_in_keyring(new_key())
-    monkeypatch.setenv(ENVIRONMENT, OTHER.hex() + "\n")
-    assert master_key("session tale") == OTHER
+    monkeypatch.setenv(KEY_VARIABLE, OTHER.hex() + "\n")
+    assert user_key("session tale") == OTHER
 
 
 @pytest.mark.parametrize("text", ["", "secret", "ab" * 31, "zz" * 32])
 def test_what_is_no_key_is_refused(text, monkeypatch) -> None:
-    monkeypatch.setenv(ENVIRONMENT, text)
+    monkeypatch.setenv(KEY_VARIABLE, text)
     with pytest.raises(SessionError, match="is no key"):
-        master_key("session tale")
+        user_key("session tale")
 
 
 def test_without_the_library_the_hint_says_what_to_install(monkeypatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "cryptography.hazmat.primitives.hashes", None)
     with pytest.raises(SessionError, match=r"pip install 'kvswap\[encryption\]'"):
         Cipher.new(KEY)
-    assert len(new_key()) == 64 and keys.KEY_BYTES == 32
+    assert len(new_key()) == 64 and encryption.KEY_BYTES == 32

@@ -1,7 +1,7 @@
-"""Reading a session's manifest: whatever is not exactly as docs/file-format.md says is refused.
+"""The manifest as text (docs/file-format.md). Whatever is not exactly as the format says is refused.
 
-Pure: text in, values out. ``parse`` raises DamagedError for anything malformed and SessionError for a newer version;
-it never allocates more than a small multiple of the text.
+Pure: ``encode`` takes values and gives text, ``parse`` takes text and gives values. ``parse`` raises DamagedError for
+anything malformed and SessionError for a newer version. It allocates no more than a small multiple of the text.
 """
 
 from __future__ import annotations
@@ -13,13 +13,12 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from kvswap.core.rates import Rates
-from kvswap.errors import DamagedError, SessionError
+from kvswap.errors import SessionError
+from kvswap.sessions.arrays import damaged
 from kvswap.sessions.manifest import (
-    CHECKPOINTS,
     ITEMSIZES_BYTES,
-    MAGIC,
-    SEGMENTS,
-    VERSION,
+    MAX_CHECKPOINTS,
+    MAX_SEGMENTS,
     Blob,
     Checkpoint,
     Counts,
@@ -31,6 +30,8 @@ from kvswap.sessions.manifest import (
 )
 from kvswap.store.checksum import text_sum
 
+MAGIC, VERSION = "kvswap-session", 2
+LIMIT_BYTES = 16 << 20
 _TOKENS = 1 << 31
 _FILE = re.compile(r"basis|tail-[0-9]{1,12}")
 _HEX = re.compile(r"[0-9a-f]{32}")
@@ -38,53 +39,57 @@ _HEX = re.compile(r"[0-9a-f]{32}")
 _T = TypeVar("_T")
 
 
-def parse(data: bytes, what: str) -> Manifest:
-    """The manifest in ``data``; ``what`` names the session in messages. Raises DamagedError, SessionError.
+def encode(manifest: Manifest, sign: Callable[[bytes], str]) -> bytes:
+    """The text of a manifest; ``sign`` gives what authenticates it, empty where nothing does."""
+    values = {"byte_order": "little", **dataclasses.asdict(manifest)}
+    body = json.dumps(values, indent=1).encode()
+    words = (MAGIC, str(VERSION), text_sum(body), sign(body))
+    return f"{' '.join(word for word in words if word)}\n".encode() + body
 
-    Whether an encrypted session's one is authentic is another question, which takes the key: see ``signature``.
+
+def parse(data: bytes, label: str) -> Manifest:
+    """The manifest in ``data``; ``label`` names the session in messages. Raises DamagedError, SessionError.
+
+    The authentication of an encrypted session is not checked here, since that takes the key: see ``signature``.
     """
     head, _, body = data.partition(b"\n")
     words = head.decode("ascii", errors="replace").split(" ")
     if len(words) not in (3, 4) or words[0] != MAGIC or not words[1].isdecimal():
-        raise _damaged(what, "its manifest does not begin as one")
+        raise damaged(label, "its manifest does not begin as one")
     if words[1] not in ("1", str(VERSION)):
         raise SessionError(
-            f"{what} was made by a newer kvswap (format {words[1][:9]}, this one reads 1 to {VERSION})",
+            f"{label} was made by a newer kvswap (format {words[1][:9]}, this one reads 1 to {VERSION})",
             hint="update kvswap; nothing was changed",
         )
     if words[2] != text_sum(body):
-        raise _damaged(what, "its manifest has another checksum")
+        raise damaged(label, "its manifest has another checksum")
     try:
         fields = _Fields(json.loads(body), "manifest")
         manifest = _manifest(fields, int(words[1]))
         if (manifest.encryption is None) != (len(words) == 3):
-            raise _Bad("authentication without encryption, or the reverse")
+            raise _Bad("authentication without encryption, or encryption without authentication")
         return manifest
     except (_Bad, ValueError, RecursionError) as error:
-        raise _damaged(what, f"its manifest is malformed ({error})") from error
+        raise damaged(label, f"its manifest is malformed ({error})") from error
 
 
 def signature(data: bytes) -> tuple[bytes, str]:
-    """The part of a manifest that ``encode`` had signed, and the signature; empty where there is none."""
+    """The part of a manifest that ``encode`` had signed, and the signature, empty where there is none."""
     head, _, body = data.partition(b"\n")
     words = head.decode("ascii", errors="replace").split(" ")
     return body, words[3] if len(words) == 4 else ""
 
 
-def _damaged(what: str, why: str) -> DamagedError:
-    return DamagedError(f"{what} is damaged: {why}", hint="try: kvswap sessions repair")
-
-
 class _Bad(Exception):  # noqa: N818 - becomes a DamagedError
-    """Something in the manifest is not as the format says."""
+    """A value in the manifest is not as the format says."""
 
 
 class _Fields:
-    """Typed access to one JSON object; whatever is missing, left over or out of range raises."""
+    """Typed access to one JSON object. A key that is missing, unknown or out of range raises."""
 
     def __init__(self, values: object, name: str) -> None:
         if not isinstance(values, dict):
-            raise _Bad(f"{name} is no object")
+            raise _Bad(f"{name} is not an object")
         self._values, self._name = dict(values), name
 
     def take(self, key: str) -> Any:
@@ -98,7 +103,7 @@ class _Fields:
     def text(self, key: str) -> str:
         value = self.take(key)
         if not isinstance(value, str) or len(value) > 4096:
-            raise _Bad(f"{self._name}.{key} is no text")
+            raise _Bad(f"{self._name}.{key} is not text")
         return value
 
     def flag(self, key: str) -> bool:
@@ -110,13 +115,13 @@ class _Fields:
     def items(self, key: str, most: int) -> list[Any]:
         value = self.take(key)
         if not isinstance(value, list) or len(value) > most:
-            raise _Bad(f"{self._name}.{key} is no list of at most {most}")
+            raise _Bad(f"{self._name}.{key} is not a list of at most {most}")
         return value
 
     def counts(self, key: str, layers: int) -> Counts:
         values = self.items(key, layers)
         if len(values) != layers:
-            raise _Bad(f"{self._name}.{key} is not for {layers} layers")
+            raise _Bad(f"{self._name}.{key} does not have one value for each of {layers} layers")
         return tuple(_number(value, f"{self._name}.{key}", 0, _TOKENS) for value in values)
 
     def maybe(self, key: str, build: Callable[[_Fields], _T]) -> _T | None:
@@ -130,7 +135,7 @@ class _Fields:
 
 def _number(value: object, name: str, low: int, high: int) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-        raise _Bad(f"{name} is no number from {low} to {high}")
+        raise _Bad(f"{name} is not an integer from {low} to {high}")
     return value
 
 
@@ -150,10 +155,11 @@ def _manifest(fields: _Fields, version: int) -> Manifest:
         layout=layout,
         basis=fields.maybe("basis", _blob),
         segments=tuple(
-            _segment(_Fields(value, "segment"), layers) for value in fields.items("segments", CHECKPOINTS * SEGMENTS)
+            _segment(_Fields(value, "segment"), layers)
+            for value in fields.items("segments", MAX_CHECKPOINTS * MAX_SEGMENTS)
         ),
         checkpoints=tuple(
-            _checkpoint(_Fields(value, "checkpoint"), layers) for value in fields.items("checkpoints", CHECKPOINTS)
+            _checkpoint(_Fields(value, "checkpoint"), layers) for value in fields.items("checkpoints", MAX_CHECKPOINTS)
         ),
     )
     fields.end()
@@ -165,7 +171,7 @@ def _encryption(fields: _Fields) -> Encryption:
     found = Encryption(cipher=fields.text("cipher"), salt=fields.text("salt"), check=fields.text("check"))
     fields.end()
     if found.cipher != "aes-256-gcm" or not _HEX.fullmatch(found.salt) or not _HEX.fullmatch(found.check):
-        raise _Bad("an encryption that is not known")
+        raise _Bad("its encryption is unknown")
     return found
 
 
@@ -185,7 +191,7 @@ def _layout(fields: _Fields) -> Layout:
     layers = fields.number("layers", 1, 1024)
     dtypes = tuple(fields.items("dtypes", layers))
     if len(dtypes) != layers or len({ITEMSIZES_BYTES.get(d) if isinstance(d, str) else None for d in dtypes}) != 1:
-        raise _Bad("layout.dtypes are not one dtype a layer, of equal size")
+        raise _Bad("layout.dtypes is not one dtype for each layer, all of one size")
     if not isinstance(dtypes[0], str) or dtypes[0] not in ITEMSIZES_BYTES:
         raise _Bad("layout.dtypes has an unknown dtype")
     layout = Layout(
@@ -213,7 +219,7 @@ def _blob(fields: _Fields) -> Blob:
     blob = Blob(file=fields.text("file"), bytes=fields.number("bytes", 0, 1 << 40), xxh3=fields.text("xxh3"))
     fields.end()
     if not _FILE.fullmatch(blob.file):
-        raise _Bad(f"{blob.file!r:.40} is no name of basis or tail")
+        raise _Bad(f"{blob.file!r:.40} is not the name of a basis or tail")
     return blob
 
 
@@ -227,7 +233,7 @@ def _segment(fields: _Fields, layers: int) -> Segment:
     )
     fields.end()
     if any(low > high for low, high in zip(segment.start, segment.high, strict=True)):
-        raise _Bad("a segment ends before it begins")
+        raise _Bad("a segment ends before it starts")
     return segment
 
 
@@ -236,9 +242,9 @@ def _checkpoint(fields: _Fields, layers: int) -> Checkpoint:
     if tail is None or not tail.file.startswith("tail-"):
         raise _Bad("a checkpoint has no tail")
     pairs = []
-    for pair in fields.items("segments", SEGMENTS):
+    for pair in fields.items("segments", MAX_SEGMENTS):
         if not isinstance(pair, list) or len(pair) != 2:
-            raise _Bad("checkpoint.segments holds something else than pairs")
+            raise _Bad("checkpoint.segments is not a list of pairs")
         pairs.append((_number(pair[0], "segment", 0, 10**9), _number(pair[1], "index", 0, 1 << 40)))
     checkpoint = Checkpoint(
         commit=fields.number("commit"),
@@ -255,16 +261,16 @@ def _checkpoint(fields: _Fields, layers: int) -> Checkpoint:
 def _check_whole(manifest: Manifest) -> None:
     layout = manifest.layout
     if len({manifest.model is None, layout is None, manifest.basis is None, not manifest.checkpoints}) > 1:
-        raise _Bad("model, layout, basis and checkpoints must come together")
+        raise _Bad("some of model, layout, basis and checkpoints are missing")
     numbers = {segment.number: segment for segment in manifest.segments}
     if len(numbers) < len(manifest.segments):
-        raise _Bad("two segments have one number")
+        raise _Bad("two segments have the same number")
     for checkpoint in manifest.checkpoints if layout else ():
         assert layout is not None
         for groups in checkpoint.flushed:
             waiting = checkpoint.tokens - groups * layout.group_tokens
             if not 0 <= waiting <= layout.waiting_groups * layout.group_tokens:
-                raise _Bad("a checkpoint's tokens do not fit its groups")
+                raise _Bad("a checkpoint has too many or too few tokens for its groups")
         if any(number not in numbers for number, _ in checkpoint.segments):
             raise _Bad("a checkpoint names an unknown segment")
         _check_segments(manifest, checkpoint)
@@ -273,13 +279,13 @@ def _check_whole(manifest: Manifest) -> None:
 def _check_segments(manifest: Manifest, checkpoint: Checkpoint) -> None:
     if not checkpoint.segments:
         if any(checkpoint.flushed):
-            raise _Bad("a checkpoint has groups and no segment")
+            raise _Bad("a checkpoint has groups but no segment")
         return
     found = manifest.ends(checkpoint)
     if any(found[0][0].start):
-        raise _Bad("a checkpoint's first segment does not begin at the first group")
+        raise _Bad("a checkpoint's first segment does not start at the first group")
     for (segment, ends), (_, index_bytes) in zip(found, checkpoint.segments, strict=True):
         if index_bytes > segment.index_bytes:
-            raise _Bad("a checkpoint reaches past an index")
+            raise _Bad("a checkpoint refers to more than there is of an index")
         if any(start < end and end > high for start, end, high in zip(segment.start, ends, segment.high, strict=True)):
-            raise _Bad("a checkpoint reaches past a segment")
+            raise _Bad("a checkpoint refers to more groups than a segment has")

@@ -1,0 +1,197 @@
+"""All sessions of one folder: find, list, remove and prune them.
+
+Whatever changes or removes a session takes its lock first. Imports no torch; any thread.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from kvswap.disk.files import prepare_dir
+from kvswap.disk.folders import sessions_folder
+from kvswap.disk.private import PrivateFolder
+from kvswap.errors import KVSwapError, SessionError
+from kvswap.sessions import lock
+from kvswap.sessions.manifest import Manifest
+from kvswap.sessions.store import SessionStore
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+# ---- from a name to a session
+
+
+def sessions_dir(kv_dir: str | None) -> Path:
+    """The folder of all sessions, in a folder for KV files. It need not exist yet."""
+    return sessions_folder(kv_dir)
+
+
+def session_path(kv_dir: str | None, name: str) -> Path:
+    """The folder that a session of that name has or would have. Raises SessionError for an impossible name."""
+    if not _NAME.fullmatch(name):
+        raise SessionError(f"session name {name!r}", hint="use up to 64 letters, digits, '.', '_' and '-'")
+    return sessions_dir(kv_dir) / name
+
+
+def prepare_parent(path: Path) -> None:
+    """Create the folder of all sessions, which will contain ``path``. Raises StorageError."""
+    prepare_dir(path.parent.parent)
+    prepare_dir(path.parent)
+
+
+def create_store(kv_dir: str | None, name: str, *, encrypt: bool = False) -> SessionStore:
+    """A new session, open for writing. Raises SessionError, StorageError."""
+    path = session_path(kv_dir, name)
+    prepare_parent(path)
+    return SessionStore.create(path, encrypt=encrypt)
+
+
+def open_store(kv_dir: str | None, name: str, *, write: bool = True) -> SessionStore:
+    """An existing session. Raises SessionError, StorageError, DamagedError."""
+    return SessionStore.open(session_path(kv_dir, name), write=write)
+
+
+def open_or_create_store(kv_dir: str | None, name: str, *, encrypt: bool = False) -> SessionStore:
+    """The session of that name, existing or new, open for writing; if it is encrypted, its key has been checked.
+
+    Raises SessionError where ``encrypt`` is asked for and an existing session is not encrypted.
+    """
+    if not os.path.lexists(session_path(kv_dir, name)):
+        return create_store(kv_dir, name, encrypt=encrypt)
+    store = open_store(kv_dir, name)
+    try:
+        if encrypt and store.manifest.encryption is None:
+            raise SessionError(f"{store.label} exists and is not encrypted", hint="choose another name")
+        _ = store.sealer  # a missing key is reported before a model is loaded
+    except BaseException:
+        store.close()
+        raise
+    return store
+
+
+def sibling_paths(path: Path) -> list[Path]:
+    """The folders of all other sessions beside ``path``, sorted."""
+    return [each for each in _session_paths(path.parent) if each != path]
+
+
+# ---- what a folder contains
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entry:
+    """One session in a list.
+
+    Removing it would free ``disk_bytes``; its files that other sessions share take ``shared_bytes``. Where the session
+    cannot be read, ``manifest`` is None and ``problem`` says why.
+    """
+
+    name: str
+    path: Path
+    disk_bytes: int
+    shared_bytes: int
+    in_use: bool
+    manifest: Manifest | None
+    problem: str
+
+
+def entries(root: Path) -> list[Entry]:
+    """All sessions of a folder, by name."""
+    return [entry(path) for path in _session_paths(root)] if root.is_dir() else []
+
+
+def entry(path: Path) -> Entry:
+    """One session, seen from outside. A damaged one raises nothing."""
+    own_bytes = shared_bytes = 0
+    manifest, problem, in_use = None, "", False
+    try:
+        with SessionStore.open(path, write=False) as store:
+            manifest = store.manifest
+            in_use = lock.is_locked(store.folder)
+            for name in store.folder.names():
+                status = store.folder.stat(name)
+                if status.st_nlink == 1:
+                    own_bytes += status.st_blocks * 512
+                else:
+                    shared_bytes += status.st_blocks * 512
+    except (KVSwapError, OSError) as error:
+        problem = getattr(error, "message", "") or str(error)
+    return Entry(
+        name=path.name,
+        path=path,
+        disk_bytes=own_bytes,
+        shared_bytes=shared_bytes,
+        in_use=in_use,
+        manifest=manifest,
+        problem=problem,
+    )
+
+
+def used_bytes(root: Path) -> int:
+    """Disk space of all sessions, leftovers and the quarantine. A file with several names counts once."""
+    seen: dict[tuple[int, int], int] = {}
+    for folder, _, names in os.walk(root):
+        for name in names:
+            try:
+                status = os.lstat(os.path.join(folder, name))
+            except FileNotFoundError:  # a commit has just removed it
+                continue
+            seen[status.st_dev, status.st_ino] = status.st_blocks * 512
+    return sum(seen.values())
+
+
+def _session_paths(root: Path) -> list[Path]:
+    return [path for path in sorted(root.iterdir()) if _NAME.fullmatch(path.name)]
+
+
+# ---- removing
+
+
+def remove(path: Path, *, wipe: bool = False) -> int:
+    """Remove a session. With ``wipe`` its files are overwritten first; returns how many bytes were overwritten.
+
+    Files that other sessions share stay as they are. Raises SessionError while the session is in use.
+    """
+    if not os.path.lexists(path):
+        raise SessionError(f"there is no session {path.name}", hint="see: kvswap sessions list")
+    folder = PrivateFolder(path)
+    wiped_bytes = 0
+    try:
+        locked = lock.acquire(folder, f"session {path.name}")
+        try:
+            for name in folder.names() if wipe else ():
+                wiped_bytes += folder.overwrite(name)
+            gone = lock.temporary_path(path)
+            os.rename(path, gone)  # frees the name at once; after an interruption prune removes the rest
+            shutil.rmtree(gone)
+        finally:
+            os.close(locked)
+    finally:
+        folder.close()
+    return wiped_bytes
+
+
+def prune(root: Path) -> list[str]:
+    """Remove leftovers of interrupted work, and sessions that were never used; what was removed, in words."""
+    removed: list[str] = []
+    if not root.is_dir():
+        return removed
+    with lock.creation_lock(root, exclusive=True):
+        for path in sorted(root.glob(f"{lock.TEMPORARY_PREFIX}*")):
+            shutil.rmtree(path)
+            removed.append(f"leftover {path.name}")
+    for found in entries(root):
+        if found.manifest is None or found.in_use:
+            continue
+        try:
+            with SessionStore.open(found.path, write=True) as store:  # opening for writing removes leftover files
+                empty = not store.manifest.checkpoints
+            if empty:
+                remove(found.path)
+                removed.append(f"empty session {found.name}")
+        except SessionError:  # another process has opened or removed it in the meantime
+            continue
+    return removed

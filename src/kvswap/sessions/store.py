@@ -1,0 +1,397 @@
+"""One session's folder as a store with commits (docs/file-format.md).
+
+``SessionStore.commit`` makes a new state durable; ``undo``, ``truncate`` and ``rollback`` go back. ``publish`` is the
+one place where a state becomes the committed one: it replaces the manifest. An interruption before that leaves the last
+committed state.
+
+A writer holds the session's lock from ``open`` to ``close``. Readers hold none. Everything that is read is checked
+against checksums, shapes and limits before it is used, and raises DamagedError where it is not what was written. Whole
+groups are written by the group store, through descriptors from ``open_data``. Imports no torch. One thread.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvswap.core.rates import Rates
+from kvswap.disk.private import PrivateFolder
+from kvswap.errors import SessionError
+from kvswap.sessions import lock
+from kvswap.sessions.arrays import Arrays, damaged, decode_arrays, encode_arrays
+from kvswap.sessions.checkpoint import CheckpointContents, decode_tail, truncate_contents
+from kvswap.sessions.encryption import authenticated_sealer, create_sealer, new_encryption
+from kvswap.sessions.index import LayerIndex, batch_name, decode_index, empty_index, encode_batch, join_indexes
+from kvswap.sessions.manifest import (
+    MAX_CHECKPOINTS,
+    MAX_SEGMENTS,
+    Blob,
+    Checkpoint,
+    Counts,
+    Layout,
+    Manifest,
+    Model,
+    Segment,
+)
+from kvswap.sessions.manifest_json import LIMIT_BYTES, encode, parse
+from kvswap.sessions.seal import Sealer
+from kvswap.store.checksum import text_sum
+
+MANIFEST, BASIS = "manifest", "basis"
+
+_logger = logging.getLogger("kvswap")
+
+
+class SessionStore:
+    """An open session's folder.
+
+    ``manifest`` is what is committed now. ``label`` is "session NAME", for messages. ``base`` is the checkpoint that
+    the next commit continues: the newest one, or None in an empty session and after ``truncate(0)``.
+    """
+
+    def __init__(self, folder: PrivateFolder, *, write: bool, check_files: bool = True) -> None:
+        self.folder, self.writable = folder, write
+        self.name = folder.path.name
+        self.label = f"session {self.name}"
+        self._sealer: Sealer | None = None
+        self._manifest_bytes = b""
+        self._lock: int | None = lock.acquire(folder, self.label) if write else None
+        self._new_segment: Segment | None = None  # written to, but not committed yet
+        self._starts_anew = False
+        self._sound = False
+        try:
+            self.manifest = self._read_manifest()
+            if check_files:
+                self._check_files()
+            if write and check_files:
+                self._remove_leftovers()
+            self._sound = check_files
+        except BaseException:
+            self.close()
+            raise
+
+    @classmethod
+    def open(cls, path: Path, *, write: bool, check_files: bool = True) -> SessionStore:
+        """Open an existing session. ``check_files=False`` checks the manifest alone, for repair.
+
+        Raises SessionError, StorageError, DamagedError.
+        """
+        if not os.path.lexists(path):
+            raise SessionError(f"there is no session {path.name}", hint="see: kvswap sessions list")
+        folder = PrivateFolder(path)
+        try:
+            return cls(folder, write=write, check_files=check_files)
+        except BaseException:
+            folder.close()
+            raise
+
+    @classmethod
+    def create(cls, path: Path, *, encrypt: bool = False) -> SessionStore:
+        """Create an empty session and open it for writing. Raises SessionError: name taken, no key to encrypt with."""
+        label = f"session {path.name}"
+        with lock.new_session_folder(path) as folder:
+            encryption, now = new_encryption(label) if encrypt else None, int(time.time())
+            manifest = Manifest(created=now, used=now, encryption=encryption)
+            folder.replace(MANIFEST, encode(manifest, create_sealer(encryption, label).sign))
+        return cls.open(path, write=True)
+
+    def close(self, *, discard_empty: bool = False) -> None:
+        """Release the lock. May be called twice.
+
+        With ``discard_empty`` a session that nothing was ever committed to is removed.
+        """
+        locked, self._lock = self._lock, None
+        try:
+            if locked is not None and self._sound:
+                if discard_empty and not self.manifest.checkpoints and self.manifest.written_bytes == 0:
+                    shutil.rmtree(self.folder.path, ignore_errors=True)
+                else:
+                    self._release_reserved_space()
+        finally:
+            if locked is not None:
+                lock.release(locked)
+            self.folder.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # ---- reading
+
+    @property
+    def base(self) -> Checkpoint | None:
+        """The checkpoint that the next commit continues; None where it starts from nothing."""
+        return None if self._starts_anew else self.manifest.current
+
+    @property
+    def starts_anew(self) -> bool:
+        """Whether ``truncate(0)`` was called since the last commit."""
+        return self._starts_anew
+
+    @property
+    def sealer(self) -> Sealer:
+        """What seals and unseals this session. Raises SessionError without its key, DamagedError for a forged manifest.
+
+        The key is asked for when it is first needed: a session can be listed and removed without it.
+        """
+        if self._sealer is None:
+            self._sealer = authenticated_sealer(self.manifest, self._manifest_bytes, self.label)
+        return self._sealer
+
+    def load(self, checkpoint: Checkpoint | None = None, *, tail_only: bool = False) -> CheckpointContents | None:
+        """The contents of a checkpoint, ``base`` unless another one is given; None where there is none.
+
+        Raises DamagedError, SessionError.
+        """
+        manifest = self.manifest
+        checkpoint = checkpoint or self.base
+        if checkpoint is None or manifest.layout is None:
+            return None
+        layout, indexes = manifest.layout, []
+        pairs = () if tail_only else checkpoint.segments
+        for (segment, ends), (number, index_bytes) in zip(manifest.ends(checkpoint), pairs, strict=False):
+            data, label = self._read(f"index-{number}", index_bytes), f"{self.label}: index-{number}"
+            indexes.append(decode_index(data, layout, self.sealer, number, segment.start, ends, label))
+        tail = decode_tail(self._read_blob(checkpoint.tail), layout, checkpoint, self.label)
+        groups = join_indexes(indexes) if indexes else empty_index(layout, self.sealer)
+        return CheckpointContents(tokens=checkpoint.tokens, flushed=checkpoint.flushed, tail=tail, groups=groups)
+
+    def basis(self) -> list[NDArray[np.float32]]:
+        """The basis of every layer's sketch, ``[basis_rows, rank]`` each; a transform of version 1 has two rows less.
+
+        Raises DamagedError.
+        """
+        layout, blob = self.manifest.layout, self.manifest.basis
+        assert layout is not None and blob is not None
+        arrays = decode_arrays(self._read_blob(blob), f"{self.label}: {blob.file}")
+        rows = {layout.basis_rows, layout.basis_rows - 2 * (layout.scale_rows == 0)}
+        found = [arrays.get(str(layer)) for layer in range(layout.layers)]
+        shapes = {(each, layout.sketch_rank) for each in rows}
+        if any(each is None or each.dtype != np.float32 or each.shape not in shapes for each in found):
+            raise damaged(self.label, "its basis has other shapes")
+        return [each.astype(np.float32, copy=False) for each in found if each is not None]
+
+    # ---- committing
+
+    def open_data(self, segment: int, layer: int, *, direct: bool) -> int:
+        """A descriptor of a data file, which the caller closes. In a segment that has just begun it is created."""
+        name = f"data-{segment}-{layer}"
+        if self._new_segment is not None and self._new_segment.number == segment:
+            return self.folder.make(name, direct=direct)
+        return self.folder.open(name, write=self.writable, direct=direct)
+
+    def appendable(self) -> bool:
+        """Whether new groups may follow those of the base's last segment, in the same files."""
+        current = self.base
+        if current is None or not current.segments:
+            return False
+        number, index_bytes = current.segments[-1]
+        last = self.manifest.segment(number)
+        return last.owned and last.high == current.flushed and last.index_bytes == index_bytes
+
+    def begin_segment(self, start: Counts) -> int:
+        """Begin a segment for new groups from ``start`` on; its number. Raises SessionError after too many."""
+        current = self.base
+        if current is not None and len(current.segments) >= MAX_SEGMENTS:
+            raise SessionError(
+                f"{self.label} was forked and truncated {MAX_SEGMENTS} times, which is the limit",
+                hint="export it and import it again, which joins its files",
+            )
+        number = max((segment.number for segment in self.manifest.segments), default=-1) + 1
+        self._new_segment = Segment(number=number, owned=True, start=start, high=start, index_bytes=0)
+        return number
+
+    def commit(
+        self,
+        *,
+        model: Model,
+        layout: Layout,
+        basis: Arrays | None,
+        tokens: int,
+        flushed: Counts,
+        new_groups: Sequence[LayerIndex],
+        tail: Arrays,
+        data_bytes: int,
+        interim: bool,
+        rates: Rates = Rates(),  # noqa: B008 - frozen
+    ) -> None:
+        """Make a new state durable. Its data files have to be durable already.
+
+        ``new_groups`` has the groups of every layer from the base's ``flushed`` up to this one's. ``basis`` is needed
+        once. ``data_bytes`` were written to data files. The next commit replaces an ``interim`` one. Raises DiskError.
+        """
+        manifest, before_bytes = self.manifest, self.folder.written_bytes
+        pairs, segments = self._append_index(new_groups, flushed, layout)
+        basis_blob = manifest.basis or self._write_blob(self.folder, BASIS, encode_arrays(basis or {}))
+        checkpoint = Checkpoint(
+            commit=manifest.commits,
+            interim=interim,
+            tokens=tokens,
+            flushed=flushed,
+            tail=self.write_tail(self.folder, manifest.commits, encode_arrays(tail)),
+            segments=pairs,
+        )
+        earlier = manifest if layout == manifest.layout else replace(manifest, checkpoints=())
+        written_bytes = data_bytes + self.folder.written_bytes - before_bytes
+        self.publish(
+            replace(
+                earlier.with_checkpoint(checkpoint),
+                written_bytes=manifest.written_bytes + written_bytes,
+                rates=rates.better(manifest.rates) if manifest.rates else rates,
+                model=model,
+                layout=layout,
+                basis=basis_blob,
+                segments=segments,
+            )
+        )
+        self._new_segment, self._starts_anew = None, False
+        _logger.debug("%s: committed %d tokens, %d bytes written", self.label, tokens, written_bytes)
+
+    def publish(self, manifest: Manifest, *, sealer: Sealer | None = None) -> None:
+        """Replace the manifest, durably: from here on ``manifest`` is what is committed.
+
+        ``sealer`` replaces that of this session, where the files come from a session with another key.
+        """
+        sealer = sealer or self.sealer
+        manifest = replace(manifest, used=int(time.time())).without_unused_segments(self._is_shared)
+        data = encode(manifest, sealer.sign)
+        self.folder.sync()
+        self.folder.replace(MANIFEST, data)
+        self.manifest, self._sealer = manifest, sealer
+        self._remove_leftovers()
+
+    def write_tail(self, folder: PrivateFolder, commit: int, data: bytes) -> Blob:
+        """Write the tail of a commit durably, sealed with this session's key; ``folder`` may be another session's."""
+        return self._write_blob(folder, f"tail-{commit}", data)
+
+    # ---- going back
+
+    def undo(self) -> None:
+        """Go back to the checkpoint before the newest one. Raises SessionError when there is none."""
+        if self._starts_anew:
+            return self.rollback()
+        if not self.manifest.checkpoints:
+            raise SessionError(f"{self.label} has nothing to take back", hint="it contains no tokens")
+        if len(self.manifest.checkpoints) == 1 and self.manifest.checkpoints[0].commit > 0:
+            raise SessionError(
+                f"{self.label}: turns further back are not kept",
+                hint=f"only the newest {MAX_CHECKPOINTS} are; start a new session",
+            )
+        self.publish(self.manifest.without_newest())
+
+    def truncate(self, tokens: int) -> None:
+        """Keep the first ``tokens`` tokens of the base, up to the last whole group.
+
+        Where at least one group is kept, the result is committed at once, as an interim checkpoint. Otherwise the next
+        commit starts from nothing; ``undo`` still goes back to what was there before. A context with sliding-window
+        layers cannot go back into its middle, so nothing of it is kept.
+        """
+        manifest, layout, current = self.manifest, self.manifest.layout, self.base
+        groups = max(0, min(tokens, current.tokens)) // layout.group_tokens if layout and current else 0
+        contents = self.load(tail_only=True) if groups else None
+        if layout is None or current is None or contents is None or contents.has_sliding_layers:
+            self._starts_anew, self._new_segment = bool(manifest.checkpoints), None
+            return
+        flushed, tail = truncate_contents(layout, contents, groups)
+        blob = self.write_tail(self.folder, manifest.commits, encode_arrays(tail))
+        kept = replace(current, tokens=groups * layout.group_tokens, flushed=flushed, tail=blob)
+        self.publish(manifest.with_checkpoint(replace(kept, commit=manifest.commits, interim=True)))
+
+    def rollback(self) -> None:
+        """Forget everything since the last commit: groups that were written, and ``truncate(0)``."""
+        self._starts_anew, self._new_segment = False, None
+        self._remove_leftovers()
+
+    # ---- details
+
+    def _append_index(
+        self, new_groups: Sequence[LayerIndex], flushed: Counts, layout: Layout
+    ) -> tuple[tuple[tuple[int, int], ...], tuple[Segment, ...]]:
+        """Write the batch of new groups; the segments of the new checkpoint, and all segments of the manifest."""
+        current = self.base
+        pairs = list(current.segments) if current else []
+        segments = {segment.number: segment for segment in self.manifest.segments}
+        if any(len(layer.seals) for layer in new_groups):
+            if self._new_segment is not None:
+                pairs.append((self._new_segment.number, 0))
+                segments[self._new_segment.number] = self._new_segment
+            number, index_bytes = pairs[-1]
+            start = current.flushed if current else (0,) * layout.layers
+            batch = encode_batch(start, new_groups, self.sealer, batch_name(number, index_bytes))
+            self.folder.append(f"index-{number}", index_bytes, batch)
+            pairs[-1] = (number, index_bytes + len(batch))
+            segments[number] = replace(segments[number], high=flushed, index_bytes=index_bytes + len(batch))
+        return tuple(pairs), tuple(segments.values())
+
+    def _is_shared(self, segment: Segment) -> bool:
+        return self.folder.stat(f"index-{segment.number}").st_nlink > 1
+
+    def _remove_leftovers(self) -> None:
+        """Remove files that no manifest names: those of an interruption, and tails that are no longer needed."""
+        new_data = f"data-{self._new_segment.number}-" if self._new_segment else None
+        named = {MANIFEST, lock.NAME, *self.manifest.files()}
+        for name in self.folder.names():
+            if name not in named and not (new_data and name.startswith(new_data)):
+                self.folder.remove(name)
+
+    def _release_reserved_space(self) -> None:
+        """Give back the disk space that was reserved behind the groups of owned segments."""
+        sizes = self.manifest.files()
+        for segment in self.manifest.segments:
+            if segment.owned and not self._is_shared(segment):
+                for name in [name for name in sizes if name.startswith(f"data-{segment.number}-")]:
+                    self.folder.truncate(name, sizes[name])
+
+    def _read_manifest(self) -> Manifest:
+        try:
+            data = self.folder.read(MANIFEST, LIMIT_BYTES + 1)
+        except FileNotFoundError as error:
+            raise damaged(self.label, "it has no manifest") from error
+        if len(data) > LIMIT_BYTES:
+            raise damaged(self.label, "its manifest is too long")
+        self._manifest_bytes = data
+        return parse(data, self.label)
+
+    def _check_files(self) -> None:
+        for name, size_bytes in self.manifest.files().items():
+            try:
+                os.close(self.folder.open(name))  # a plain file of this user
+                found_bytes = self.folder.stat(name).st_size
+            except FileNotFoundError as error:
+                raise damaged(self.label, f"{name} is gone") from error
+            if found_bytes < size_bytes:
+                raise damaged(self.label, f"{name} has {found_bytes:,} bytes instead of {size_bytes:,}")
+
+    def _read(self, name: str, size_bytes: int) -> bytes:
+        try:
+            data = self.folder.read(name, size_bytes)
+        except FileNotFoundError as error:
+            raise damaged(self.label, f"{name} is gone") from error
+        if len(data) != size_bytes:
+            raise damaged(self.label, f"{name} ends too early")
+        return data
+
+    def _read_blob(self, blob: Blob) -> bytes:
+        data = self._read(blob.file, blob.bytes)
+        if text_sum(data) != blob.xxh3:
+            raise damaged(self.label, f"{blob.file} is not what was written")
+        return self.sealer.unwrap(data, blob.file, self.label)
+
+    def _write_blob(self, folder: PrivateFolder, name: str, data: bytes) -> Blob:
+        data = self.sealer.wrap(data, name)
+        folder.write(name, data)
+        return Blob(file=name, bytes=len(data), xxh3=text_sum(data))
