@@ -37,7 +37,7 @@ WORDS = ("config", "errors", "terms", "units")
 PURE = ("store.layout", "store.extents", "selection.window", "memory.budget", "tuning.cost", "terms", "units")
 IMPURE_LIBRARIES = ("torch", "os")
 TRANSFORMERS_USERS = ("models", "core")
-QUICK_TO_LOAD = ("__init__", "cli", "tuning.machine", "tuning.disk_test", "disk", "config")
+QUICK_TO_LOAD = ("__init__", "cli", "tuning.machine", "tuning.disk_costs", "disk", "config")
 SLOW_LIBRARIES = {"torch", "transformers"}
 
 FILE_LINES = 400
@@ -114,7 +114,7 @@ def room_of(name: str) -> str:
     if name in WORDS:
         return "words"
     top = name.split(".")[0]
-    return top if top in RANK and top != "words" and "." in name or name in RANK else ""
+    return top if (top in RANK and top != "words" and "." in name) or name in RANK else ""
 
 
 def upward(modules: Modules) -> list[str]:
