@@ -21,8 +21,8 @@ from kvswap.models.adapter import inspect
 from kvswap.models.loading import LoadedModel, load_model
 from kvswap.tuning.model_costs import model_facts
 from kvswap.tuning.profile import load_profile
-from kvswap.tuning.tables import cached_tables, load_tables, sketchings
-from kvswap.tuning.tuner import Candidate, Pricing, Request
+from kvswap.tuning.search import Candidate, Pricing, Request
+from kvswap.tuning.tables import cached_tables, load_tables, sketch_sizes
 from kvswap.units import MIB
 
 # group_tokens, select_tokens, room for reuse in MiB
@@ -41,7 +41,7 @@ def priced(pricing: Pricing, config: kvswap.Config, tokens: int) -> Candidate:
 
 def settings(pricing: Pricing, contexts: list[int]) -> Iterator[tuple[int, list[kvswap.Config]]]:
     """Contexts in turn, each with its share of the settings."""
-    rank = sketchings(pricing.facts.key_elements)[0].rank
+    rank = sketch_sizes(pricing.facts.key_elements)[0].rank
     for number, tokens in enumerate(contexts):
         configs = []
         for group, select, room in SETTINGS[number :: len(contexts)]:

@@ -32,7 +32,7 @@ from kvswap.lab.evals.text import evaluation_text
 from kvswap.lab.rivals.registry import with_methods
 from kvswap.models.adapter import inspect
 from kvswap.models.loading import load_model
-from kvswap.tuning.tuned import Solution, load_tuned
+from kvswap.tuning.solution import Solution, load_tuned
 
 METHODS = ("kvswap", "kvswap-paper")
 TEXTS, MOST_STEPS = 8, 64  # texts are cut for these, whatever part of them is used

@@ -19,7 +19,7 @@ from kvswap.cli.display import Display
 from kvswap.disk.json_files import write_json
 from kvswap.lab.bench.scale import fits, kv_bytes, measure_scale, plot_scale
 from kvswap.tuning.machine import describe_machine
-from kvswap.tuning.plots import check_plots
+from kvswap.tuning.plots import check_plot
 from kvswap.units import format_bytes
 
 
@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument("--plot", type=Path)
     args = parser.parse_args()
     if args.plot:
-        check_plots()
+        check_plot(args.plot)
     config, display, rows, skipped = Config(kv_dir=args.kv_dir), Display(), [], []
     for tokens in map(int, args.tokens.split(",")):
         if not fits(tokens, config):

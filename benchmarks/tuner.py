@@ -25,16 +25,16 @@ from kvswap.models.adapter import inspect
 from kvswap.models.loading import load_model
 from kvswap.tuning.model_costs import model_facts
 from kvswap.tuning.profile import load_profile
-from kvswap.tuning.tables import GROUPS, cached_tables, load_tables, sketchings
+from kvswap.tuning.search import Pricing, Request
+from kvswap.tuning.solution import Solution
+from kvswap.tuning.tables import GROUPS, cached_tables, load_tables, sketch_sizes
 from kvswap.tuning.tune import tune
-from kvswap.tuning.tuned import Solution
-from kvswap.tuning.tuner import Pricing, Request
 from kvswap.units import parse_bytes
 
 
 def sweep(pricing: Pricing, solution: Solution, limit_bytes: int) -> dict[str, Config]:
     """The tuned configuration, then every group size that fits the limit; the tuned one may leave some of it unused."""
-    rank = sketchings(pricing.facts.key_elements)[0].rank
+    rank = sketch_sizes(pricing.facts.key_elements)[0].rank
     found = {"tuned": solution.config}
     for group_tokens in GROUPS:
         config = Config(kv_memory=limit_bytes, group_tokens=group_tokens, sketch_rank=rank)
@@ -53,7 +53,7 @@ def expected(pricing: Pricing, config: Config, tokens: int) -> dict[str, float]:
     return {
         "step_ms": 1e3 * price.cost.step_s,
         "expected_kl": price.expected_kl,
-        "promised_kl": price.promised_kl,
+        "promised_kl": price.kl_bound,
         "reuse_rate": price.traffic.reuse_rate,
     }
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from kvswap.cli.main import run_command
-from kvswap.tuning import disk_curve, profile
+from kvswap.tuning import disk_costs, profile
 from kvswap.tuning.profile import load_profile
 from kvswap.units import MIB
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("cache_home")
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     """A disk test of a second."""
-    measure = functools.partial(disk_curve.measure_disk, point_s=0.001, file_bytes=16 * MIB)
+    measure = functools.partial(disk_costs.measure_disk, point_s=0.001, file_bytes=16 * MIB)
     monkeypatch.setattr(profile, "measure_disk", measure)
 
 
@@ -29,10 +29,10 @@ def test_disk_alone(tmp_path, capfd):
     out, err = capfd.readouterr()
     assert "random reads" in out and "four fifths" in out and "measuring the disk: 100%" in err
     found = load_profile(tmp_path / "p.json", str(tmp_path / "kv"))
-    assert found.model is None and {point.depth for point in found.disk.bursts} == set(disk_curve.DEPTHS)
+    assert found.model is None and {point.depth for point in found.disk.bursts} == set(disk_costs.DEPTHS)
     rates = {(point.read_bytes, point.depth): point.bytes_per_s for point in found.disk.bursts}
     assert rates[MIB, 16] > rates[found.disk.alignment_bytes, 1]
-    short = [point for point in found.disk.bursts if point.read_bytes <= max(disk_curve.PACED_SIZES)]
+    short = [point for point in found.disk.bursts if point.read_bytes <= max(disk_costs.PACED_SIZES)]
     assert [(each.read_bytes, each.depth) for each in found.disk.paced] == [(e.read_bytes, e.depth) for e in short]
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
     assert os.listdir(tmp_path / "kv") == []
@@ -74,6 +74,6 @@ def test_plot_without_its_extra(tmp_path, monkeypatch, capfd):
 
 
 def test_small_disk_is_noticed(tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(disk_curve, "free_bytes", lambda path: 1000)
+    monkeypatch.setattr(disk_costs, "free_bytes", lambda path: 1000)
     assert run_command(["profile", "--kv-dir", str(tmp_path / "kv")]) == 2
     assert "free some space" in capfd.readouterr().err

@@ -1,4 +1,4 @@
-"""``kvswap tune``: a file that ``kvswap run`` takes, with reasons and a promise that memory keeps to the byte."""
+"""``kvswap tune``: a file that ``kvswap run`` takes, with reasons and a prediction; its memory is exact."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import pytest
 
 from kvswap.cli.main import run_command
 from kvswap.lab import verify
-from kvswap.tuning import disk_curve, make_tables, profile
+from kvswap.tuning import disk_costs, measure_tables, profile
 from kvswap.tuning import tune as tune_module
-from kvswap.tuning.tuned import load_tuned
+from kvswap.tuning.solution import load_tuned
 from kvswap.units import MIB
 from tests.helpers.folders import save_tiny
 
@@ -22,10 +22,10 @@ pytestmark = pytest.mark.usefixtures("cache_home")
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     """Everything is measured, but in seconds."""
-    measure = functools.partial(disk_curve.measure_disk, point_s=0.001, file_bytes=16 * MIB)
+    measure = functools.partial(disk_costs.measure_disk, point_s=0.001, file_bytes=16 * MIB)
     monkeypatch.setattr(profile, "measure_disk", measure)
-    tables = functools.partial(make_tables.make_tables, contexts=(512, 1024), texts=2, steps=2)
-    monkeypatch.setattr(tune_module, "make_tables", tables)
+    tables = functools.partial(measure_tables.measure_tables, contexts=(512, 1024), texts=2, steps=2)
+    monkeypatch.setattr(tune_module, "measure_tables", tables)
     monkeypatch.setattr(verify, "STEPS", 10)
 
 
@@ -34,7 +34,7 @@ def words(tiny, tmp_path, *more: str, memory: str = "3MiB", context: int = 1500)
     return [*base, "--kv-dir", str(tmp_path / "kv"), "--out", str(tmp_path / "tuned.json"), *more]
 
 
-def test_tuned_file_says_why_and_run_keeps_its_promise(tiny, tmp_path, capfd):
+def test_tuned_file_says_why_and_run_uses_it(tiny, tmp_path, capfd):
     tables = tmp_path / "tables.safetensors"
     more = ["--context", "600", "--tables", str(tables), "--verify", "--prefer", "speed"]
     assert run_command(words(tiny, tmp_path, *more)) == 0
@@ -44,10 +44,10 @@ def test_tuned_file_says_why_and_run_keeps_its_promise(tiny, tmp_path, capfd):
     assert "  memory: " in out and "KL, 9 of 10 texts below" in out and "KL, mean over texts" in out
     tuned = load_tuned(tmp_path / "tuned.json")
     for each in tuned.solutions:
-        promise = each.promise
-        assert promise.promised_kl > promise.expected_kl > 0
-        assert f"KL to full attention {promise.expected_kl:.4f} expected in the mean over texts" in out
-        assert f"promised: 9 of 10 texts stay below {promise.promised_kl:.4f}" in out
+        prediction = each.prediction
+        assert prediction.kl_bound > prediction.expected_kl > 0
+        assert f"KL to full attention {prediction.expected_kl:.4f} expected in the mean over texts" in out
+        assert f"9 of 10 texts are expected to stay below {prediction.kl_bound:.4f}" in out
     assert [each.context_tokens for each in tuned.solutions] == [1500, 600] and tables.exists()
 
     document, stats = tmp_path / "story.txt", tmp_path / "stats.json"
@@ -62,7 +62,7 @@ def test_tuned_file_says_why_and_run_keeps_its_promise(tiny, tmp_path, capfd):
     assert os.listdir(tmp_path / "kv") == []
 
 
-def test_memory_of_the_engine_is_what_was_promised(tiny, tmp_path, capfd):
+def test_memory_of_the_engine_is_what_was_predicted(tiny, tmp_path, capfd):
     assert run_command(words(tiny, tmp_path)) == 0
     tuned = load_tuned(tmp_path / "tuned.json")
     from kvswap.core.attach import attach
@@ -72,7 +72,7 @@ def test_memory_of_the_engine_is_what_was_promised(tiny, tmp_path, capfd):
     loaded, solution = load_model(str(tiny)), tuned.solutions[0]
     with attach(loaded.model, solution.config, tokenizer=loaded.tokenizer) as cache:
         forced_logits(loaded.model, tokens(1, 1500), tokens(1, 2), cache)
-        assert cache.stats.memory_parts == solution.promise.memory_parts
+        assert cache.stats.memory_parts == solution.prediction.memory_parts
 
 
 @pytest.mark.parametrize(
@@ -100,7 +100,7 @@ def test_mistakes_are_told_in_one_line(options, message, tiny, tmp_path, capfd):
 
 
 def test_too_little_calibration_text_is_said(tiny, tmp_path, capfd, monkeypatch):
-    monkeypatch.setattr(make_tables, "calibration_topics", lambda: [("one", "A short text. " * 50)])
+    monkeypatch.setattr(measure_tables, "calibration_topics", lambda: [("one", "A short text. " * 50)])
     assert run_command(words(tiny, tmp_path, "--tables", str(tmp_path / "t.safetensors"))) == 2
     assert "the calibration text has" in capfd.readouterr().err
     assert not (tmp_path / "tuned.json").exists()
@@ -110,7 +110,7 @@ def test_files_of_another_model_are_refused(tiny, tmp_path, capfd):
     assert run_command(words(tiny, tmp_path, "--tables", str(tmp_path / "t.safetensors"))) == 0
     other = save_tiny(tmp_path / "other", "qwen2", max_position_embeddings=2048)
     assert run_command(words(other, tmp_path, "--tables", str(tmp_path / "t.safetensors"))) == 2
-    assert "made for model" in capfd.readouterr().err
+    assert "computed for model" in capfd.readouterr().err
     run = ["run", "--model", str(other), "--config", str(tmp_path / "tuned.json"), "--ask", "Who?"]
     assert run_command(run) == 2
     assert "tuned for another model" in capfd.readouterr().err

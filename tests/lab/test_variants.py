@@ -13,8 +13,8 @@ from kvswap.errors import ConfigError
 from kvswap.lab.bench.results import summarise
 from kvswap.lab.bench.tables import variant_lines
 from kvswap.lab.bench.variants import Variant, read_variants
-from kvswap.tuning.tuned import TunedConfig
-from tests.tuning.test_tuned import solution
+from kvswap.tuning.solution import TunedConfig
+from tests.tuning.test_solution import solution
 
 PLACE = {"batch": 8, "context": 4096}
 ROOT = Path(__file__).parents[2]

@@ -38,7 +38,7 @@ WORDS = ("config", "errors", "terms", "units")
 PURE = ("store.layout", "store.extents", "selection.window", "memory.budget", "tuning.cost", "terms", "units")
 IMPURE_LIBRARIES = ("torch", "os")
 TRANSFORMERS_USERS = ("models", "core")
-QUICK_TO_LOAD = ("__init__", "cli", "tuning.machine", "tuning.disk_test", "disk", "config")
+QUICK_TO_LOAD = ("__init__", "cli", "tuning.machine", "tuning.disk_costs", "disk", "config")
 SLOW_LIBRARIES = {"torch", "transformers"}
 
 FILE_LINES = 400

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import statistics
 
+from benchmarks.kl_bounds import RESULTS
 from benchmarks.predictor import beside_tuned
-from benchmarks.promises import RESULTS
 from kvswap.config import Config
-from kvswap.tuning.tuned import load_tuned
-from tests.tuning.test_tuned import solution
+from kvswap.tuning.solution import load_tuned
+from tests.tuning.test_solution import solution
 
 BETTER = 3
 """How many times the tuned KL the published scheme's is to be at least."""
@@ -35,7 +35,7 @@ def test_tuned_at_the_tight_setting_has_a_third_of_the_published_kl() -> None:
         assert len(ours["kl"]) == len(theirs["kl"]) >= 32
     found = load_tuned(RESULTS / "tuned-tight-qwen05.json").nearest(context_tokens=8192)
     assert found.values["kv_memory"] == rows[0]["kv_memory"] and found.config.select_tokens == 400
-    below = sum(statistics.fmean(each["kl"]) <= found.promise.promised_kl for each in tuned)
+    below = sum(statistics.fmean(each["kl"]) <= found.prediction.kl_bound for each in tuned)
     assert below >= 0.8 * len(rows)
     means = [statistics.fmean(kl for each in side for kl in each["kl"]) for side in (tuned, paper)]
     assert BETTER * means[0] <= means[1]

@@ -10,8 +10,8 @@ import pytest
 
 from kvswap.memory.available import MemoryLimit, memory_limit
 from kvswap.tuning import machine
+from kvswap.tuning.checkup import Verdict, give_verdict
 from kvswap.tuning.machine import Gpu, cores, describe_machine, find_gpu
-from kvswap.tuning.verdict import Verdict, judge
 
 MIB = 1 << 20
 NO_LIMIT_V1 = 0x7FFFFFFFFFFFF000
@@ -167,7 +167,7 @@ def verdict(**changes: object) -> Verdict:
         "read_test_reason": "",
         "gpu_note": "",
     }
-    return judge(**{**good, **changes})  # type: ignore[arg-type]
+    return give_verdict(**{**good, **changes})  # type: ignore[arg-type]
 
 
 def test_nothing_to_do_when_all_is_well() -> None:

@@ -11,7 +11,8 @@ import pytest
 
 from kvswap.errors import ConfigError
 from kvswap.tuning import tune
-from kvswap.tuning.profile import ModelFacts, Profile, load_profile, stamp_of
+from kvswap.tuning.cost import ModelFacts
+from kvswap.tuning.profile import Profile, load_profile, stamp_of
 from tests.tuning.test_cost import disk, model
 
 

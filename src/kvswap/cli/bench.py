@@ -96,12 +96,12 @@ def bench(
     from kvswap.disk.folders import kv_folder
     from kvswap.lab.bench.plot import plot_rows
     from kvswap.lab.evals.text import evaluation_text
-    from kvswap.tuning.plots import check_plots
+    from kvswap.tuning.plots import check_plot
 
     target = check_writable("--json", json_file)
     picture = check_writable("--plot", plot_file) if plot_file is not None else None
     if picture is not None:
-        check_plots()
+        check_plot(picture)
     config = plain_config(config_file, kv_dir=kv_dir, kv_memory=kv_memory)
     plan = _plan(
         contexts,

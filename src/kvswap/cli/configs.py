@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from kvswap.app.prompt import Request
     from kvswap.config import Config
     from kvswap.models.loading import LoadedModel
-    from kvswap.tuning.tuned import TunedConfig
+    from kvswap.tuning.solution import TunedConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +68,7 @@ def read_config(config_file: str | None, **options: str | None) -> tuple[Config,
     Raises ConfigError.
     """
     from kvswap.config import Config
-    from kvswap.tuning.tuned import is_tuned, load_tuned
+    from kvswap.tuning.solution import is_tuned, load_tuned
 
     given = {name: value for name, value in options.items() if value is not None}
     if config_file is None:

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from kvswap.tuning.checkup import Checkup, Folder
-    from kvswap.tuning.disk_test import ReadRate, ReadTest
+    from kvswap.tuning.disk_costs import ReadRate, ReadTest
     from kvswap.tuning.machine import Machine
 
 Row = tuple[str, str]

@@ -36,9 +36,9 @@ def profile(model: str | None, kv_dir: str | None, json_file: str | None, plot_f
         if path is not None:
             check_writable(option, path)
     if plot_file is not None:
-        from kvswap.tuning.plots import check_plots
+        from kvswap.tuning.plots import check_plot
 
-        check_plots()
+        check_plot(plot_file)
     display = Display()
     loaded = None
     if model is not None:

@@ -1,4 +1,4 @@
-"""``kvswap tune``: the parameters for a memory limit, why, and what they promise."""
+"""``kvswap tune``: find the parameters for a memory limit, and show predictions and reasons."""
 
 from __future__ import annotations
 
@@ -9,12 +9,22 @@ import click
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from kvswap.tuning.tuned import Solution
+    from kvswap.tuning.solution import Solution
 
 
 @click.command()
-@click.option("--model", required=True, metavar="MODEL", help="Local directory, .gguf file, hub id, or smollm2-135m.")
-@click.option("--kv-memory", required=True, metavar="SIZE", help="Memory that the KV cache may hold, such as 64MiB.")
+@click.option(
+    "--model",
+    required=True,
+    metavar="MODEL",
+    help="The model to tune for: a local directory, a .gguf file, a hub id, or smollm2-135m.",
+)
+@click.option(
+    "--kv-memory",
+    required=True,
+    metavar="SIZE",
+    help="Memory limit of the KV cache for all sequences together, such as 64MiB.",
+)
 @click.option(
     "--context",
     "contexts",
@@ -22,15 +32,18 @@ if TYPE_CHECKING:
     multiple=True,
     type=int,
     metavar="N",
-    help="Longest context, in tokens; given several times, each gets a solution.",
+    help="Longest context in tokens. Give it several times for one solution each.",
 )
-@click.option("--batch", type=int, default=1, show_default=True, metavar="N", help="Sequences decoded together.")
+@click.option(
+    "--batch", type=int, default=1, show_default=True, metavar="N", help="Number of sequences decoded together."
+)
 @click.option(
     "--prefer",
     type=click.Choice(["quality", "speed"]),
     default="quality",
     show_default=True,
-    help="quality: the best that is nearly as fast as the fastest. speed: the fastest that is nearly as good.",
+    help="quality: take the best KL among the nearly fastest. speed: take the fastest among those of nearly the best "
+    "KL.",
 )
 @click.option(
     "--select-tokens",
@@ -38,28 +51,37 @@ if TYPE_CHECKING:
     default=400,
     show_default=True,
     metavar="M",
-    help="Tokens attended to, mean over layers.",
+    help="Tokens that a step attends to, as the mean over layers.",
 )
-@click.option("--out", required=True, metavar="FILE", help="Write the configuration there, for kvswap run --config.")
+@click.option(
+    "--out", required=True, metavar="FILE", help="JSON file to write the configuration to, for kvswap run --config."
+)
 @click.option("--kv-dir", metavar="DIR", help="Folder for KV files.  [default: the user's cache folder]")
-@click.option("--profile", metavar="FILE", help="Profile to use.  [default: the cached one, or measured now]")
+@click.option("--profile", metavar="FILE", help="Profile to use.  [default: the cached one, else one is measured now]")
 @click.option(
     "--tables",
     metavar="FILE",
-    help="Tables to use, or where to keep them when the file is not there yet.  [default: in the cache folder]",
+    help="Tables to use. If the file does not exist, tables are measured and written there.  [default: in the cache "
+    "folder]",
 )
-@click.option("--force", is_flag=True, help="Use a profile or tables of another machine, model or version.")
-@click.option("--verify", is_flag=True, help="Also run the first solution on a text and compare with the promise.")
+@click.option("--force", is_flag=True, help="Accept a profile or tables from another machine, model or version.")
+@click.option(
+    "--verify",
+    is_flag=True,
+    help="Also run the first solution on evaluation text and compare the run with the prediction.",
+)
 def tune(model: str, out: str, contexts: tuple[int, ...], verify: bool, **options: Any) -> None:
-    """Find the parameters for a memory limit: sketch, group size, selection of each layer, room for reuse.
+    """Find the parameters for a memory limit: sketch size, group size, selection by layer, memory for reuse.
 
-    The first time it measures the machine (a minute) and the model (some minutes on calibration text); both are kept.
+    The first call measures the machine (about a minute) and the model on calibration text (several minutes). Both
+    results are cached for later calls.
 
-    The KL to full attention that is promised is one that nine of ten texts stay below, since texts differ a lot in it.
-    What is expected in the mean over texts is said beside it; settings are compared by that.
+    For each solution it prints the reasons and the predicted speed, KL to full attention, and memory. Two KLs are
+    shown: the mean over texts, by which settings are compared, and a bound that nine of ten texts are expected to stay
+    below.
 
     \b
-    Example:
+    Examples:
       kvswap tune --model smollm2-135m --kv-memory 24MiB --context 8192 --out tuned.json
       kvswap run --config tuned.json --model smollm2-135m --document notes.md --ask "What is decided?"
     """
@@ -95,35 +117,35 @@ def tune(model: str, out: str, contexts: tuple[int, ...], verify: bool, **option
 
 
 def show(console: Console, solution: Solution) -> None:
-    """One solution: what was chosen, why, and what it promises."""
+    """Print one solution: the reasons and the predictions."""
     from kvswap.units import format_bytes, format_parts, format_us
 
-    promise = solution.promise
+    prediction = solution.prediction
     console.print(f"{solution.batch} x {solution.context_tokens:,} tokens", style="bold", markup=False)
     for line in solution.reasons:
         console.print(f"  {line}", markup=False, soft_wrap=True)
     parts = ", ".join(
-        f"{name.removesuffix('_s')} {format_us(getattr(promise, name))}"
+        f"{name.removesuffix('_s')} {format_us(getattr(prediction, name))}"
         for name in ("compute_s", "predict_s", "slots_s", "submit_s", "wait_s")
     )
-    memory, each = promise.memory_parts, " of each sequence" if solution.batch > 1 else ""
+    memory, each = prediction.memory_parts, " per sequence" if solution.batch > 1 else ""
     for line in (
-        f"expected: {promise.tokens_per_s:.1f} tokens/s{each} ({parts})",
-        f"quality: KL to full attention {promise.expected_kl:.4f} expected in the mean over texts; promised: 9 of 10 "
-        f"texts stay below {promise.promised_kl:.4f}",
+        f"expected: {prediction.tokens_per_s:.1f} tokens/s{each} ({parts})",
+        f"quality: KL to full attention {prediction.expected_kl:.4f} expected in the mean over texts; 9 of 10 texts "
+        f"are expected to stay below {prediction.kl_bound:.4f}",
         f"memory: {format_bytes(sum(memory.values()))}: {format_parts(memory)}",
     ):
         console.print(f"  {line}", markup=False, soft_wrap=True)
 
 
 def show_comparison(console: Console, rows: list[tuple[str, float, float]]) -> None:
-    """Promised beside measured."""
+    """Print predicted and measured values side by side."""
     from rich.table import Table
 
-    table = Table(title="promised and measured", title_justify="left", box=None, pad_edge=False)
-    for heading in ("", "promised", "measured", "measured / promised"):
+    table = Table(title="predicted and measured", title_justify="left", box=None, pad_edge=False)
+    for heading in ("", "predicted", "measured", "measured / predicted"):
         table.add_column(heading, justify="left" if not heading else "right")
-    for name, promised, measured in rows:
-        ratio = f"{measured / promised:.2f}" if promised else ""
-        table.add_row(name, f"{promised:.4g}", f"{measured:.4g}", ratio)
+    for name, predicted, measured in rows:
+        ratio = f"{measured / predicted:.2f}" if predicted else ""
+        table.add_row(name, f"{predicted:.4g}", f"{measured:.4g}", ratio)
     console.print(table)

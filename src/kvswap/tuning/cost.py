@@ -1,9 +1,18 @@
-"""What a decode step costs, from a profile and the parameters: times by part. Pure arithmetic.
+"""The cost model: predict the time of a decode step from measured costs. Pure arithmetic, no torch, no clock.
 
-The parts of a step, as ``CacheStats`` measures them: *compute* (linear layers, attention over what is resident, norms,
-the head), *predict* (the query and the scores), *slots* (looking groups up, gathering, keeping), *submit* (starting
-reads) and *wait* (reads that had not arrived when their layer needed them). Reads of a layer are under way while the
-layer before computes, so only what that does not cover is waited for (KVSwap, arXiv 2511.11907, appendix A).
+``kvswap profile`` measures ``DiskCosts`` (this folder) and ``ModelCosts`` (this model). ``traffic.simulate`` gives the
+``Traffic`` of a configuration: what its steps select and read. ``step_cost`` combines the three to a ``StepCost``.
+
+A step has the parts that ``CacheStats`` measures:
+
+* *compute*: linear layers, attention over the attended tokens, norms, the head;
+* *predict*: the predicted query and the scores of the groups;
+* *slots*: lookups, copies into slots, and the choice of what to keep;
+* *submit*: starting reads;
+* *wait*: reads that have not arrived when their layer needs them.
+
+The reads of a layer run while the layer before it computes. The step waits only for the rest (KVSwap, arXiv
+2511.11907, appendix A).
 """
 
 from __future__ import annotations
@@ -17,11 +26,12 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float64]
 
 PEAK_SHARE = 0.8
+"""Share of the best rate from which on a read size counts as efficient."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BurstRate:
-    """``depth`` random reads of ``read_bytes`` asked for at once: mean time until the last has arrived."""
+    """A burst: ``depth`` random reads of ``read_bytes``, submitted together. ``burst_s`` is its mean time."""
 
     read_bytes: int
     depth: int
@@ -29,18 +39,25 @@ class BurstRate:
 
     @property
     def bytes_per_s(self) -> float:
-        """Rate of such bursts, one after the other."""
+        """Bytes per second when such bursts follow one another."""
         return self.depth * self.read_bytes / self.burst_s
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DiskCosts:
-    """One backend on one folder. ``latency_us``: p50 and p99 of single reads by their size in bytes.
+    """What reads cost through one backend in one folder.
 
-    ``collect_s`` is what waiting costs when everything has arrived already. ``bursts`` follow one another without a
-    pause and show what the disk can keep up; ``paced`` ones come after a pause as long as a burst takes, at least as
-    long as a layer computes: a disk with a cache, or under a limit of so much a second, answers those sooner. Where
-    ``paced`` is empty they are taken to be the same.
+    Parameters
+    ----------
+    collect_s
+        Time of a wait whose reads have all arrived before it.
+    latency_us
+        p50 and p99 of single reads, by their size in bytes.
+    bursts
+        Bursts without pauses. They show the rate that the disk sustains.
+    paced
+        Bursts after a pause as long as a burst or as a layer's computation, whichever is longer. Disks with a cache,
+        or under a rate limit, answer those sooner. Empty: the same as ``bursts``.
     """
 
     backend: str
@@ -53,20 +70,21 @@ class DiskCosts:
     paced: list[BurstRate]
 
     def peak_rates(self) -> list[tuple[int, float]]:
-        """Read size and the best rate over all depths, by size."""
+        """Each read size in bytes with its best rate over all depths in bytes per second, smallest size first."""
         sizes = sorted({point.read_bytes for point in self.bursts})
         return [(size, max(p.bytes_per_s for p in self.bursts if p.read_bytes == size)) for size in sizes]
 
     def read_size_bytes(self) -> int:
-        """The smallest measured read that reaches four fifths of the best rate: reads of this size are well used."""
+        """The smallest measured read size that reaches 80 % of the best rate."""
         rates = self.peak_rates()
         best = max(rate for _, rate in rates)
         return next(size for size, rate in rates if rate >= PEAK_SHARE * best)
 
     def burst_s(self, reads: Floats, read_bytes: Floats, *, paced: bool = False) -> Floats:
-        """Time of bursts of ``reads`` reads with ``read_bytes`` each (arrays of one shape); 0 for no reads.
+        """Predict the seconds of bursts of ``reads`` reads with ``read_bytes`` each (float64 arrays of one shape).
 
-        Interpolated in the logarithms; past the measured ends time grows with the count and with the bytes.
+        Times are interpolated in the logarithms of size and depth. Beyond the measured range they grow in proportion
+        to the number of reads and to the bytes. No reads take no time.
         """
         points = self.paced if paced and self.paced else self.bursts
         sizes = np.array(sorted({point.read_bytes for point in points}), float)
@@ -75,8 +93,8 @@ class DiskCosts:
         table = np.log([[times[int(size), int(depth)] for depth in depths] for size in sizes])
         size, depth = np.maximum(read_bytes, 1.0), np.maximum(reads, 1.0)
         inside_size, inside_depth = np.clip(size, sizes[0], sizes[-1]), np.clip(depth, depths[0], depths[-1])
-        row, row_share = _place(np.log(sizes), np.log(inside_size))
-        column, column_share = _place(np.log(depths), np.log(inside_depth))
+        row, row_share = _interval(np.log(sizes), np.log(inside_size))
+        column, column_share = _interval(np.log(depths), np.log(inside_depth))
         low = table[row, column] * (1 - column_share) + table[row, column + 1] * column_share
         high = table[row + 1, column] * (1 - column_share) + table[row + 1, column + 1] * column_share
         burst = np.exp(low * (1 - row_share) + high * row_share)
@@ -84,15 +102,39 @@ class DiskCosts:
         return np.where(reads > 0, burst * np.minimum(1.0, reads), 0.0)
 
 
-def _place(ends: Floats, values: Floats) -> tuple[NDArray[np.intp], Floats]:
-    """Which interval of ``ends`` each value is in, and how far into it."""
+def _interval(ends: Floats, values: Floats) -> tuple[NDArray[np.intp], Floats]:
+    """For each value the index of its interval between ``ends``, and its position in the interval from 0 to 1."""
     index = np.clip(np.searchsorted(ends, values, side="right") - 1, 0, len(ends) - 2)
     return index, (values - ends[index]) / (ends[index + 1] - ends[index])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ModelFacts:
+    """Identity of a model and the parts of its shape that costs depend on.
+
+    ``layers`` counts the offloaded layers. ``threads`` is torch's number of threads at the measurement.
+    """
+
+    name: str
+    fingerprint: str
+    layers: int
+    query_heads: int
+    kv_heads: int
+    head_dim: int
+    compute_itemsize_bytes: int
+    store_itemsize_bytes: int
+    longest_tokens: int
+    threads: int
+
+    @property
+    def key_elements(self) -> int:
+        """Elements of a token's key over all KV heads: D."""
+        return self.kv_heads * self.head_dim
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PredictCost:
-    """Scoring ``tokens`` sketched tokens of one layer and choosing groups."""
+    """Seconds to score ``tokens`` sketched tokens of one layer and to choose groups."""
 
     tokens: int
     rank: int
@@ -102,24 +144,37 @@ class PredictCost:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LinearCost:
-    """A cost that grows with several counts: ``base_s + sum(per[i] * count[i])``."""
+    """A cost in seconds that is linear in several counts: ``base_s + sum(per[i] * count[i])``."""
 
     base_s: float
     per: dict[str, float]
 
     def of(self, **counts: Floats | float) -> Floats:
-        """The cost in seconds; counts by the names in ``per``, numbers or arrays of one shape."""
+        """Return the cost in seconds. ``counts`` are numbers, or arrays of one shape, by the names in ``per``."""
         total = np.float64(self.base_s) + sum(rate * np.asarray(counts[name], float) for name, rate in self.per.items())
         return np.asarray(total)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelCosts:
-    """One model on one machine. All costs but ``outside_s`` and ``prefill_tokens_per_s`` are of one offloaded layer.
+    """What one model costs on one machine. Costs are those of one offloaded layer unless said otherwise.
 
-    ``outside_s``: what a step does outside of the layers (head, embeddings, sampling apart). ``compute`` is linear in
-    ``attended`` tokens; ``slots`` in selected ``groups``, ``attended`` tokens and reuse ``capacity`` in slots;
-    ``submit`` in ``reads``. Other layers (sliding windows) are in ``outside_s``.
+    Parameters
+    ----------
+    prefill_tokens_per_s
+        Rate of prefill, for the whole model.
+    outside_s
+        Time of a step outside the offloaded layers, for the whole model: embeddings, head, sliding-window layers.
+    query_s
+        Time of the predicted query.
+    compute
+        Linear in ``attended`` tokens.
+    slots
+        Linear in selected ``groups``, ``attended`` tokens, and the ``capacity`` of reuse in slots.
+    submit
+        Linear in ``reads``.
+    predict
+        Time of scoring, at several lengths and sketch sizes.
     """
 
     prefill_tokens_per_s: float
@@ -131,28 +186,28 @@ class ModelCosts:
     predict: list[PredictCost]
 
     def predict_s(self, tokens: int, rank: int, bits: int) -> float:
-        """Scoring and choosing over ``tokens`` of one layer, the query included."""
+        """Seconds to predict the query and choose groups among ``tokens`` tokens of one layer."""
         points = [point for point in self.predict if point.bits == bits]
         ranks = sorted({point.rank for point in points})
         costs = []
         for each in ranks:
-            line = sorted((point.tokens, point.cost_s) for point in points if point.rank == each)
-            costs.append(_line(tokens, [count for count, _ in line], [cost for _, cost in line]))
-        return self.query_s + max(0.0, _line(rank, ranks, costs))
+            measured = sorted((point.tokens, point.cost_s) for point in points if point.rank == each)
+            costs.append(_piecewise(tokens, [count for count, _ in measured], [cost for _, cost in measured]))
+        return self.query_s + max(0.0, _piecewise(rank, ranks, costs))
 
 
-def _line(value: float, places: Sequence[float], values: Sequence[float]) -> float:
-    """Piecewise linear, going on at both ends with the slope of the last piece."""
+def _piecewise(at: float, places: Sequence[float], values: Sequence[float]) -> float:
+    """Piecewise linear interpolation; beyond both ends the slope of the outermost piece continues."""
     if len(places) == 1:
         return float(values[0])
-    i = int(np.clip(np.searchsorted(places, value) - 1, 0, len(places) - 2))
+    i = int(np.clip(np.searchsorted(places, at) - 1, 0, len(places) - 2))
     slope = (values[i + 1] - values[i]) / (places[i + 1] - places[i])
-    return float(values[i] + slope * (value - places[i]))
+    return float(values[i] + slope * (at - places[i]))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Traffic:
-    """What one step asks for, by layer: arrays ``[L]`` of means over steps."""
+    """What one step selects and reads, by layer: float64 arrays ``[L]`` of means over steps."""
 
     selected_groups: Floats
     missed_groups: Floats
@@ -161,14 +216,17 @@ class Traffic:
 
     @property
     def reuse_rate(self) -> float:
-        """Selected groups that need no read, as a share of all."""
+        """Share of the selected groups that are in memory already."""
         selected = float(self.selected_groups.sum())
         return 1.0 - float(self.missed_groups.sum()) / selected if selected else 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepCost:
-    """Seconds of one decode step by part, and what the disk does in it. ``read_s`` is hidden or waited for."""
+    """Predicted seconds of one decode step by part, with its reads.
+
+    ``read_s`` is the time of all reads, whether hidden behind computation or waited for; it is not part of ``step_s``.
+    """
 
     compute_s: float
     predict_s: float
@@ -181,12 +239,12 @@ class StepCost:
 
     @property
     def step_s(self) -> float:
-        """The whole step."""
+        """Seconds of the whole step."""
         return self.compute_s + self.predict_s + self.slots_s + self.submit_s + self.wait_s
 
     @property
     def tokens_per_s(self) -> float:
-        """Steps a second."""
+        """Steps per second."""
         return 1.0 / self.step_s
 
 
@@ -202,7 +260,10 @@ def step_cost(
     bits: int,
     reuse_slots: int,
 ) -> StepCost:
-    """Cost of a step at a context of ``tokens``; ``pinned_tokens`` are attended to beside the selected groups."""
+    """Predict the cost of a step at a context of ``tokens``.
+
+    ``pinned_tokens`` are attended to in addition to the selected groups.
+    """
     layers = len(traffic.reads)
     attended = traffic.selected_groups * group_tokens + pinned_tokens
     compute = model.compute.of(attended=attended)
@@ -211,12 +272,12 @@ def step_cost(
     predict = model.predict_s(tokens, rank, bits)
     mean_bytes = traffic.read_bytes / np.maximum(traffic.reads, 1e-9)
     burst = disk.burst_s(traffic.reads, mean_bytes, paced=True)
-    # A layer's reads start before the layer in front of it computes. Nothing is in front of the first layer: only the
-    # prediction for the second one lies between its reads and its attention.
+    # A layer's reads start before the previous layer computes. The first layer has no previous one: its reads overlap
+    # only with the prediction for the second layer.
     covered = np.concatenate(([predict + submit[min(1, layers - 1)]], (compute + slots)[:-1]))
     wait = float(np.maximum(disk.collect_s, burst - submit - covered).sum())
     busy = model.outside_s + float((compute + slots + submit).sum()) + predict * layers
-    # Whatever hides behind what, a step is no shorter than the disk needs for all of its reads.
+    # A step takes at least as long as the disk needs for all of its reads at the sustained rate.
     wait = max(wait, float(disk.burst_s(traffic.reads, mean_bytes).sum()) - busy)
     return StepCost(
         compute_s=model.outside_s + float(compute.sum()),

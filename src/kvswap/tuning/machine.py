@@ -1,6 +1,7 @@
-"""What this machine is: processor, memory and its limit, accelerator, system and versions. Nothing is measured.
+"""Describe this machine: processor, memory and its limit, accelerator, system and versions. Nothing is measured.
 
-Torch is loaded only where an accelerator is looked for, and not even there when it is a build without any.
+``kvswap doctor``, profiles and results files carry this description. Torch is loaded only to look for an accelerator,
+and not at all when the installed build supports none. Any thread may call.
 """
 
 from __future__ import annotations
@@ -26,9 +27,10 @@ _BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gpu:
-    """The accelerator that torch would use. ``name`` is empty where there is none, and ``note`` then says why.
+    """The accelerator that torch would use.
 
-    ``memory_bytes`` is None where the accelerator shares the machine's memory or does not tell.
+    ``name`` is empty where there is none; ``note`` may then say why. ``memory_bytes`` is None where the accelerator
+    shares the machine's memory or does not report its own.
     """
 
     name: str = ""
@@ -41,9 +43,18 @@ class Gpu:
 class Machine:
     """Facts of one machine, as this process sees them.
 
-    ``cores`` are those this process may run on. ``memory_available_bytes`` respects the limit of its cgroup,
-    ``memory_limit_bytes`` is None where that does not bind. ``packages``: name to version, empty when not installed.
-    ``compiled_loops``: whether ``kvswap.native`` was compiled when this was installed.
+    Parameters
+    ----------
+    cores
+        Processor cores that this process may use.
+    memory_available_bytes
+        Available memory under the limit of this process's cgroup.
+    memory_limit_bytes
+        The cgroup's limit, or None where it is not below the machine's memory.
+    packages
+        Versions by package name; empty where a package is not installed.
+    compiled_loops
+        Whether the C extension ``kvswap.native`` was compiled at installation.
     """
 
     cores: int
@@ -62,7 +73,7 @@ class Machine:
 
 
 def describe_machine() -> Machine:
-    """Look at this machine; never raises for something that cannot be found out."""
+    """Describe this machine. What cannot be found out is left empty; nothing is raised for it."""
     memory = psutil.virtual_memory()
     limit = memory_limit()
     binds = limit is not None and limit.limit_bytes < memory.total
@@ -86,14 +97,14 @@ def describe_machine() -> Machine:
 
 
 def cores() -> int:
-    """Processor cores that this process may run on."""
+    """Count the processor cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def version_of(package: str) -> str:
-    """Version of an installed package without loading it; empty when it is not there."""
+    """Return the version of an installed package without loading it, or an empty string where it is missing."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -101,7 +112,7 @@ def version_of(package: str) -> str:
 
 
 def find_gpu() -> Gpu:
-    """The accelerator that torch would use here."""
+    """Find the accelerator that torch would use here."""
     present = _gpu_hardware()
     version = version_of("torch")
     if not version:
@@ -110,7 +121,7 @@ def find_gpu() -> Gpu:
         return Gpu(note=f"{present}, but this PyTorch ({version}) is built without GPUs" if present else "")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # an old driver is a warning; the note below says what follows from it
+            warnings.simplefilter("ignore")  # torch warns about an old driver; the note below reports it instead
             found = _torch_gpu()
     except (ImportError, OSError, RuntimeError) as error:
         return Gpu(note=f"PyTorch fails: {error}")
@@ -132,14 +143,14 @@ def _torch_gpu() -> Gpu | None:
 
 
 def _gpu_hardware() -> str:
-    """What the system shows of an accelerator, whether or not torch can use it."""
+    """What the system reports about an accelerator, whether or not torch can use it."""
     if Path("/dev/nvidiactl").exists() or Path("/dev/nvhost-gpu").exists() or Path("/dev/nvgpu").exists():
         return "an NVIDIA GPU is there"
     return "an AMD GPU is there" if Path("/dev/kfd").exists() else ""
 
 
 def _cpu_name(cpuinfo: str) -> str:
-    """Name of the processor, of the board where the processor has none, at least the architecture."""
+    """Name of the processor; where it has none, the name of the board, else the architecture."""
     if sys.platform == "darwin":
         return _sysctl("machdep.cpu.brand_string") or platform.machine()
     name = re.search(r"^model name\s*:\s*(.+)$", cpuinfo, re.MULTILINE)
@@ -148,7 +159,7 @@ def _cpu_name(cpuinfo: str) -> str:
 
 
 def _has_bf16(cpuinfo: str) -> bool:
-    """Whether the processor multiplies bfloat16 itself."""
+    """Whether the processor has bfloat16 arithmetic."""
     if sys.platform == "darwin":
         return _sysctl("hw.optional.arm.FEAT_BF16") == "1"
     flags = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", cpuinfo, re.MULTILINE)
@@ -156,7 +167,7 @@ def _has_bf16(cpuinfo: str) -> bool:
 
 
 def _system() -> str:
-    """Name of the distribution or system for people."""
+    """Human-readable name of the distribution or operating system."""
     if sys.platform == "darwin":
         return f"macOS {platform.mac_ver()[0]}"
     try:

@@ -1,17 +1,22 @@
-"""What one model costs on this machine: the model's part of a profile.
+"""Measure what one model costs on this machine: the model's part of a profile.
 
-A few caches with different settings take short real steps in turns; the parts of their steps, as the engine itself
-counts them, are fitted by what they grow with. Scoring, which grows with the context, is timed apart over contexts that
-need no prefill: codes of random keys cost as much as codes of a text.
+Several caches with different settings decode the same short text, interleaved step by step. The engine itself measures
+the parts of each step. Each part is then fitted as a linear function of the counts it depends on (``LinearCost``).
+
+Scoring grows with the context, so it is timed separately over long contexts of random keys. These need no prefill, and
+their codes cost as much to score as the codes of a text.
+
+``profile.take_profile`` calls this. One thread, which must be the one that runs the model.
 """
 
 from __future__ import annotations
 
 import itertools
+import logging
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -30,28 +35,33 @@ from kvswap.selection.codes import LayerSketch
 from kvswap.selection.kvswap import score
 from kvswap.selection.mass import top_groups
 from kvswap.selection.transform import TransformSketch, transform_basis
-from kvswap.tuning.cost import LinearCost, ModelCosts, PredictCost
-from kvswap.tuning.disk_curve import Progress
-from kvswap.tuning.profile import ModelFacts
+from kvswap.tuning.cost import LinearCost, ModelCosts, ModelFacts, PredictCost
+from kvswap.tuning.disk_costs import Progress
 
 PREFILL_S = 5.0
+"""About how long the prefill of each cache may take."""
 LEAST_TOKENS, MOST_TOKENS = 1024, 2048
 WARM_STEPS, STEPS = 3, 15
 SCORED_TOKENS = (1024, 4096, 16384)
-_COLD = 4
-"""Sketches that are scored in turns, so that none is in the processor's cache as a whole."""
+_SKETCHES = 4
+"""Sketches that are scored one after the other, so that none stays in the processor's cache as a whole."""
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """Medians over steps, of one layer: seconds of a part and the counts that it depends on."""
+    """One cache's medians over steps, per layer: seconds of each part, and the counts that they depend on.
+
+    ``parts_s["outside"]`` alone is that of the whole step.
+    """
 
     parts_s: dict[str, float]
     counts: dict[str, float]
 
 
 def measure_model(loaded: LoadedModel, kv_dir: str, *, on_progress: Progress | None) -> tuple[ModelFacts, ModelCosts]:
-    """Run and time a model. Raises ModelError, StorageError, DiskError, MemoryBudgetError."""
+    """Run the model on calibration text and time it. Raises ModelError, StorageError, DiskError, MemoryBudgetError."""
     parts = inspect(loaded.model)
     report = on_progress or (lambda stage, done, total: None)
     ids = _text(loaded, MOST_TOKENS + WARM_STEPS + STEPS + 1)
@@ -75,14 +85,15 @@ def measure_model(loaded: LoadedModel, kv_dir: str, *, on_progress: Progress | N
         predict=predict,
     )
     elements = parts.kv_heads * parts.head_dim
-    whole_s = _scoring_s(parts, tokens, LayerSketch, identity_basis(elements), 2)  # as the runs did, uncalibrated
+    whole_s = _scoring_s(parts, tokens, LayerSketch, identity_basis(elements), 2)  # the sketch of the runs above
     query_s = max(0.0, statistics.median(sample.parts_s["predict"] for sample in samples) - whole_s)
-    costs = ModelCosts(**{**{name: getattr(bare, name) for name in ModelCosts.__slots__}, "query_s": query_s})
+    costs = replace(bare, query_s=query_s)
+    logger.debug("measured %s on %d tokens, prefill %.0f tokens/s", facts.name, tokens, rate)
     return facts, costs
 
 
 def model_facts(loaded: LoadedModel, parts: ModelParts) -> ModelFacts:
-    """What a profile and tables remember of a model."""
+    """Return what a profile and tables record about a model."""
     itemsize = parts.dtype.itemsize
     return ModelFacts(
         name=loaded.short_name,
@@ -99,7 +110,7 @@ def model_facts(loaded: LoadedModel, parts: ModelParts) -> ModelFacts:
 
 
 def run_settings(tokens: int, kv_dir: str) -> list[Config]:
-    """Settings that tell the parts' causes apart: the group size, the selection, room for reuse."""
+    """Return settings that differ in group size, selection and reuse, so that the fit can separate their costs."""
     select = min(400, tokens // 3)
     base = Config(kv_dir=kv_dir, select_tokens=select, group_tokens=4)
     return [
@@ -107,12 +118,15 @@ def run_settings(tokens: int, kv_dir: str) -> list[Config]:
         base.replace(group_tokens=1),
         base.replace(group_tokens=16),
         base.replace(select_tokens=max(100, select // 2)),
-        base.replace(kv_memory="4GiB"),  # room to keep every group
+        base.replace(kv_memory="4GiB"),  # enough to keep every group
     ]
 
 
 def fit(times_s: Sequence[float], samples: Sequence[Sample], names: tuple[str, ...]) -> LinearCost:
-    """Least squares without negative rates: what would fall as its count grows is left out, steepest first."""
+    """Fit ``times_s`` to the counts ``names`` by least squares with rates that are not negative.
+
+    A count whose rate would be negative is left out and the rest fitted again, the most negative one first.
+    """
     kept = list(names)
     while True:
         columns = [np.ones(len(samples)), *(np.array([s.counts[name] for s in samples]) for name in kept)]
@@ -132,7 +146,7 @@ def _text(loaded: LoadedModel, count: int) -> list[int]:
 
 
 def _prefill_rate(loaded: LoadedModel, ids: list[int], kv_dir: str) -> float:
-    """Tokens a second of a short prompt; everything is loaded and warm afterwards."""
+    """Prefill rate of a short prompt in tokens per second. It also warms up the model."""
     with attach_each(loaded.model, [(None, Config(kv_dir=kv_dir))]) as (cache,):
         _call(loaded.model, cache, ids[:256])
         began_s = time.perf_counter()
@@ -143,6 +157,7 @@ def _prefill_rate(loaded: LoadedModel, ids: list[int], kv_dir: str) -> float:
 def _samples(
     loaded: LoadedModel, ids: list[int], tokens: int, configs: list[Config], report: Callable[[], None]
 ) -> tuple[list[Sample], float]:
+    """Run all configurations interleaved; return a sample of each, and the prefill rate in tokens per second."""
     with attach_each(loaded.model, [(None, config) for config in configs]) as caches:
         rates = []
         for cache in caches:
@@ -150,20 +165,21 @@ def _samples(
             _call(loaded.model, cache, ids[:tokens])
             rates.append(tokens / (time.perf_counter() - began_s))
             report()
-        taken: list[list[tuple[float, CacheStats, CacheStats]]] = [[] for _ in caches]
+        steps_of: list[list[tuple[float, CacheStats, CacheStats]]] = [[] for _ in caches]
         for step, token in enumerate(ids[tokens : tokens + WARM_STEPS + STEPS]):
-            for cache, list_of_steps in zip(caches, taken, strict=True):
+            for cache, steps in zip(caches, steps_of, strict=True):
                 assert isinstance(cache, KVSwapCache)
                 before, began_s = cache.stats, time.perf_counter()
                 _call(loaded.model, cache, [token])
                 if step >= WARM_STEPS:
-                    list_of_steps.append((time.perf_counter() - began_s, before, cache.stats))
+                    steps.append((time.perf_counter() - began_s, before, cache.stats))
             report()
-        samples = [_sample(cache, each) for cache, each in zip(caches, taken, strict=True)]
+        samples = [_sample(cache, steps) for cache, steps in zip(caches, steps_of, strict=True)]
     return samples, statistics.median(rates)
 
 
 def _sample(cache: Any, steps: list[tuple[float, CacheStats, CacheStats]]) -> Sample:
+    """Medians over ``steps``: seconds of each step with the statistics before and after it."""
     layers, config = len(cache.parts.offloaded), cache.config
 
     def median(value: Callable[[float, CacheStats, CacheStats], float]) -> float:
@@ -190,11 +206,11 @@ def _sample(cache: Any, steps: list[tuple[float, CacheStats, CacheStats]]) -> Sa
 def _call(model: Any, cache: Any, ids: list[int]) -> None:
     tokens = torch.tensor([ids], device=model.device)
     output = model(input_ids=tokens, use_cache=True, logits_to_keep=1, **{cache_keyword(model): cache})
-    output.logits[0, -1, :1].cpu()  # waits for a device
+    output.logits[0, -1, :1].cpu()  # waits until the device has finished
 
 
 def _score_costs(parts: ModelParts, report: Callable[[], None]) -> list[PredictCost]:
-    """Scoring and choosing for ranks and bits from the tightest to the richest sketch that is tuned for."""
+    """Time scoring for sketch sizes that span those the tuner considers."""
     elements = parts.kv_heads * parts.head_dim
     statistics = KeyCovariance(parts.kv_heads, parts.head_dim)
     statistics.add(torch.randn(4 * elements, parts.kv_heads, parts.head_dim))
@@ -210,7 +226,7 @@ def _score_costs(parts: ModelParts, report: Callable[[], None]) -> list[PredictC
 
 
 def _scoring_s(parts: ModelParts, tokens: int, kind: type[LayerSketch], basis: Basis, bits: int) -> float:
-    """Time of scoring random keys and choosing from them."""
+    """Median seconds to score ``tokens`` random keys and choose groups."""
     keys = torch.randn(parts.kv_heads, tokens, parts.head_dim, generator=torch.Generator().manual_seed(0))
     query = torch.randn(1, parts.query_heads, parts.head_dim).to(parts.device, parts.dtype)
     sketches = [
@@ -223,7 +239,7 @@ def _scoring_s(parts: ModelParts, tokens: int, kind: type[LayerSketch], basis: B
             capacity_tokens=tokens,
             device=parts.device,
         )
-        for _ in range(_COLD)
+        for _ in range(_SKETCHES)
     ]
     for sketch in sketches:
         sketch.append(0, keys.to(parts.device))

@@ -1,4 +1,4 @@
-"""Pictures of a profile, with matplotlib (extra ``plots``)."""
+"""Plot a profile's read rates with matplotlib (extra ``plots``)."""
 
 from __future__ import annotations
 
@@ -10,15 +10,26 @@ from kvswap.errors import ConfigError
 from kvswap.tuning.cost import DiskCosts
 from kvswap.units import KIB
 
+KINDS = (".png", ".svg", ".pdf")
 
-def check_plots() -> None:
-    """Raise ConfigError where matplotlib is missing."""
+
+def check_plot(path: str | Path) -> Path:
+    """Return the absolute path of a plot. Raises ConfigError for an unknown kind of file or a missing matplotlib."""
+    target = Path(path).expanduser().absolute()
+    if target.suffix.lower() not in KINDS:
+        raise ConfigError(
+            f"--plot {target.name}: unknown kind of picture", hint=f"end the file name with one of {', '.join(KINDS)}"
+        )
     if importlib.util.find_spec("matplotlib") is None:
-        raise ConfigError("--plot: matplotlib is not installed", hint="run: pip install 'kvswap[plots]'")
+        raise ConfigError("--plot needs matplotlib, which is not installed", hint="run: pip install 'kvswap[plots]'")
+    return target
 
 
 def draw_reads(disks: Sequence[DiskCosts], path: Path) -> None:
-    """Draw read rate over read size, one line a depth, with the read size from which on the disk is well used."""
+    """Plot read rate over read size with one line per depth, and mark the smallest efficient read size.
+
+    Raises ConfigError when the file cannot be written.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5.0 * len(disks), 4.0), layout="constrained")
@@ -26,17 +37,15 @@ def draw_reads(disks: Sequence[DiskCosts], path: Path) -> None:
     for each, disk in zip(axes, disks, strict=True):
         for depth in sorted({point.depth for point in disk.bursts}):
             line = sorted((point.read_bytes, point.bytes_per_s / 1e6) for point in disk.bursts if point.depth == depth)
-            each.plot([size for size, _ in line], [rate for _, rate in line], marker="o", label=f"{depth} at once")
-        chosen = disk.read_size_bytes()
-        each.axvline(chosen, color="black", linestyle="--", label=f"well used from {chosen // KIB} KiB")
-        each.set(
-            xscale="log", yscale="log", xlabel="bytes of a read", ylabel="MB/s", title=f"random reads, {disk.backend}"
-        )
+            each.plot([size for size, _ in line], [rate for _, rate in line], marker="o", label=f"depth {depth}")
+        efficient = disk.read_size_bytes()
+        each.axvline(efficient, color="black", linestyle="--", label=f"efficient from {efficient // KIB} KiB")
+        each.set(xscale="log", yscale="log", xlabel="read size", ylabel="MB/s", title=f"random reads, {disk.backend}")
         each.xaxis.set_major_formatter(lambda size, _: f"{size / KIB:g} KiB")
         each.legend(fontsize="small")
     try:
         figure.savefig(path)
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"--plot {path}: {error}", hint="give a .png, .svg or .pdf file in a folder of yours"
+            f"--plot {path}: cannot be written: {error}", hint="give a .png, .svg or .pdf file in a writable folder"
         ) from error

@@ -1,12 +1,13 @@
-"""A profile: what this machine, this folder and, if asked for, this model cost, as a versioned file.
+"""The profile: measured costs of this machine's disk and, if requested, of one model, as a versioned JSON file.
 
-``take_profile`` measures, ``load_profile`` reads one back and refuses that of another machine, model or version, since
-its numbers would say nothing here.
+``take_profile`` measures. ``load_profile`` reads a file back and refuses one from another machine, model or version,
+because its numbers would be wrong here. ``kvswap profile`` and ``kvswap tune`` call both. One thread.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import logging
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +18,8 @@ from kvswap.disk.files import filesystem_of
 from kvswap.disk.folders import profiles_folder
 from kvswap.disk.json_files import build, read_json, save_json
 from kvswap.errors import ConfigError
-from kvswap.tuning.cost import DiskCosts, ModelCosts
-from kvswap.tuning.disk_curve import Progress, measure_disk
+from kvswap.tuning.cost import DiskCosts, ModelCosts, ModelFacts
+from kvswap.tuning.disk_costs import Progress, measure_disk
 from kvswap.tuning.machine import cores, describe_machine
 
 if TYPE_CHECKING:
@@ -26,10 +27,12 @@ if TYPE_CHECKING:
 
 FORMAT, VERSION = "kvswap-profile", 2
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stamp:
-    """What a profile holds for. ``disk`` is the file system and the device number of the folder."""
+    """The conditions that a profile is valid for. ``disk`` is the folder's file system and device number."""
 
     cpu: str
     cores: int
@@ -40,7 +43,7 @@ class Stamp:
     packages: dict[str, str]
 
     def differences(self, other: Stamp) -> list[str]:
-        """In words, what is not the same; the size of memory moves by what the system keeps and is left out."""
+        """Describe in words what differs. Memory size is not compared: the system reserves a varying part of it."""
         found = []
         for name in ("cpu", "cores", "gpu", "kernel", "disk"):
             mine, its = getattr(self, name), getattr(other, name)
@@ -54,29 +57,12 @@ class Stamp:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ModelFacts:
-    """Which model, what of its shape the costs depend on, and torch's threads. ``layers`` are the offloaded ones."""
-
-    name: str
-    fingerprint: str
-    layers: int
-    query_heads: int
-    kv_heads: int
-    head_dim: int
-    compute_itemsize_bytes: int
-    store_itemsize_bytes: int
-    longest_tokens: int
-    threads: int
-
-    @property
-    def key_elements(self) -> int:
-        """D."""
-        return self.kv_heads * self.head_dim
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Profile:
-    """``disks``: the backend that ``auto`` takes first. ``model`` and ``costs`` are None without a model."""
+    """Measured costs.
+
+    ``made`` is the time of measurement. ``disks`` has one entry for each backend; the first is the one that
+    ``backend="auto"`` chooses. ``model`` and ``costs`` are None when no model was measured.
+    """
 
     stamp: Stamp
     made: str
@@ -86,16 +72,16 @@ class Profile:
 
     @property
     def disk(self) -> DiskCosts:
-        """The backend that is used when nothing is said."""
+        """Costs of the backend that ``backend="auto"`` chooses."""
         return self.disks[0]
 
     def save(self, path: str | Path) -> None:
-        """Write as JSON. Raises ConfigError."""
+        """Write the profile as JSON. Raises ConfigError when the file cannot be written."""
         save_json(path, {"format": FORMAT, "version": VERSION, **dataclasses.asdict(self)})
 
 
 def stamp_of(kv_dir: Path) -> Stamp:
-    """This machine, and the disk of an existing folder."""
+    """Describe this machine and the disk of an existing folder."""
     machine = describe_machine()
     return Stamp(
         cpu=machine.cpu,
@@ -114,9 +100,9 @@ def take_profile(
     *,
     on_progress: Progress | None = None,
 ) -> Profile:
-    """Measure the disk of a folder and, when one is given, a model. Nothing stays on the disk.
+    """Measure the disk of a folder and, where ``loaded`` is given, a model. Nothing remains on the disk.
 
-    Raises StorageError, DiskError, ModelError.
+    ``kv_dir`` None means the default folder. Raises StorageError, DiskError and ModelError.
     """
     folder = prepare_dir(kv_folder(kv_dir))
     disks = measure_disk(folder, on_progress=on_progress)
@@ -132,15 +118,15 @@ def take_profile(
 def load_profile(
     path: str | Path, kv_dir: str | None, facts: ModelFacts | None = None, *, force: bool = False
 ) -> Profile:
-    """Read a profile that holds for this machine, the folder and, where given, the model of ``facts``.
+    """Read a profile that is valid for this machine, the folder and, where given, the model of ``facts``.
 
-    Raises ConfigError for a damaged file, and for one of elsewhere unless ``force``.
+    Raises ConfigError for a damaged file and, unless ``force``, for a profile from another machine, disk or model.
     """
     values = read_json(path, kind=FORMAT, version=VERSION, command="kvswap profile")
     fields = {key: value for key, value in values.items() if key not in ("format", "version")}
     profile = build(Profile, fields, str(path))
     if not profile.disks or any(not disk.bursts for disk in profile.disks):
-        raise ConfigError(f"{path}: damaged: no read was measured", hint="make the file anew")
+        raise ConfigError(f"{path}: damaged: no read was measured", hint="run `kvswap profile` again")
     if force:
         return profile
     folder = prepare_dir(kv_folder(kv_dir))
@@ -163,6 +149,6 @@ def _other_model(profiled: ModelFacts | None, facts: ModelFacts) -> list[str]:
 
 
 def cached_path(fingerprint: str, kv_dir: str | None) -> Path:
-    """Where the profile of a model and a folder is kept."""
+    """Path of the cached profile of a model and a folder."""
     folder = prepare_dir(kv_folder(kv_dir))
     return profiles_folder() / f"{fingerprint[:24]}-{folder.stat().st_dev}.json"

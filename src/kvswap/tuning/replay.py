@@ -1,9 +1,11 @@
-"""One context in memory, decoded again and again with different selections: what tables are computed with.
+"""A cache that decodes the same tokens repeatedly after one prompt, each time with other selections of groups.
 
-K and V of the prompt stay as they are; every replay decodes the same tokens from the same place, exactly or attending
-only to what a sketch selects, by the same code that selects on disk. So one prefill serves all settings, and settings
-are rows of one batch: a step of one token reads all weights, which is most of its time on a small machine, and so it
-reads them once for all.
+``measure_tables`` uses it. K and V of the prompt stay in memory unchanged. A *replay* decodes from the end of the
+prompt, with exact attention or with attention to the groups that a sketch selects. Selection uses the same code as the
+cache on disk. One prefill therefore serves all settings.
+
+The settings of a replay are rows of one batch. A decode step reads all weights, which takes most of its time on a small
+machine; a batch reads them once for all settings. One thread.
 """
 
 from __future__ import annotations
@@ -25,7 +27,10 @@ from kvswap.selection.window import Window
 
 @dataclass(slots=True)
 class Selection:
-    """Select ``groups[layer]`` groups of a layer by its sketch, which holds the whole groups of the context."""
+    """Which groups a row attends to: the best ``groups[layer]`` of each layer by the scores of ``sketches[layer]``.
+
+    The sketches hold the complete groups of the prompt.
+    """
 
     window: Window
     groups: list[int]
@@ -34,16 +39,16 @@ class Selection:
 
 @dataclass(slots=True)
 class Recording:
-    """Queries of exact steps by layer: as predicted one layer ahead, and as they were. Each ``[H_q, d]`` float32."""
+    """Queries by step and offloaded layer, each float32 ``[H_q, d]``: predicted one layer ahead, and true."""
 
     predicted: list[list[torch.Tensor]] = field(default_factory=list)
     true: list[list[torch.Tensor]] = field(default_factory=list)
 
 
 class ReplayCache(LayerMajorCache):
-    """A prompt of one sequence, and replays from its end as rows of a batch.
+    """The prompt of one sequence, and replays from its end whose settings are rows of a batch.
 
-    ``recording``, where set, takes the queries of the first row.
+    While ``recording`` is set, the queries of the first row are appended to it.
     """
 
     def __init__(
@@ -57,7 +62,7 @@ class ReplayCache(LayerMajorCache):
     ) -> None:
         layers = offloaded_layers(parts, self)
         super().__init__(parts, implementation, layers, chunk_tokens=chunk_tokens, on_progress=on_progress)
-        self.kv = self._room(1, capacity_tokens)
+        self.kv = self._allocate(1, capacity_tokens)
         self.padded_tokens = 0
         self.filled_tokens = 0
         self.recording: Recording | None = None
@@ -68,13 +73,16 @@ class ReplayCache(LayerMajorCache):
 
     @contextmanager
     def replay(self, rows: Sequence[Selection | None], steps: int) -> Iterator[None]:
-        """Take up to ``steps`` tokens as a batch, each row with a selection or, None, exactly; then go back."""
+        """Decode up to ``steps`` tokens inside the block, then return to the end of the prompt.
+
+        Each entry of ``rows`` is one row of the batch: a selection, or None for exact attention.
+        """
         kept = {i: layer for i, layer in enumerate(self.layers) if not isinstance(layer, OffloadedLayer)}
         tokens = self._branched_tokens = self.padded_tokens
         for index, layer in kept.items():
-            self.layers[index] = branch = copy.copy(layer)  # its tensors are replaced, never written to
+            self.layers[index] = branch = copy.copy(layer)  # a shallow copy: its tensors are replaced, not written to
             branch.keys, branch.values = (each.repeat(len(rows), 1, 1, 1) for each in (layer.keys, layer.values))
-        self._rows, self._tail = list(rows), self._room(len(rows), steps)
+        self._rows, self._tail = list(rows), self._allocate(len(rows), steps)
         try:
             yield
         finally:
@@ -84,26 +92,29 @@ class ReplayCache(LayerMajorCache):
                 self.layers[index] = layer
 
     def extend(self, order: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """New K, V ``[B, H_kv, n, d]`` of one layer; returns all so far, as views, of a replay those of its steps."""
+        """Store new K, V ``[B, H_kv, n, d]`` of one layer.
+
+        Returns views of the layer's K, V so far; during a replay, those of its own steps alone.
+        """
         start = self.filled_tokens
         stop = self.filled_tokens = start + keys.shape[2]
-        room = self.kv[order]
+        memory = self.kv[order]
         if self._rows:
-            room, start, stop = self._tail[order], start - self._branched_tokens, stop - self._branched_tokens
-        room[0, :, :, start:stop] = keys
-        room[1, :, :, start:stop] = values
-        return room[0, :, :, :stop], room[1, :, :, :stop]
+            memory, start, stop = self._tail[order], start - self._branched_tokens, stop - self._branched_tokens
+        memory[0, :, :, start:stop] = keys
+        memory[1, :, :, start:stop] = values
+        return memory[0, :, :, :stop], memory[1, :, :, :stop]
 
     def mask_tokens(self, query_length: int) -> int:
-        """K of the running layer so far, and the chunk's."""
+        """Length of the running layer's K after this chunk."""
         return self.filled_tokens + query_length
 
     def leave(self, part: LayerParts) -> None:
-        """The next layer begins where this one began."""
+        """Reset the position, because the next layer begins where this one began."""
         self.filled_tokens = self.padded_tokens
 
     def end(self, tokens: int) -> None:
-        """Count the tokens of this forward."""
+        """Add the tokens of this forward to the length of the context."""
         super().end(tokens)
         self.padded_tokens += tokens
         self.filled_tokens = self.padded_tokens
@@ -112,7 +123,7 @@ class ReplayCache(LayerMajorCache):
     def decode_layer(
         self, part: LayerParts, forward: LayerForward, hidden: torch.Tensor, kwargs: dict[str, Any]
     ) -> Any:
-        """Predict the query of the next layer, as on disk, then run this one."""
+        """Predict the query of the next layer as the cache on disk does, then run this layer."""
         if self.recording is not None and part.index == 0:
             self.recording.predicted.append([])
             self.recording.true.append([])
@@ -137,7 +148,7 @@ class ReplayCache(LayerMajorCache):
         mask: Any,
         kwargs: dict[str, Any],
     ) -> torch.Tensor:
-        """Exact attention of a prompt; in a replay, of each row over everything or over what it selects."""
+        """Compute exact attention for a prompt; in a replay, attend to everything or to a row's selection."""
         if not self._rows or part.order is None:
             return super().attention(part, stock, query, keys, values, mask, kwargs)
         predicted = self._queries[part.order]
@@ -157,7 +168,7 @@ class ReplayCache(LayerMajorCache):
     def _selected(
         self, selection: Selection, order: int, query: torch.Tensor, prompt: torch.Tensor, steps: int
     ) -> torch.Tensor:
-        """What a row attends to of the prompt's K, V ``[2, 1, H_kv, T, d]``, ``steps`` tokens after it."""
+        """Gather what a row attends to from the prompt's K, V ``[2, 1, H_kv, T, d]``, ``steps`` tokens after it."""
         window, tokens = selection.window, prompt.shape[3]
         start = window.ring_start((tokens + steps - 1) // window.group_tokens)
         scores = selection.sketches[order].group_mass(query, self.parts.scaling, window.group_tokens)
@@ -170,7 +181,8 @@ class ReplayCache(LayerMajorCache):
         places = torch.cat((inside, torch.arange(start * window.group_tokens, tokens, device=picked.device)))
         return prompt[:, :, :, places]
 
-    def _room(self, rows: int, tokens: int) -> torch.Tensor:
+    def _allocate(self, rows: int, tokens: int) -> torch.Tensor:
+        """Uninitialised K, V of all offloaded layers: ``[L, 2, rows, H_kv, tokens, d]`` in the compute dtype."""
         parts = self.parts
         size = (len(parts.offloaded), 2, rows, parts.kv_heads, tokens, parts.head_dim)
         return torch.empty(size, dtype=parts.dtype, device=parts.device)

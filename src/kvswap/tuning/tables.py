@@ -1,12 +1,16 @@
-"""Tables of one model, from calibration text: what a setting costs in quality, and which groups steps ask for.
+"""Tables of one model, measured on calibration text: the quality of each setting, and the groups that steps select.
 
-*Quality* is KL(full || selected) of the next-token distribution in nats, over sketch, group size and selection, by
-text: texts differ up to five times in it, which a mean alone would hide.
-*Rankings* are the groups that steps would select, best first; reuse rates and reads for any capacity follow from them
-(``traffic.simulate``). *Kept* is the attention mass that a layer keeps with so many groups: how diffuse it is.
+Tables hold three things:
 
-A file of safetensors: nothing in it is executed, everything is checked. It belongs to a model and to this version of
-kvswap, not to a machine, so it can be computed on a faster one and copied.
+* *qualities*: KL(full || selected) of the next-token distribution in nats, for sketch sizes, group sizes and
+  selections. There is one value for each text, because texts differ by up to a factor of five.
+* *rankings*: for each step and layer the groups by score, best first. ``traffic.simulate`` derives reuse rates and
+  reads from them for any number of reuse slots.
+* *kept*: the attention mass that each layer keeps with its best 0, 1, 2, ... groups.
+
+``measure_tables`` produces them and ``search`` uses them. They are stored as a safetensors file; everything in it is
+checked when it is read. The file belongs to a model and a version of kvswap, not to a machine, so it can be computed on
+a faster machine and copied. Tables do not change after they are built; any thread may read them.
 """
 
 from __future__ import annotations
@@ -36,31 +40,36 @@ FORMAT, VERSION = "kvswap-tables", 4
 GROUPS = (1, 2, 4, 8, 16)
 SELECTED = (200, 400, 800)
 COVERED = 0.9
-"""Share of texts whose KL is to stay below what is promised."""
+"""Share of unseen texts that are expected to stay below ``PredictedKL.bound``."""
+LEAST_SHARE, MOST_SHARE = 0.4, 2.0
+"""Least and most groups of a layer, as shares of the mean over layers. The most decides the size of staging memory."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
-class Sketching:
-    """Rank and bits of a sketch."""
+class SketchSize:
+    """Rank and bits of a sketch: how many numbers it keeps of each key, and the bits of each number."""
 
     rank: int
     bits: int
 
     @property
     def token_bytes(self) -> int:
-        """Of one token and layer."""
+        """Bytes of one token in one layer."""
         return TransformSketch.token_bytes(self.rank, self.bits)
 
     def __str__(self) -> str:
         return f"rank {self.rank} in {self.bits} bit"
 
 
-def sketchings(key_elements: int) -> list[Sketching]:
-    """What is measured and tuned over, for keys of D elements: from D/4 to D/32 times two bytes, the default first."""
+def sketch_sizes(key_elements: int) -> list[SketchSize]:
+    """Return the sketch sizes that are measured and tuned over, for keys of ``key_elements`` elements (D).
+
+    They take from D/4 x 2 down to D/32 x 2 bytes per token and layer. The default comes first.
+    """
     found = []
     for share, bits in ((8, 4), (4, 4), (16, 4), (32, 4), (8, 2), (16, 2), (32, 2)):
         step = 8 // bits  # whole bytes
-        each = Sketching(min(key_elements, max(8, key_elements // share * 2 * step // step * step)), bits)
+        each = SketchSize(min(key_elements, max(8, key_elements // share * 2 * step // step * step)), bits)
         if each not in found:
             found.append(each)
     return found
@@ -68,7 +77,10 @@ def sketchings(key_elements: int) -> list[Sketching]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Quality:
-    """KL of one setting: of each text the mean over its steps. ``by_layer``: with a budget for each layer."""
+    """Measured KL of one setting at a context of ``tokens``.
+
+    ``kl_by_text`` holds the mean over steps of each text. ``by_layer``: layers select different numbers of groups.
+    """
 
     tokens: int
     rank: int
@@ -81,7 +93,11 @@ class Quality:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TablesFacts:
-    """Where tables come from and what was measured: ``steps`` after each context of each of ``texts`` stretches."""
+    """Origin of tables, and the measured qualities.
+
+    ``steps`` decode steps were measured after each of ``contexts``, in each of ``texts`` texts. ``text`` describes the
+    text.
+    """
 
     model: str
     fingerprint: str
@@ -94,64 +110,74 @@ class TablesFacts:
 
 
 @dataclass(frozen=True, slots=True)
-class TextKL:
-    """KL of a setting, in nats: ``expected`` in the mean over texts, ``promised`` what 9 of 10 texts stay below."""
+class PredictedKL:
+    """Predicted KL of a setting in nats: ``expected`` is the mean over texts; 9 of 10 texts stay below ``bound``."""
 
     expected: float
-    promised: float
+    bound: float
 
 
 @dataclass(frozen=True, slots=True)
 class Tables:
-    """``rankings[tokens, G]`` is int32 ``[texts, steps, L, K]``, ``kept[tokens, G]`` float32 ``[L, K + 1]``."""
+    """Tables of one model.
+
+    Parameters
+    ----------
+    rankings
+        By context in tokens and group size: int32 ``[texts, steps, L, K]``, groups by score, best first.
+    kept
+        By context in tokens and group size: float32 ``[L, K + 1]``, the mass kept with the best k groups.
+    """
 
     facts: TablesFacts
     rankings: dict[tuple[int, int], NDArray[np.int32]]
     kept: dict[tuple[int, int], NDArray[np.float32]]
 
     def nearest_context(self, tokens: int) -> int:
-        """The measured context nearest to ``tokens`` by ratio."""
+        """Return the measured context whose ratio to ``tokens`` is nearest to 1."""
         return min(self.facts.contexts, key=lambda each: abs(np.log(each / max(1, tokens))))
 
-    def kl(self, tokens: int, sketch: Sketching, group_tokens: int, select_tokens: int, *, by_layer: bool) -> TextKL:
-        """KL of a setting, from the logarithms by text.
+    def kl(
+        self, tokens: int, sketch: SketchSize, group_tokens: int, select_tokens: int, *, by_layer: bool
+    ) -> PredictedKL:
+        """Predict the KL of a setting at a context of ``tokens``.
 
-        All settings were measured on the same texts, so two settings are compared text by text: ratios are geometric
-        means over texts (a two-way model of log KL, text + setting), where a quotient of mean KLs would be that of the
-        one or two texts with the largest. The level, which is no ratio, is the mean over texts of the reference
-        setting's KL: the defaults.
+        All settings were measured on the same texts, so settings are compared text by text: log KL is modelled as the
+        sum of a text's and a setting's contribution, and ratios are geometric means over texts. A ratio of mean KLs
+        would follow the one or two texts with the largest KL. The absolute level is the arithmetic mean over texts of
+        the default setting's KL.
 
-        A text nobody has seen is expected below the upper end of a one-sided prediction interval: log KL by text is
-        about normal, with mean and deviation known from a few texts. Between measured contexts those ends are
-        interpolated: texts that were interpolated first would differ less than any that there are.
+        ``bound`` is the upper end of a one-sided prediction interval for an unseen text. Log KL of texts is about
+        normal, and its mean and deviation are estimated from the measured texts. Between measured contexts the bounds
+        are interpolated, not the texts: interpolated texts would differ less than measured ones.
         """
         places = sorted(self.facts.contexts)
         by_place = [self._by_text(each, sketch, group_tokens, select_tokens, by_layer) for each in places]
         bound = np.interp(math.log(tokens), np.log(places), [prediction_bound(each) for each in by_place])
         mean = float(_between(tokens, places, by_place).mean())
-        return TextKL(expected=math.exp(mean + self._above_geometric(tokens)), promised=math.exp(float(bound)))
+        return PredictedKL(expected=math.exp(mean + self._above_geometric(tokens)), bound=math.exp(float(bound)))
 
-    def measured(self, sketch: Sketching) -> bool:
-        """Whether this sketch is in the tables."""
+    def measured(self, sketch: SketchSize) -> bool:
+        """Return whether the tables have this sketch size."""
         return any((each.rank, each.bits) == (sketch.rank, sketch.bits) for each in self.facts.qualities)
 
-    def _default(self) -> Sketching:
+    def _default(self) -> SketchSize:
         first = self.facts.qualities[0]
-        return Sketching(first.rank, first.bits)
+        return SketchSize(first.rank, first.bits)
 
     def _near_groups(self, group_tokens: int) -> list[int]:
-        """Group sizes at which all sketches were measured, those nearest to this one."""
+        """Of the group sizes at which every sketch was measured, the one or two nearest to ``group_tokens``."""
         both = sorted({each.group_tokens for each in self.facts.qualities if each.by_layer})
         nearest = min(abs(np.log(each / group_tokens)) for each in both)
         return [each for each in both if abs(np.log(each / group_tokens)) <= nearest + 1e-9]
 
     def _by_text(
-        self, tokens: int, sketch: Sketching, group_tokens: int, select_tokens: int, by_layer: bool
+        self, tokens: int, sketch: SketchSize, group_tokens: int, select_tokens: int, by_layer: bool
     ) -> NDArray[np.float64]:
-        """Logarithm of each text's KL ``[texts]``, interpolated in the logarithms of context and selection.
+        """Logarithm of each text's KL, float64 ``[texts]``, interpolated in the logarithms of context and selection.
 
-        A sketch other than the default, and budgets by layer, are measured at some settings only: what they change
-        there, as a factor, is taken for all.
+        Sketches other than the default, and selections that differ by layer, were measured at some settings only. The
+        factor by which they change KL there is applied to all settings.
         """
         default = self._default()
         found = self._over_contexts(tokens, default, group_tokens, select_tokens, by_layer=False)
@@ -163,7 +189,7 @@ class Tables:
         return np.asarray(found + np.mean(factors, axis=0), dtype=np.float64)
 
     def _above_geometric(self, tokens: int) -> float:
-        """Logarithm of the mean over the geometric mean over texts, at the reference setting."""
+        """Logarithm of arithmetic over geometric mean of the texts' KL, at the default setting."""
         places, reference = sorted(self.facts.contexts), Config()
         logs = [
             self._over_selected(each, self._default(), reference.group_tokens, reference.select_tokens, False)
@@ -173,30 +199,34 @@ class Tables:
         return float(np.interp(math.log(tokens), np.log(places), above))
 
     def _over_contexts(
-        self, tokens: int, sketch: Sketching, group_tokens: int, select_tokens: int, *, by_layer: bool
+        self, tokens: int, sketch: SketchSize, group_tokens: int, select_tokens: int, *, by_layer: bool
     ) -> NDArray[np.float64]:
-        """Logarithm of KL ``[texts]``; beyond the measured contexts that of the nearest."""
+        """Logarithm of KL, float64 ``[texts]``; beyond the measured contexts that of the nearest one."""
         places = sorted(self.facts.contexts)
         logs = [self._over_selected(each, sketch, group_tokens, select_tokens, by_layer) for each in places]
         return _between(tokens, places, logs)
 
     def _over_selected(
-        self, context: int, sketch: Sketching, group_tokens: int, select_tokens: int, by_layer: bool
+        self, context: int, sketch: SketchSize, group_tokens: int, select_tokens: int, by_layer: bool
     ) -> NDArray[np.float64]:
-        line = sorted(
+        measured = sorted(
             (each.select_tokens, each.kl_by_text)
             for each in self.facts.qualities
             if (each.tokens, each.rank, each.bits) == (context, sketch.rank, sketch.bits)
             and (each.group_tokens, each.by_layer) == (group_tokens, by_layer)
         )
-        if not line:
-            raise ConfigError(f"tables: nothing measured for {sketch} and G = {group_tokens}", hint="compute them anew")
-        return _between(select_tokens, [count for count, _ in line], [np.log(np.maximum(kl, 1e-7)) for _, kl in line])
+        if not measured:
+            raise ConfigError(
+                f"tables: nothing was measured for {sketch} and G = {group_tokens}",
+                hint="compute them again: run `kvswap tune` without --tables",
+            )
+        logs = [np.log(np.maximum(kl, 1e-7)) for _, kl in measured]
+        return _between(select_tokens, [count for count, _ in measured], logs)
 
     # ---- files
 
     def save(self, path: str | Path) -> None:
-        """Write or replace the file in one move. Raises ConfigError."""
+        """Write the file, or replace it atomically. Raises ConfigError when that fails."""
         target = Path(path).expanduser().absolute()
         about = {"format": FORMAT, "version": VERSION, **dataclasses.asdict(self.facts)}
         tensors: dict[str, NDArray[Any]] = {}
@@ -208,12 +238,15 @@ class Tables:
             with atomic_file(target) as file:
                 save_file(tensors, file.name, metadata={"kvswap": json.dumps(about)})
         except OSError as error:
-            raise ConfigError(f"{path}: cannot be written: {error}", hint="give a file in a folder of yours") from error
+            raise ConfigError(f"{path}: cannot be written: {error}", hint="give a file in a writable folder") from error
 
 
 def load_tables(path: str | Path, fingerprint: str, layers: int, *, force: bool = False) -> Tables:
-    """Read tables of the model with this fingerprint. Raises ConfigError, for those of another unless ``force``."""
-    hint = "compute them anew: run `kvswap tune` without --tables"
+    """Read the tables of the model with this fingerprint and this number of offloaded layers.
+
+    Raises ConfigError for a damaged file and, unless ``force``, for tables of another model or version of kvswap.
+    """
+    hint = "compute them again: run `kvswap tune` without --tables"
     try:
         with safe_open(Path(path).expanduser(), framework="np") as file:
             about = json.loads((file.metadata() or {}).get("kvswap", "null"))
@@ -233,18 +266,61 @@ def load_tables(path: str | Path, fingerprint: str, layers: int, *, force: bool 
         differences.append(f"kvswap {facts.kvswap_version}")
     if differences and not force:
         raise ConfigError(
-            f"tables {path}: made for {' and '.join(differences)}", hint="compute them here, or use them with --force"
+            f"tables {path}: computed for {' and '.join(differences)}",
+            hint="compute them here, or use them anyway with --force",
         )
     return _checked(facts, tensors, layers, f"tables {path}", hint)
 
 
+def cached_tables(fingerprint: str) -> Path:
+    """Path of the cached tables of a model."""
+    return tables_folder() / f"{fingerprint[:24]}.safetensors"
+
+
+def groups_by_layer(kept: NDArray[np.float32], mean_groups: int) -> list[int]:
+    """Distribute selected groups over layers so that they keep the most attention mass in total.
+
+    Some layers spread their attention widely and need more groups (BaKlaVa, arXiv 2502.13176). The mean over layers is
+    at most ``mean_groups``, and each layer gets from LEAST_SHARE to MOST_SHARE of it.
+
+    Parameters
+    ----------
+    kept
+        float32 ``[L, K + 1]``: the mass that a layer keeps with its best k groups; K is at least ``mean_groups``.
+    """
+    layers, most = len(kept), min(kept.shape[1] - 1, max(1, int(mean_groups * MOST_SHARE)))
+    least = min(most, max(1, int(mean_groups * LEAST_SHARE)))
+    gains = np.diff(kept.astype(np.float64), axis=1)[:, least:most]
+    # Gains should fall with rank. Where they do not in the sample, each is raised to the largest gain after it.
+    falling = np.maximum.accumulate(gains[:, ::-1], axis=1)[:, ::-1]
+    spare = max(0, min(layers * (mean_groups - least), falling.size))
+    order = np.argsort(-falling, axis=None, kind="stable")[:spare]
+    extra = np.bincount(order // max(1, falling.shape[1]), minlength=layers) if spare else np.zeros(layers, int)
+    return [int(least + count) for count in extra]
+
+
+def prediction_bound(values: NDArray[np.float64]) -> float:
+    """Upper bound for one more value of a normal distribution, with probability 0.9, after ``values`` ``[n]``, n > 1.
+
+    The bound is mean + t * deviation * sqrt(1 + 1/n). Student's t for n - 1 degrees of freedom comes from its expansion
+    around the normal quantile (Abramowitz and Stegun, 26.7.5). Its error is below 0.3 % from two degrees of freedom up,
+    and 4 % for one.
+    """
+    count = len(values)
+    z, freedom = NormalDist().inv_cdf(COVERED), count - 1
+    t = z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
+    t += (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * freedom**3)
+    return float(values.mean() + t * values.std(ddof=1) * math.sqrt(1 + 1 / count))
+
+
 def _checked(facts: TablesFacts, tensors: dict[str, NDArray[Any]], layers: int, where: str, hint: str) -> Tables:
+    """Build tables from a file's content. Raises ConfigError where shapes, types or values are wrong."""
     rankings, kept = {}, {}
     for context in facts.contexts:
         for group_tokens in GROUPS:
             ranking = tensors.get(f"ranking.{context}.{group_tokens}")
             mass = tensors.get(f"kept.{context}.{group_tokens}")
-            right = (
+            valid = (
                 ranking is not None
                 and mass is not None
                 and ranking.dtype == np.int32
@@ -255,7 +331,7 @@ def _checked(facts: TablesFacts, tensors: dict[str, NDArray[Any]], layers: int, 
                 and mass.shape == (ranking.shape[2], ranking.shape[3] + 1)
                 and bool((ranking >= 0).all() and (ranking < context).all() and np.isfinite(mass).all())
             )
-            if not right or ranking is None or mass is None:
+            if not valid or ranking is None or mass is None:
                 raise ConfigError(f"{where}: damaged: ranking of {context} tokens, G = {group_tokens}", hint=hint)
             if ranking.shape[2] != layers:
                 raise ConfigError(f"{where}: {ranking.shape[2]} layers, the model has {layers}", hint=hint)
@@ -268,27 +344,9 @@ def _checked(facts: TablesFacts, tensors: dict[str, NDArray[Any]], layers: int, 
     return Tables(facts, rankings, kept)
 
 
-def prediction_bound(values: NDArray[np.float64]) -> float:
-    """What one more value of a normal distribution stays below with probability 0.9, after ``values`` ``[n]``, n > 1.
-
-    Mean + t * deviation * sqrt(1 + 1/n), with Student's t for n - 1 degrees of freedom by its expansion around the
-    normal quantile (Abramowitz and Stegun, 26.7.5): within 0.3 % from two degrees of freedom up, 4 % for one.
-    """
-    count = len(values)
-    z, freedom = NormalDist().inv_cdf(COVERED), count - 1
-    t = z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
-    t += (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * freedom**3)
-    return float(values.mean() + t * values.std(ddof=1) * math.sqrt(1 + 1 / count))
-
-
-def _between(wanted: int, places: list[int], rows: list[NDArray[np.float64]]) -> NDArray[np.float64]:
-    """The row at ``wanted``, interpolated in its logarithm between those at ``places``, the nearest beyond them."""
-    place = float(np.interp(math.log(wanted), np.log(places), np.arange(len(places))))
+def _between(at: int, places: list[int], rows: list[NDArray[np.float64]]) -> NDArray[np.float64]:
+    """Interpolate ``rows`` at ``at`` in the logarithm of ``places``; beyond them the nearest row."""
+    place = float(np.interp(math.log(at), np.log(places), np.arange(len(places))))
     low = min(int(place), len(places) - 2) if len(places) > 1 else 0
     part = place - low
     return np.asarray(rows[low] if not part else (1 - part) * rows[low] + part * rows[low + 1], dtype=np.float64)
-
-
-def cached_tables(fingerprint: str) -> Path:
-    """Where the tables of a model are kept."""
-    return tables_folder() / f"{fingerprint[:24]}.safetensors"

@@ -1,7 +1,8 @@
-"""What decode steps would read: the engine's own slots and read planner, fed with recorded rankings instead of a model.
+"""Count what decode steps would read, by feeding recorded selections to the engine's own slots and read planner.
 
-A ranking says, for each step and layer, which groups are worth most, best first. From it follows, for any number of
-selected groups and of reuse slots, what is in memory already and which reads the rest takes.
+A ranking lists, for each step and layer, the groups by their score, best first. From it ``simulate`` finds, for any
+number of selected groups and of reuse slots, how many groups are in memory already and which reads the others need.
+No model and no disk take part.
 """
 
 from __future__ import annotations
@@ -18,13 +19,23 @@ from kvswap.terms import KVGeometry
 from kvswap.tuning.cost import Traffic
 
 WARM_SHARE = 0.25
-"""Steps at the start that fill the slots and are not counted."""
+"""Share of the steps at the start that only fill the slots; they are not counted."""
 
 
 def simulate(
     ranking: NDArray[np.int32], groups: list[int], *, reuse_slots: int, slot_bytes: int, gap_bytes: int
 ) -> Traffic:
-    """Traffic of one sequence, mean over texts: ``ranking`` ``[texts, steps, L, K]``; layer l selects ``groups[l]``."""
+    """Return the traffic of one sequence, as the mean over texts.
+
+    Parameters
+    ----------
+    ranking
+        Groups by score, best first: int32 ``[texts, steps, L, K]``.
+    groups
+        How many groups each layer selects, at most K.
+    gap_bytes
+        Reads are merged across gaps of at most so many bytes.
+    """
     counts = np.mean([_count(text, groups, reuse_slots, slot_bytes, gap_bytes) for text in ranking], axis=0)
     return Traffic(
         selected_groups=np.array(groups, float), missed_groups=counts[0], reads=counts[1], read_bytes=counts[2]
@@ -34,7 +45,7 @@ def simulate(
 def _count(
     ranking: NDArray[np.int32], groups: list[int], reuse_slots: int, slot_bytes: int, gap_bytes: int
 ) -> NDArray[np.float64]:
-    """Missed groups, reads and bytes of a step by layer, ``[3, L]``, over the steps of one text ``[steps, L, K]``."""
+    """Missed groups, reads and bytes per step, float64 ``[3, L]``, from one text's ranking ``[steps, L, K]``."""
     steps, layers, width = ranking.shape
     most = max(groups)
     assert most <= width, (most, width)
@@ -55,10 +66,10 @@ def _count(
     try:
         for step in range(steps):
             for layer, count in enumerate(groups):
-                wanted = np.sort(ranking[step, layer, :count]).astype(np.int64)
+                selected = np.sort(ranking[step, layer, :count]).astype(np.int64)
                 sequences = np.zeros(count, np.int64)
-                missing = pool.lookup(layer, sequences, wanted) < 0
-                missed = wanted[missing]
+                missing = pool.lookup(layer, sequences, selected) < 0
+                missed = selected[missing]
                 plan = plan_reads(sequences[missing], missed, gap_groups=gap_bytes // slot_bytes, places=places)
                 pool.admit(layer, sequences[missing], missed, pool.staging_slot(0) + plan.place)
                 counts[:, step, layer] = len(missed), len(plan.first), plan.count.sum() * slot_bytes

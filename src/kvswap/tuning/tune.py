@@ -1,7 +1,12 @@
-"""``kvswap.tune``: from a model and a memory limit to configurations, with what they promise and why."""
+"""``kvswap.tune``: find configurations for a model under a memory limit, with predictions and reasons.
+
+It obtains a profile and tables (given, cached, or measured now), runs the search for each context, and returns the
+solutions. ``kvswap tune`` calls it. One thread, which must be the one that runs the model.
+"""
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,15 +15,18 @@ from kvswap.config import Config
 from kvswap.errors import ConfigError, StorageError
 from kvswap.models.adapter import inspect
 from kvswap.models.loading import LoadedModel, load_model
-from kvswap.tuning.disk_curve import Progress
+from kvswap.tuning.cost import ModelFacts
+from kvswap.tuning.disk_costs import Progress
 from kvswap.tuning.explain import reasons
-from kvswap.tuning.make_tables import make_tables
+from kvswap.tuning.measure_tables import measure_tables
 from kvswap.tuning.model_costs import model_facts
-from kvswap.tuning.profile import ModelFacts, Profile, cached_path, load_profile, take_profile
+from kvswap.tuning.profile import Profile, cached_path, load_profile, take_profile
+from kvswap.tuning.search import Candidate, Prefer, Pricing, Request, search
+from kvswap.tuning.solution import Prediction, Solution, TunedConfig
 from kvswap.tuning.tables import GROUPS, Tables, cached_tables, load_tables
-from kvswap.tuning.tuned import Promise, Solution, TunedConfig
-from kvswap.tuning.tuner import Candidate, Prefer, Pricing, Request, search
 from kvswap.units import parse_bytes
+
+logger = logging.getLogger(__name__)
 
 
 def tune(
@@ -36,22 +44,26 @@ def tune(
     on_progress: Progress | None = None,
     on_notice: Callable[[str], None] | None = None,
 ) -> TunedConfig:
-    """Find sketch, group size, selection of each layer and room for reuse under a memory limit.
+    """Find sketch size, group size, selection by layer and reuse memory under a memory limit.
 
     Parameters
     ----------
     model
-        As for ``load``.
+        A model as ``kvswap.load`` takes it, or one that is loaded already.
     kv_memory, batch
-        One limit for all sequences that are decoded together. Speed is measured for one and extrapolated.
+        The memory limit for all ``batch`` sequences that are decoded together. Speed is measured for one sequence and
+        extrapolated.
     context_tokens
-        Longest context to work with, or several: each gets a solution of its own.
-    prefer, select_tokens
-        ``"quality"``: the best that is nearly as fast as the fastest; ``"speed"``: the fastest that is nearly as good.
-        M in the mean over layers.
-    profile, tables, force
-        What was measured before; by default what the cache folder has, or measured now: a profile takes about a
-        minute, tables some minutes, once a model. ``force`` takes those of another machine, model or version.
+        Longest context in tokens, or several: each gets a solution of its own.
+    prefer
+        ``"quality"``: the best KL among the nearly fastest. ``"speed"``: the fastest among those of nearly the best KL.
+    select_tokens
+        M, the tokens attended to, as the mean over layers.
+    profile, tables
+        Measurements, or their files. By default those in the cache folder are used; where there are none, they are
+        measured now and cached. A profile takes about a minute, tables several minutes once per model.
+    force
+        Accept a profile and tables from another machine, model or version.
     on_progress
         Called with ``("disk" | "model" | "calibrate" | "tables" | "tune", done, total)``.
 
@@ -65,7 +77,7 @@ def tune(
     _check(contexts, batch, prefer, select_tokens)
     loaded = load_model(model, on_notice=notice) if isinstance(model, str) else model
     facts = model_facts(loaded, inspect(loaded.model))
-    _check_reach(contexts, facts)
+    _check_contexts(contexts, facts)
     known = find_profile(loaded, facts, profile, kv_dir, force=force, on_progress=on_progress, on_notice=notice)
     measured = find_tables(loaded, facts, tables, force=force, on_progress=on_progress, on_notice=notice)
     pricing = Pricing(known, measured, facts, loaded.model.device)
@@ -93,22 +105,33 @@ def find_profile(
     on_progress: Progress | None,
     on_notice: Callable[[str], None],
 ) -> Profile:
-    """The profile that was given, or the cached one, or one measured now (and cached)."""
+    """Return the given profile, or the cached one, or measure one now and cache it.
+
+    Raises ConfigError for a given file that is damaged, of another machine or model, or without model costs.
+    """
     if isinstance(given, Profile):
         return given
     if given is not None:
         found = load_profile(given, kv_dir, facts, force=force)
         if found.costs is None:
-            raise ConfigError(f"{given}: a profile without a model", hint="run `kvswap profile --model`")
+            raise ConfigError(
+                f"{given}: the profile has no model costs",
+                hint="measure the model too: run `kvswap profile --model MODEL --json FILE`",
+            )
+        logger.debug("profile: %s, measured %s", given, found.made)
         return found
     try:
-        return load_profile(cached_path(facts.fingerprint, kv_dir), kv_dir, facts)
-    except (ConfigError, StorageError):  # none, of an older version, or damaged: it is ours to measure again
-        found = take_profile(kv_dir, loaded, on_progress=on_progress)
+        path = cached_path(facts.fingerprint, kv_dir)
+        found = load_profile(path, kv_dir, facts)
+        logger.debug("profile: from the cache, %s, measured %s", path, found.made)
+        return found
+    except (ConfigError, StorageError) as error:  # missing, outdated or damaged: it is measured again
+        logger.debug("profile: measured now, because the cached one cannot be used: %s", error.message)
+    found = take_profile(kv_dir, loaded, on_progress=on_progress)
     try:
         found.save(cached_path(facts.fingerprint, kv_dir))
     except (ConfigError, StorageError) as error:
-        on_notice(f"the profile cannot be kept, so the next run measures it again: {error}")
+        on_notice(f"the profile cannot be stored, so the next run measures it again: {error}")
     return found
 
 
@@ -121,30 +144,38 @@ def find_tables(
     on_progress: Progress | None,
     on_notice: Callable[[str], None],
 ) -> Tables:
-    """The tables that were given, or the cached ones, or some computed now (and cached)."""
+    """Return the given tables, or the cached ones, or measure them now and cache them.
+
+    Where ``given`` is a file that does not exist yet, new tables are written there. Raises ConfigError for a given file
+    that is damaged or of another model or version.
+    """
     if isinstance(given, Tables):
         return given
     if given is not None and Path(given).expanduser().exists():
         return load_tables(given, facts.fingerprint, facts.layers, force=force)
     if given is not None:
-        found = make_tables(loaded, on_progress=on_progress)
+        found = measure_tables(loaded, on_progress=on_progress)
         found.save(given)
         return found
     try:
-        return load_tables(cached_tables(facts.fingerprint), facts.fingerprint, facts.layers)
-    except (ConfigError, StorageError):  # as above
-        found = make_tables(loaded, on_progress=on_progress)
+        path = cached_tables(facts.fingerprint)
+        found = load_tables(path, facts.fingerprint, facts.layers)
+        logger.debug("tables: from the cache, %s", path)
+        return found
+    except (ConfigError, StorageError) as error:
+        logger.debug("tables: measured now, because the cached ones cannot be used: %s", error.message)
+    found = measure_tables(loaded, on_progress=on_progress)
     try:
         found.save(cached_tables(facts.fingerprint))
     except (ConfigError, StorageError) as error:
-        on_notice(f"the tables cannot be kept, so the next run computes them again: {error}")
+        on_notice(f"the tables cannot be stored, so the next run measures them again: {error}")
     return found
 
 
-def promise_of(chosen: Candidate) -> Promise:
-    """What a candidate is expected to do."""
+def prediction_of(chosen: Candidate) -> Prediction:
+    """Return what a candidate is predicted to do, as it stands in a solution."""
     cost = chosen.cost
-    return Promise(
+    return Prediction(
         tokens_per_s=cost.tokens_per_s,
         compute_s=cost.compute_s,
         predict_s=cost.predict_s,
@@ -155,13 +186,13 @@ def promise_of(chosen: Candidate) -> Promise:
         read_bytes=cost.read_bytes,
         reuse_rate=chosen.traffic.reuse_rate,
         expected_kl=chosen.expected_kl,
-        promised_kl=chosen.promised_kl,
+        kl_bound=chosen.kl_bound,
         memory_parts=chosen.memory_parts,
     )
 
 
 def _values(config: Config, kv_dir: str | None) -> dict[str, object]:
-    """Keys that differ from the defaults, with those that were tuned."""
+    """Return the tuned keys of a configuration, and the others that differ from the defaults."""
     plain = Config().to_dict()
     tuned = ("kv_memory", "group_tokens", "select_tokens", "layer_select_tokens", "sketch_rank", "sketch_bits")
     values = {key: value for key, value in config.to_dict().items() if key in tuned or value != plain[key]}
@@ -173,6 +204,7 @@ def _values(config: Config, kv_dir: str | None) -> dict[str, object]:
 def _solve(
     pricing: Pricing, requests: list[Request], prefer: Prefer, kv_dir: str | None, on_progress: Progress | None
 ) -> list[Solution]:
+    """Search each request, reporting progress over all of them."""
     solutions = []
     for number, request in enumerate(requests):
 
@@ -191,13 +223,13 @@ def _solution(request: Request, chosen: Candidate, lines: list[str], kv_dir: str
         batch=request.batch,
         context_tokens=request.context_tokens,
         values=_values(chosen.config, kv_dir),
-        promise=promise_of(chosen),
+        prediction=prediction_of(chosen),
         reasons=lines,
     )
 
 
 def _check(contexts: list[int], batch: int, prefer: str, select_tokens: int) -> None:
-    """What can be wrong before a model is loaded. Raises ConfigError."""
+    """Check the arguments before a model is loaded. Raises ConfigError."""
     if prefer not in ("quality", "speed"):
         raise ConfigError(f"prefer: got {prefer!r}", hint="use quality or speed")
     if not contexts:
@@ -208,7 +240,8 @@ def _check(contexts: list[int], batch: int, prefer: str, select_tokens: int) -> 
     Config(select_tokens=select_tokens, group_tokens=max(GROUPS))  # raises where it leaves nothing to select
 
 
-def _check_reach(contexts: list[int], facts: ModelFacts) -> None:
+def _check_contexts(contexts: list[int], facts: ModelFacts) -> None:
+    """Raise ConfigError for a context that is longer than the model allows."""
     for context in contexts:
         if facts.longest_tokens and context > facts.longest_tokens:
             raise ConfigError(

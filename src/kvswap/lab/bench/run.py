@@ -28,7 +28,7 @@ from kvswap.lab.bench.variants import Variant, changed
 from kvswap.lab.rivals.registry import with_methods
 from kvswap.models.adapter import inspect
 from kvswap.models.loading import LoadedModel
-from kvswap.tuning.disk_test import ReadTest, measure_reads
+from kvswap.tuning.disk_costs import ReadTest, measure_reads
 from kvswap.tuning.machine import describe_machine
 
 FORMAT = 1

@@ -10,7 +10,7 @@ from typing import Any
 from kvswap.config import Config
 from kvswap.errors import ConfigError
 from kvswap.lab.rivals.registry import DISK, check_name
-from kvswap.tuning.tuned import TunedConfig, is_tuned, load_tuned
+from kvswap.tuning.solution import TunedConfig, is_tuned, load_tuned
 
 MARK = "@"
 

@@ -1,13 +1,19 @@
-"""The parameters for a memory limit: every combination is priced, the best is taken and explained.
+"""Search the parameters for a memory limit: price every combination and choose the best.
 
-After KVSwap (arXiv 2511.11907, section 3.5 and appendix A): inputs are a profile of disk and model, tables of quality
-and reuse, the limit, the context and the batch. The paper searches step by step from the smallest group; here there are
-few enough combinations to price them all. What the limit leaves after sketch, pinned groups and staging becomes reuse
-slots, where they save more time than they take. Gaps that reads go through are chosen afterwards, for the best few.
+The search follows KVSwap (arXiv 2511.11907, section 3.5 and appendix A). Its inputs are a profile of disk and model,
+tables of quality and selections, the memory limit, the context and the batch. The paper starts from the smallest group
+and searches step by step; here the combinations are few enough to price all of them.
+
+To *price* a configuration means to predict its step time, its KL to full attention and its memory. Memory that the
+limit leaves after sketch, pinned groups and staging becomes reuse slots, if they save more time than they cost. The gap
+across which reads are merged is chosen afterwards, for the best few candidates only.
+
+``tune.tune`` calls ``search``. Nothing is measured here. One thread.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -23,45 +29,53 @@ from kvswap.selection.transform import TransformSketch, basis_bytes
 from kvswap.selection.window import Window
 from kvswap.store.layout import GroupLayout
 from kvswap.terms import KVGeometry, ceil_div
-from kvswap.tuning.budgets import layer_groups
-from kvswap.tuning.cost import StepCost, Traffic, step_cost
-from kvswap.tuning.profile import ModelFacts, Profile
-from kvswap.tuning.tables import GROUPS, Sketching, Tables, sketchings
+from kvswap.tuning.cost import ModelFacts, StepCost, Traffic, step_cost
+from kvswap.tuning.profile import Profile
+from kvswap.tuning.tables import GROUPS, SketchSize, Tables, groups_by_layer, sketch_sizes
 from kvswap.tuning.traffic import simulate
 from kvswap.units import KIB, format_bytes, format_parts
 
 Prefer = Literal["quality", "speed"]
 
 TIME_SLACK = 1.05
-"""Preferring quality: the best one among those that are at most this much slower than the fastest."""
+"""With ``prefer="quality"``: choose the best KL among candidates at most this many times as slow as the fastest."""
 KL_SLACK = 2.5
-"""Preferring speed: the fastest among those whose KL is at most so many times the best; the defaults have about 1.7."""
+"""With ``prefer="speed"``: choose the fastest among candidates with at most this many times the best KL.
+
+The defaults have about 1.7 times the best.
+"""
 GAPS_BYTES = (32 * KIB, 64 * KIB)
-"""Gaps to read through that are tried beside the default, where a request may cost as much as many bytes."""
+"""Read gaps that are tried besides the default. They help where one request costs the time of many bytes."""
 FINALISTS = 4
-"""The best few, for which the gap is chosen."""
+"""Number of best candidates for which the gap is chosen."""
 LEAST_GAIN = 0.01
-"""A longer gap has to save this share of a step, since the disk does more for it."""
+"""Least share of a step that a longer gap must save, because it makes the disk read more."""
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Candidate:
-    """One combination with its price: step, KL expected in the mean over texts and promised of a text, memory."""
+    """One configuration with its price.
+
+    ``expected_kl`` is the predicted mean over texts; nine of ten texts are expected to stay below ``kl_bound``.
+    ``memory_parts`` are bytes by part.
+    """
 
     config: Config
-    sketch: Sketching
+    sketch: SketchSize
     by_layer: bool
     reuse_slots: int
     traffic: Traffic
     cost: StepCost
     expected_kl: float
-    promised_kl: float
+    kl_bound: float
     memory_parts: dict[str, int]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """What to tune for."""
+    """What to tune for: a memory limit, a context, a batch, and M (``select_tokens``) as the mean over layers."""
 
     limit_bytes: int
     context_tokens: int
@@ -70,7 +84,7 @@ class Request:
 
 
 class Pricing:
-    """Prices of configurations of one model on one machine. Simulations are remembered."""
+    """Prices configurations of one model on one machine. ``profile`` must have model costs. Simulations are cached."""
 
     def __init__(self, profile: Profile, tables: Tables, facts: ModelFacts, device: torch.device) -> None:
         assert profile.costs is not None
@@ -79,7 +93,7 @@ class Pricing:
         self._simulate = lru_cache(maxsize=None)(self._simulated)
 
     def needs(self, config: Config, batch: int) -> MemoryNeeds:
-        """What the parts of memory take; the same arithmetic as when a cache is opened."""
+        """Return the memory needs of a configuration, by the same arithmetic as when a cache is opened."""
         facts, rank, bits = self.facts, config.sketch_rank or 0, config.sketch_bits
         layout = self._layout(group_tokens := config.group_tokens)
         return MemoryNeeds(
@@ -98,26 +112,27 @@ class Pricing:
         )
 
     def layer_select_tokens(self, config: Config, context_tokens: int) -> tuple[int, ...]:
-        """Tokens of each layer under the same total, by how much mass they keep."""
+        """Distribute the selected tokens over layers by the attention mass they keep, with the same mean."""
         context = self.tables.nearest_context(context_tokens)
         kept = self.tables.kept[context, config.group_tokens]
-        groups = layer_groups(kept, min(config.select_groups, kept.shape[1] - 1))
+        groups = groups_by_layer(kept, min(config.select_groups, kept.shape[1] - 1))
         return tuple(config.pinned_tokens + count * config.group_tokens for count in groups)
 
     def cheapest(self, config: Config, request: Request) -> Candidate | None:
-        """The faster of two uses of what the limit leaves: all of it for reuse, or none.
+        """Price a configuration with all spare memory as reuse slots and with none, and return the faster one.
 
-        Looking after many slots takes processor time, which a fast disk does not give back.
+        Many slots cost processor time, which they do not save on a fast disk. Returns None where the configuration
+        does not fit the limit.
         """
-        whole = self.price(config, request)
-        if whole is None or whole.reuse_slots == 0:
-            return whole
+        with_reuse = self.price(config, request)
+        if with_reuse is None or with_reuse.reuse_slots == 0:
+            return with_reuse
         least = self.needs(config, request.batch).minimum_bytes(request.context_tokens)
-        bare = self.price(config.replace(kv_memory=least), replace(request, limit_bytes=least))
-        return bare if bare is not None and bare.cost.step_s < whole.cost.step_s else whole
+        without = self.price(config.replace(kv_memory=least), replace(request, limit_bytes=least))
+        return without if without is not None and without.cost.step_s < with_reuse.cost.step_s else with_reuse
 
     def price(self, config: Config, request: Request) -> Candidate | None:
-        """The price of a configuration whose rank is set, or None where it does not fit the limit."""
+        """Price a configuration whose ``sketch_rank`` is set. Returns None where it does not fit the limit."""
         needs = self.needs(config, request.batch)
         capacity = capacity_for(request.context_tokens)
         parts = needs.parts(capacity)
@@ -128,7 +143,7 @@ class Pricing:
         parts["slots"] = slots * needs.slot_bytes
         parts["tables"] += slots * OWNER_BYTES
         traffic, cost = self.step(config, request.context_tokens, slots, request.batch)
-        sketch = Sketching(config.sketch_rank or 0, config.sketch_bits)
+        sketch = SketchSize(config.sketch_rank or 0, config.sketch_bits)
         by_layer = config.layer_select_tokens is not None
         kl = self.tables.kl(
             request.context_tokens, sketch, config.group_tokens, config.select_tokens, by_layer=by_layer
@@ -141,12 +156,12 @@ class Pricing:
             traffic=traffic,
             cost=cost,
             expected_kl=kl.expected,
-            promised_kl=kl.promised,
+            kl_bound=kl.bound,
             memory_parts=parts,
         )
 
     def step(self, config: Config, context_tokens: int, reuse_slots: int, batch: int = 1) -> tuple[Traffic, StepCost]:
-        """Traffic and cost of a step of one sequence; a batch shares the slots and multiplies what is read."""
+        """Predict the traffic of one sequence and the cost of a step of the batch, whose sequences share the slots."""
         context = self.tables.nearest_context(context_tokens)
         width = self.tables.rankings[context, config.group_tokens].shape[3]
         groups = tuple(min(width, count) for count in config.layer_select_groups(self.facts.layers))
@@ -190,9 +205,10 @@ class Pricing:
 def search(
     pricing: Pricing, request: Request, *, prefer: Prefer, on_step: Callable[[int, int], None]
 ) -> tuple[Candidate, list[Candidate]]:
-    """The best candidate and all that fit, some also with a longer gap.
+    """Return the best candidate and all candidates that fit the limit, the best few also with a longer read gap.
 
-    Raises MemoryBudgetError when the limit is below every one's minimum.
+    ``on_step`` is called with (configurations priced, configurations in all). Raises MemoryBudgetError when the limit
+    is below the minimum of every configuration.
     """
     configs = list(_configs(pricing, request))
     found = []
@@ -203,13 +219,25 @@ def search(
     if not found:
         raise _too_small(pricing, request, configs)
     found += _with_longer_gaps(pricing, request, found, prefer)
-    return choose(found, prefer), found
+    best = choose(found, prefer)
+    logger.debug(
+        "priced %d configurations for %d tokens, %d fit %s; chosen: %s, G = %d, step %.1f ms, KL %.4f",
+        len(configs),
+        request.context_tokens,
+        len(found),
+        format_bytes(request.limit_bytes),
+        best.sketch,
+        best.config.group_tokens,
+        1e3 * best.cost.step_s,
+        best.expected_kl,
+    )
+    return best, found
 
 
 def _with_longer_gaps(
     pricing: Pricing, request: Request, found: list[Candidate], prefer: Prefer
 ) -> Iterator[Candidate]:
-    """The best few once more, each with the longer gap that makes it fastest, where one saves enough."""
+    """Yield the best few candidates with the longer gap that makes them fastest, where it saves enough time."""
     rest = list(found)
     for _ in range(min(FINALISTS, len(found))):
         best = choose(rest, prefer)
@@ -222,7 +250,7 @@ def _with_longer_gaps(
 
 
 def choose(found: list[Candidate], prefer: Prefer) -> Candidate:
-    """The best by what is preferred; the other decides among equals. Compared are expected KLs, not promised ones."""
+    """Choose the best candidate by the preferred measure within the slack of the other. Compares expected KL."""
     if prefer == "quality":
         fastest_s = min(each.cost.step_s for each in found)
         within = [each for each in found if each.cost.step_s <= TIME_SLACK * fastest_s]
@@ -233,7 +261,7 @@ def choose(found: list[Candidate], prefer: Prefer) -> Candidate:
 
 
 def _configs(pricing: Pricing, request: Request) -> Iterator[Config]:
-    for sketch in sketchings(pricing.facts.key_elements):
+    for sketch in sketch_sizes(pricing.facts.key_elements):
         if not pricing.tables.measured(sketch):
             continue
         for group_tokens in GROUPS:
@@ -249,6 +277,7 @@ def _configs(pricing: Pricing, request: Request) -> Iterator[Config]:
 
 
 def _too_small(pricing: Pricing, request: Request, configs: list[Config]) -> MemoryBudgetError:
+    """Build the error for a limit below every minimum, with the smallest minimum."""
     needs = min(
         (pricing.needs(config, request.batch) for config in configs),
         key=lambda each: each.minimum_bytes(request.context_tokens),
@@ -266,7 +295,7 @@ def _too_small(pricing: Pricing, request: Request, configs: list[Config]) -> Mem
 
 
 def _two_digits(count: int) -> int:
-    """Rounded down to two digits that count, so that simulations can be shared."""
+    """Round down to two significant digits, so that similar numbers of slots share one simulation."""
     if count < 100:
         return count
     unit = 10 ** (int(math.log10(count)) - 1)
@@ -274,6 +303,7 @@ def _two_digits(count: int) -> int:
 
 
 def _times(traffic: Traffic, batch: int) -> Traffic:
+    """Traffic of ``batch`` sequences."""
     return Traffic(
         selected_groups=traffic.selected_groups * batch,
         missed_groups=traffic.missed_groups * batch,

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 from kvswap.errors import ConfigError
-from kvswap.tuning.tuned import Promise, Solution, TunedConfig, is_tuned, load_tuned
+from kvswap.tuning.solution import Prediction, Solution, TunedConfig, is_tuned, load_tuned
 
 
 def solution(batch: int, tokens: int, **values: Any) -> Solution:
-    promise = Promise(
+    prediction = Prediction(
         tokens_per_s=8.0,
         compute_s=0.07,
         predict_s=0.02,
@@ -24,11 +24,11 @@ def solution(batch: int, tokens: int, **values: Any) -> Solution:
         read_bytes=1e6,
         reuse_rate=0.5,
         expected_kl=0.01,
-        promised_kl=0.02,
+        kl_bound=0.02,
         memory_parts={"sketch": 1000},
     )
     values = {"group_tokens": 4, "layer_select_tokens": [200, 400], **values}
-    return Solution(batch=batch, context_tokens=tokens, values=values, promise=promise, reasons=["because"])
+    return Solution(batch=batch, context_tokens=tokens, values=values, prediction=prediction, reasons=["because"])
 
 
 @pytest.fixture
@@ -50,6 +50,17 @@ def test_round_trip(tuned: TunedConfig, tmp_path: Path) -> None:
 )
 def test_the_nearest_that_is_large_enough_is_used(tuned: TunedConfig, batch: int, tokens: int, expected: int) -> None:
     assert tuned.nearest(batch=batch, context_tokens=tokens).context_tokens == expected
+
+
+def test_files_keep_the_keys_of_their_version(tuned: TunedConfig, tmp_path: Path) -> None:
+    """Files of version 2 call the prediction ``promise`` and its bound ``promised_kl``."""
+    tuned.save(tmp_path / "tuned.json")
+    for each, saved in zip(
+        json.loads((tmp_path / "tuned.json").read_text())["solutions"], tuned.solutions, strict=True
+    ):
+        assert set(each) == {"batch", "context_tokens", "values", "promise", "reasons"}
+        assert each["promise"]["promised_kl"] == saved.prediction.kl_bound
+        assert each["promise"]["memory_parts"] == saved.prediction.memory_parts
 
 
 def test_another_model_is_refused(tuned: TunedConfig) -> None:

@@ -1,8 +1,14 @@
-"""Computing the tables of a model: one exact run over calibration text, then the same steps under every setting."""
+"""Measure the tables of a model (``tables.Tables``) on calibration text.
+
+For every text and context, the prompt is computed once. Some decode steps then run with exact attention, and the same
+steps run again under every setting; ``replay`` holds the cache that allows this. ``kvswap tune`` calls
+``measure_tables``. One thread, which must be the one that runs the model.
+"""
 
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,39 +29,48 @@ from kvswap.selection.codes import LayerSketch
 from kvswap.selection.kvswap import score
 from kvswap.selection.transform import TransformSketch, transform_basis
 from kvswap.selection.window import Window
-from kvswap.tuning.budgets import layer_groups
-from kvswap.tuning.disk_curve import Progress
+from kvswap.tuning.disk_costs import Progress
 from kvswap.tuning.machine import version_of
 from kvswap.tuning.replay import Recording, ReplayCache, Selection
-from kvswap.tuning.tables import GROUPS, SELECTED, Quality, Sketching, Tables, TablesFacts, sketchings
+from kvswap.tuning.tables import (
+    GROUPS,
+    SELECTED,
+    Quality,
+    SketchSize,
+    Tables,
+    TablesFacts,
+    groups_by_layer,
+    sketch_sizes,
+)
 
 CONTEXTS = (2048, 7168)
 TEXTS, STEPS = 6, 16
-"""Stretches of text, and steps after each context of each. KL differs between texts up to five times."""
+"""Number of texts, and of steps after each context of each text. KL differs between texts by up to a factor of five."""
 COMMON_GROUPS = (2, 8)
-"""Group sizes at which every sketch is measured; the default sketch is measured at all."""
-SINKS, RECENT = Config().sink_tokens, Config().recent_tokens
+"""Group sizes at which every sketch is measured. The default sketch is measured at all group sizes."""
 _CHUNK_TOKENS = 512
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """One replay."""
+    """One setting to measure. ``by_layer``: layers select different numbers of groups."""
 
-    sketch: Sketching
+    sketch: SketchSize
     group_tokens: int
     select_tokens: int
     by_layer: bool = False
 
     @property
     def config(self) -> Config:
-        """The window of this setting follows from it."""
+        """Configuration with this group size and selection."""
         return Config(group_tokens=self.group_tokens, select_tokens=self.select_tokens)
 
 
-def settings(key_elements: int) -> list[Setting]:
-    """What is measured at each context; those of one sketch stand together."""
-    default, *others = sketchings(key_elements)
+def settings_to_measure(key_elements: int) -> list[Setting]:
+    """Return the settings that are measured at each context, ordered by sketch with the default sketch first."""
+    default, *others = sketch_sizes(key_elements)
     found = [Setting(default, group, select) for group in GROUPS for select in SELECTED]
     found += [Setting(default, group, 400, True) for group in COMMON_GROUPS]
     for sketch in others:
@@ -63,7 +78,7 @@ def settings(key_elements: int) -> list[Setting]:
     return found
 
 
-def make_tables(
+def measure_tables(
     loaded: LoadedModel,
     *,
     contexts: tuple[int, ...] = CONTEXTS,
@@ -71,22 +86,24 @@ def make_tables(
     steps: int = STEPS,
     on_progress: Progress | None = None,
 ) -> Tables:
-    """Compute tables on ``texts`` (at least 2) stretches of calibration text.
+    """Measure tables on ``texts`` texts, at least 2, with ``steps`` decode steps after each context.
 
-    Raises ModelError, and InputError when the text is too short.
+    ``on_progress`` is called with stages ``"calibrate"`` and ``"tables"``. Raises ModelError, and InputError when the
+    calibration text is too short.
     """
     attachment = Attachment(loaded.model)
     try:
-        return _Maker(attachment, loaded, contexts, texts, steps, on_progress).make()
+        return _Measurement(attachment, loaded, contexts, texts, steps, on_progress).run()
     finally:
         attachment.restore()
 
 
 def stretches(ids: list[int], count: int, *, prompt_tokens: int, steps: int) -> list[list[int]]:
-    """``count`` texts of ``prompt_tokens`` and ``steps`` more, spread over ``ids`` behind what the basis is from.
+    """Cut ``count`` texts of ``prompt_tokens + steps`` tokens from ``ids``, evenly spread.
 
-    The basis of the sketch was learned from the first tokens, so that they would flatter it. Prompts overlap where
-    there is not enough text; the steps after them do not. Raises InputError.
+    The first CALIBRATION_TOKENS tokens are left out: the sketch's basis was learned from them, so results on them would
+    be too good. Where there is little text, prompts overlap, but the steps after them do not. Raises InputError when
+    there is too little text even for that.
     """
     each = prompt_tokens + steps
     stride = min(each, (len(ids) - CALIBRATION_TOKENS - each) // (count - 1))
@@ -96,7 +113,9 @@ def stretches(ids: list[int], count: int, *, prompt_tokens: int, steps: int) -> 
     return [ids[start : start + each] for start in range(CALIBRATION_TOKENS, len(ids), stride)[:count]]
 
 
-class _Maker:
+class _Measurement:
+    """State of one call of ``measure_tables``."""
+
     def __init__(
         self,
         attachment: Attachment,
@@ -114,10 +133,11 @@ class _Maker:
         text = "\n\n".join(text for _, text in calibration_topics())
         ids: list[int] = loaded.tokenizer(text, add_special_tokens=False)["input_ids"]
         self.texts = stretches(ids, texts, prompt_tokens=self.contexts[-1], steps=steps)
-        self.settings = settings(self.parts.kv_heads * self.parts.head_dim)
+        self.settings = settings_to_measure(self.parts.kv_heads * self.parts.head_dim)
+        logger.debug("tables: %d settings at %s tokens of %d texts", len(self.settings), self.contexts, texts)
 
-    def make(self) -> Tables:
-        """All texts, in each all contexts from short to long: each goes on with the prompt of the one before."""
+    def run(self) -> Tables:
+        """Measure all texts. The contexts of a text go from short to long; each extends the prompt of the last."""
         statistics = self._calibrate()
         tick = self._ticks()
         kl: dict[tuple[int, Setting], list[float]] = {}
@@ -134,7 +154,7 @@ class _Maker:
                 cache.recording = recording = Recording()
                 (exact,) = self._rows(cache, [None], forced)
                 cache.recording = None
-                sketches = {each: self._sketches(cache, statistics, each) for each in self._sketchings()}
+                sketches = {each: self._sketches(cache, statistics, each) for each in self._sketch_sizes()}
                 mass = {}
                 for group in GROUPS:
                     ranking, mass[group] = _rank(cache, self.parts, recording, sketches[self.settings[0].sketch], group)
@@ -148,7 +168,7 @@ class _Maker:
             model=self.loaded.short_name,
             fingerprint=fingerprint(self.parts),
             kvswap_version=version_of("kvswap"),
-            text="calibration half of the Python language reference, behind what the basis is from",
+            text="calibration half of the Python language reference, after the tokens that the basis is from",
             texts=len(self.texts),
             steps=self.steps,
             contexts=list(self.contexts),
@@ -164,7 +184,7 @@ class _Maker:
         total, counter = len(self.texts) * len(self.contexts) * (2 + self.steps), itertools.count(1)
         return lambda: self._on_progress("tables", next(counter), total)
 
-    def _sketchings(self) -> list[Sketching]:
+    def _sketch_sizes(self) -> list[SketchSize]:
         return list(dict.fromkeys(setting.sketch for setting in self.settings))
 
     def _calibrate(self) -> list[KeyCovariance]:
@@ -177,7 +197,7 @@ class _Maker:
             on_progress=self._on_progress,
         )
 
-    def _sketches(self, cache: ReplayCache, statistics: list[KeyCovariance], sketch: Sketching) -> list[LayerSketch]:
+    def _sketches(self, cache: ReplayCache, statistics: list[KeyCovariance], sketch: SketchSize) -> list[LayerSketch]:
         found: list[LayerSketch] = []
         for order, covariance in enumerate(statistics):
             each = TransformSketch(
@@ -200,7 +220,7 @@ class _Maker:
         forced: list[int],
         tick: Callable[[], None] = lambda: None,
     ) -> list[torch.Tensor]:
-        """Log-probabilities ``[steps, V]`` after each forced token, by selection."""
+        """For each selection the log-probabilities after each forced token, float32 ``[steps, V]``."""
         found = []
         with cache.replay(selections, len(forced)):
             for token in forced:
@@ -209,6 +229,7 @@ class _Maker:
         return list(torch.stack(found, dim=1))
 
     def _feed(self, cache: ReplayCache, ids: list[list[int]]) -> torch.Tensor:
+        """Log-probabilities after the last token of each row, float32 ``[rows, V]``."""
         output = self._call(torch.tensor(ids, device=self.parts.device), cache, logits_to_keep=1)
         rows: torch.Tensor = output.logits[:, -1].float().cpu().log_softmax(-1)
         return rows
@@ -224,7 +245,7 @@ def _selection(setting: Setting, sketches: list[LayerSketch], kept: NDArray[np.f
     config = setting.config
     window = Window(config.group_tokens, config.sink_groups, config.recent_groups, config.select_groups)
     uniform = [window.select_groups] * len(sketches)
-    return Selection(window, layer_groups(kept, window.select_groups) if setting.by_layer else uniform, sketches)
+    return Selection(window, groups_by_layer(kept, window.select_groups) if setting.by_layer else uniform, sketches)
 
 
 def _quality(context: int, setting: Setting, kl_by_text: list[float]) -> Quality:
@@ -240,7 +261,7 @@ def _quality(context: int, setting: Setting, kl_by_text: list[float]) -> Quality
 
 
 def _kl(exact: torch.Tensor, other: torch.Tensor) -> float:
-    """KL(exact || other) in nats, mean over steps."""
+    """KL(exact || other) in nats as the mean over steps; both are log-probabilities ``[steps, V]``."""
     return float((exact.exp() * (exact - other)).sum(-1).double().mean())
 
 
@@ -248,7 +269,7 @@ def _kl(exact: torch.Tensor, other: torch.Tensor) -> float:
 def _rank(
     cache: ReplayCache, parts: ModelParts, recording: Recording, sketches: list[LayerSketch], group_tokens: int
 ) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
-    """Groups best first, ``[steps, L, K]``, and the mass kept with the first of them, ``[L, K + 1]``."""
+    """Groups by score, int32 ``[steps, L, K]``, and the mass kept with the best k of them, float32 ``[L, K + 1]``."""
     config = Config(group_tokens=group_tokens, select_tokens=max(SELECTED))
     context = cache.padded_tokens
     first, stop = config.sink_groups, context // group_tokens - config.recent_groups
@@ -274,6 +295,6 @@ def _pairs(steps: int, layers: int) -> Iterator[tuple[int, int]]:
 
 
 def _mass(query: torch.Tensor, keys: torch.Tensor, scaling: float) -> torch.Tensor:
-    """Attention mass of each token, mean over heads: query ``[H_q, d]``, keys ``[H_kv, T, d]``."""
+    """Attention mass of each token ``[T]``, as the mean over heads, of query ``[H_q, d]`` and keys ``[H_kv, T, d]``."""
     by_head = query.view(keys.shape[0], -1, keys.shape[2]) @ keys.float().transpose(1, 2) * scaling
     return by_head.softmax(-1).flatten(0, 1).mean(0)

@@ -1,6 +1,7 @@
-"""What ``kvswap tune`` found: one configuration for each batch and context, with what it promises and why.
+"""The result of ``kvswap tune`` as a file: configurations for batches and contexts, with predictions and reasons.
 
-``kvswap run --config`` takes the file and picks the solution for its prompt. It belongs to one model.
+``tune.tune`` builds a ``TunedConfig``. ``kvswap run --config`` reads its file and chooses the solution for the prompt.
+A file belongs to one model. Values do not change after they are built; any thread may read them.
 """
 
 from __future__ import annotations
@@ -16,15 +17,17 @@ from kvswap.disk.json_files import build, read_json, save_json
 from kvswap.errors import ConfigError
 
 FORMAT, VERSION = "kvswap-tuned", 2
+_FILE_KEYS = {"prediction": "promise", "kl_bound": "promised_kl"}
+"""Names here, and their keys in files of version 2 where these differ."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Promise:
-    """What a solution is expected to do, by the cost model and the tables. Times of one step in seconds.
+class Prediction:
+    """What a solution is predicted to do, by the cost model and the tables. Times are seconds of one step.
 
-    KL is KL(full || kvswap) of the next-token distribution in nats, in the mean over the steps of a text:
-    ``expected_kl`` in the mean over texts, ``promised_kl`` what nine of ten texts are to stay below, since texts differ
-    up to five times.
+    KL is KL(full || kvswap) of the next-token distribution in nats, as the mean over the steps of a text.
+    ``expected_kl`` is the predicted mean over texts. ``kl_bound`` is what nine of ten texts are expected to stay below;
+    texts differ by up to a factor of five.
     """
 
     tokens_per_s: float
@@ -37,23 +40,23 @@ class Promise:
     read_bytes: float
     reuse_rate: float
     expected_kl: float
-    promised_kl: float
+    kl_bound: float
     memory_parts: dict[str, int]
 
     @property
     def step_s(self) -> float:
-        """One step."""
+        """Seconds of one step."""
         return 1.0 / self.tokens_per_s
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Solution:
-    """The configuration for ``batch`` sequences of up to ``context_tokens``; ``values`` are keys of Config."""
+    """The configuration for ``batch`` sequences of up to ``context_tokens`` tokens. ``values`` are keys of Config."""
 
     batch: int
     context_tokens: int
     values: dict[str, Any]
-    promise: Promise
+    prediction: Prediction
     reasons: list[str]
 
     @property
@@ -64,7 +67,10 @@ class Solution:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TunedConfig:
-    """Solutions for one model. ``fingerprint`` is the model's, ``disk`` says what was tuned for."""
+    """Solutions for one model.
+
+    ``fingerprint`` is the model's. ``made`` is the time of tuning. ``disk`` describes the disk that was tuned for.
+    """
 
     model: str
     fingerprint: str
@@ -74,7 +80,7 @@ class TunedConfig:
     solutions: list[Solution]
 
     def nearest(self, *, batch: int = 1, context_tokens: int) -> Solution:
-        """The solution to use: the nearest that is large enough, or the largest where none is."""
+        """Choose the smallest solution that is large enough, or the largest one where none is."""
         return min(
             self.solutions,
             key=lambda each: (
@@ -86,37 +92,53 @@ class TunedConfig:
         )
 
     def config(self, *, batch: int = 1, context_tokens: int) -> Config:
-        """The configuration to use for ``batch`` sequences of ``context_tokens``."""
+        """Return the configuration for ``batch`` sequences of ``context_tokens`` tokens."""
         return self.nearest(batch=batch, context_tokens=context_tokens).config
 
     def check_model(self, fingerprint: str) -> None:
         """Raise ConfigError unless this was tuned for the model of this fingerprint."""
         if fingerprint != self.fingerprint:
-            raise ConfigError(f"the configuration was tuned for another model, {self.model}", hint="run `kvswap tune`")
+            raise ConfigError(
+                f"the configuration was tuned for another model, {self.model}",
+                hint="run `kvswap tune` for this model",
+            )
 
     def save(self, path: str | Path) -> None:
-        """Write as JSON. Raises ConfigError."""
-        save_json(path, {"format": FORMAT, "version": VERSION, **dataclasses.asdict(self)})
+        """Write this as JSON. Raises ConfigError when the file cannot be written."""
+        values = dataclasses.asdict(self)
+        values["solutions"] = [_rename(each, _FILE_KEYS) for each in values["solutions"]]
+        save_json(path, {"format": FORMAT, "version": VERSION, **values})
 
 
 def load_tuned(path: str | Path) -> TunedConfig:
-    """Read what ``save`` wrote. Raises ConfigError for anything else."""
+    """Read what ``TunedConfig.save`` wrote. Raises ConfigError for anything else."""
     values = read_json(path, kind=FORMAT, version=VERSION, command="kvswap tune")
     fields = {key: value for key, value in values.items() if key not in ("format", "version")}
+    names = {key: name for name, key in _FILE_KEYS.items()}
+    if isinstance(solutions := fields.get("solutions"), list):
+        fields["solutions"] = [_rename(each, names) for each in solutions]
     tuned = build(TunedConfig, fields, str(path))
     if not tuned.solutions:
         raise ConfigError(f"{path}: damaged: no solution", hint="run `kvswap tune` again")
     for solution in tuned.solutions:
         _ = solution.config  # raises where a value is not allowed
-        if solution.promise.tokens_per_s <= 0:
+        if solution.prediction.tokens_per_s <= 0:
             raise ConfigError(f"{path}: damaged: tokens_per_s", hint="run `kvswap tune` again")
     return tuned
 
 
 def is_tuned(path: str | Path) -> bool:
-    """Whether a file says that it is one of ``save``; False for anything else, also for what cannot be read."""
+    """Return whether a file claims to be one that ``kvswap tune`` wrote; False also where it cannot be read."""
     try:
         values = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
     return isinstance(values, dict) and values.get("format") == FORMAT
+
+
+def _rename(value: Any, names: dict[str, str]) -> Any:
+    """Rename the keys of a JSON object and of the objects directly in it."""
+    if not isinstance(value, dict):
+        return value
+    inner = {key: _rename(each, names) if key in names else each for key, each in value.items()}
+    return {names.get(key, key): each for key, each in inner.items()}

@@ -10,13 +10,13 @@ import torch
 
 from kvswap.config import Config
 from kvswap.errors import MemoryBudgetError
-from kvswap.tuning.cost import DiskCosts
+from kvswap.tuning.cost import DiskCosts, ModelFacts
 from kvswap.tuning.explain import reasons
-from kvswap.tuning.profile import ModelFacts, Profile, stamp_of
-from kvswap.tuning.tuner import FINALISTS, KL_SLACK, LEAST_GAIN, TIME_SLACK, Candidate, Pricing, Request, search
+from kvswap.tuning.profile import Profile, stamp_of
+from kvswap.tuning.search import FINALISTS, KL_SLACK, LEAST_GAIN, TIME_SLACK, Candidate, Pricing, Request, search
 from kvswap.units import MIB
 from tests.tuning.test_cost import disk, model
-from tests.tuning.test_tune_tables import LAYERS, tables
+from tests.tuning.test_tables import LAYERS, tables
 
 FACTS = ModelFacts(
     name="tiny",
@@ -66,7 +66,7 @@ def test_what_is_preferred_is_best_within_the_slack_of_the_other(tmp_path: Path)
     assert not [each for each in fast if each.expected_kl < quality.expected_kl]
     assert not [each for each in good if each.cost.step_s < speed.cost.step_s]
     assert all(sum(each.memory_parts.values()) <= request.limit_bytes for each in every)
-    assert all(each.promised_kl > each.expected_kl for each in every)
+    assert all(each.kl_bound > each.expected_kl for each in every)
     assert quality.by_layer  # which the tables say is better by a fifth
     lines = reasons(quality, every, disk(), LAYERS)
     assert [line.split(":")[0].split(" ")[0] for line in lines] == ["sketch", "G", "M", "reuse", "disk"]
