@@ -37,7 +37,7 @@ from kvswap.models.adapter import cache_keyword
 from kvswap.models.loading import LoadedModel, load_model
 from kvswap.sessions.encryption import KEY_VARIABLE, new_key
 from kvswap.sessions.session import Session
-from kvswap.store.groups import GroupStore
+from kvswap.store.persistent import PersistentGroupStore
 from kvswap.tuning.machine import describe_machine
 
 WARM_STEPS = 4
@@ -45,11 +45,11 @@ KINDS = ("unverified", "checksums", "encrypted")
 
 
 class Meter:
-    """Seconds spent in ``GroupStore.unseal`` since ``reset``, and groups that went through it."""
+    """Seconds spent in ``PersistentGroupStore.unseal`` since ``reset``, and groups that went through it."""
 
     def __init__(self) -> None:
         self.seconds, self.groups = 0.0, 0
-        self._unseal = GroupStore.unseal
+        self._unseal = PersistentGroupStore.unseal
         meter, unseal = self, self._unseal
 
         def timed(store: GroupStore, rows: Any, *rest: Any) -> None:
@@ -58,7 +58,7 @@ class Meter:
             meter.seconds += time.perf_counter() - started_s
             meter.groups += len(rows)
 
-        GroupStore.unseal = timed  # type: ignore[method-assign]
+        PersistentGroupStore.unseal = timed  # type: ignore[method-assign]
 
     def reset(self) -> None:
         """Begin anew."""
@@ -66,7 +66,7 @@ class Meter:
 
     def close(self) -> None:
         """Take the meter off."""
-        GroupStore.unseal = self._unseal  # type: ignore[method-assign]
+        PersistentGroupStore.unseal = self._unseal  # type: ignore[method-assign]
 
 
 def prompt_ids(loaded: LoadedModel, tokens: int) -> list[int]:

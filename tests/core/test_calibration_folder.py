@@ -1,4 +1,4 @@
-"""Where the calibration cannot be kept, it is measured for this run, and a notice says so."""
+"""Where the calibration cannot be stored, it is measured for this run, and a notice says so."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 from kvswap.config import Config
 from kvswap.core import calibration
-from kvswap.core.attachment import attach
+from kvswap.core.attach import attach
 from kvswap.disk import atomic
 from tests.helpers.families import tiny_model
 from tests.helpers.folders import byte_tokenizer
@@ -86,5 +86,5 @@ def test_calibration_that_cannot_be_kept_is_a_notice(
         sketch, notices = sketch_and_notices(tmp_path / "kv")
     assert sketch == kept
     assert len(notices) == 1
-    assert notices[0].startswith("the calibration cannot be kept") and words in notices[0]
+    assert notices[0].startswith("the calibration cannot be stored") and words in notices[0]
     assert "calibration is not kept" in caplog.text

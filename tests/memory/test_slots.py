@@ -37,7 +37,7 @@ def visit(slots: SlotPool, layer: int, groups: list[int]) -> list[int]:
     wanted = np.array(groups, np.int64)
     found = slots.lookup(layer, np.zeros_like(wanted), wanted)
     missing = wanted[found < 0]
-    staged = slots.landing_slot(0) + np.arange(len(missing))
+    staged = slots.staging_slot(0) + np.arange(len(missing))
     for slot, group in zip(staged, missing, strict=True):
         slots.groups(layer)[int(slot)] = float(layer * GROUPS + group)
     slots.admit(layer, np.zeros_like(missing), missing, staged)

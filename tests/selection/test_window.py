@@ -32,7 +32,7 @@ def test_pinned_and_candidates_are_all_groups_once(window: Window, tokens: int) 
 
 @given(WINDOWS, st.integers(0, 500))
 def test_pinned_groups_have_places_of_their_own(window: Window, current: int) -> None:
-    homes = window.home(np.array(pinned(window, current), np.int64)).tolist()
+    homes = window.pinned_slot(np.array(pinned(window, current), np.int64)).tolist()
     assert len(set(homes)) == len(homes)
     assert all(0 <= home < window.pinned_groups for home in homes)
 
@@ -43,7 +43,7 @@ def test_the_newest_group_takes_the_place_of_the_oldest_recent_one(window: Windo
     gone = before - after
     assert len(gone) == (1 if current + 1 > window.sink_groups + window.recent_groups else 0)
     for group in gone:
-        old, new = window.home(np.array([group, current + 1], np.int64)).tolist()
+        old, new = window.pinned_slot(np.array([group, current + 1], np.int64)).tolist()
         assert old == new
 
 

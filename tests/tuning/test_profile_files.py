@@ -118,7 +118,7 @@ def test_profile_that_cannot_be_kept_is_a_notice(
         None, profile.model, None, str(tmp_path), force=False, on_progress=None, on_notice=notices.append
     )
     assert found is profile
-    assert len(notices) == 1 and "the profile cannot be kept" in notices[0]
+    assert len(notices) == 1 and "the profile cannot be stored" in notices[0]
     monkeypatch.setenv("KVSWAP_HOME", str(tmp_path / "home"))
     for _ in range(2):
         again = tune.find_profile(

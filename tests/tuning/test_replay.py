@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from kvswap.config import Config
-from kvswap.core.attachment import Attachment, attach
+from kvswap.core.attach import attach
+from kvswap.core.attachment import Attachment
 from kvswap.selection.basis import identity_basis
 from kvswap.selection.codes import LayerSketch
 from kvswap.selection.window import Window

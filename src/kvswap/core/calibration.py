@@ -99,7 +99,7 @@ def calibrate(
     if problem:
         log.debug("calibration is not kept: %s", problem)
         if on_notice is not None:
-            on_notice(f"the calibration cannot be kept, so the next run measures it again: {problem}")
+            on_notice(f"the calibration cannot be stored, so the next run measures it again: {problem}")
     return covariances
 
 

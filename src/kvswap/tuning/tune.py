@@ -51,8 +51,7 @@ def tune(
     model
         A model as ``kvswap.load`` takes it, or one that is loaded already.
     kv_memory, batch
-        The memory limit for all ``batch`` sequences that are decoded together. Speed is measured for one sequence and
-        extrapolated.
+        The memory limit for all ``batch`` sequences together. Speed is measured for one sequence and extrapolated.
     context_tokens
         Longest context in tokens, or several: each gets a solution of its own.
     prefer
@@ -60,16 +59,14 @@ def tune(
     select_tokens
         M, the tokens attended to, as the mean over layers.
     profile, tables
-        Measurements, or their files. By default those in the cache folder are used; where there are none, they are
-        measured now and cached. A profile takes about a minute, tables several minutes once per model.
+        Measurements, or their files. By default the cached ones; where there are none, they are measured now, which
+        takes a minute for a profile and several for tables.
     force
         Accept a profile and tables from another machine, model or version.
     on_progress
         Called with ``("disk" | "model" | "calibrate" | "tables" | "tune", done, total)``.
 
-    Raises
-    ------
-    ConfigError, ModelError, StorageError, MemoryBudgetError
+    Raises ConfigError, ModelError, StorageError, MemoryBudgetError.
     """
     limit_bytes = parse_bytes(kv_memory, name="kv_memory")
     contexts = [context_tokens] if isinstance(context_tokens, int) else list(context_tokens)
@@ -81,10 +78,8 @@ def tune(
     known = find_profile(loaded, facts, profile, kv_dir, force=force, on_progress=on_progress, on_notice=notice)
     measured = find_tables(loaded, facts, tables, force=force, on_progress=on_progress, on_notice=notice)
     pricing = Pricing(known, measured, facts, loaded.model.device)
-    requests = [
-        Request(limit_bytes=limit_bytes, context_tokens=context, batch=batch, select_tokens=select_tokens)
-        for context in contexts
-    ]
+    limits = {"limit_bytes": limit_bytes, "batch": batch, "select_tokens": select_tokens}
+    requests = [Request(context_tokens=context, **limits) for context in contexts]
     return TunedConfig(
         model=facts.name,
         fingerprint=facts.fingerprint,
