@@ -13,30 +13,28 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from kvswap.core.state import BatchState
 from kvswap.lab.rivals.head_votes import groups_of_heads
 from kvswap.memory.lookup import Found, find
 from kvswap.selection.mass import top_groups
-
-Int = NDArray[np.int64]
+from kvswap.terms import BoolArray, IntArray
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
     """What is the same for all layers of one step. Places are counted from a layer's first pinned slot."""
 
-    current: Int  # [B] group of the newest token
-    offset: Int  # [B] its place in that group
-    ends: Int  # [B] end of the groups to select from
+    current: IntArray  # [B] group of the newest token
+    offset: IntArray  # [B] its place in that group
+    ends: IntArray  # [B] end of the groups to select from
     candidates: int  # most groups that a sequence can select from
     fewest: int  # of the sequence that has fewest
-    tail: Int  # [B] place of the newest group
-    sinks: Int  # [B, <= S]
-    ring: Int  # [B, <= ring]
-    sinks_valid: NDArray[np.bool_]
-    ring_valid: NDArray[np.bool_]
+    tail: IntArray  # [B] place of the newest group
+    sinks: IntArray  # [B, <= S]
+    ring: IntArray  # [B, <= ring]
+    sinks_valid: BoolArray
+    ring_valid: BoolArray
     begun: list[int]  # sequences whose newest token begins a group
     full: bool  # whether all sinks and all of the ring are there
     even: bool  # whether the newest group has as many tokens in every sequence
@@ -52,12 +50,12 @@ class Fetch(NamedTuple):
     ticket: int
     half: int
     found: Found
-    groups: Int
-    valid: NDArray[np.bool_] | None
-    votes: NDArray[np.bool_] | None
+    groups: IntArray
+    valid: BoolArray | None
+    votes: BoolArray | None
 
     @property
-    def chosen(self) -> Int:
+    def chosen(self) -> IntArray:
         """Numbers of the groups, ``[B, n]``; 0 where there is none."""
         return self.groups if self.valid is None else np.where(self.valid, self.groups, 0)
 
@@ -180,7 +178,7 @@ class Decode:
         state.trace.lap("slots_s")
         return kv[0], kv[1], mask
 
-    def _slots(self, layer: int, fetch: Fetch, step: Step) -> tuple[Int, NDArray[np.bool_] | None]:
+    def _slots(self, layer: int, fetch: Fetch, step: Step) -> tuple[IntArray, BoolArray | None]:
         """All slots to attend to, ``[B, W]`` in order of position, and which entries are real, None: all."""
         base = self._bases[layer][:, None]
         slots = np.concatenate((base + step.sinks, fetch.found.slots, base + step.ring), axis=1)
@@ -194,7 +192,7 @@ class Decode:
 
     def _choose(
         self, layer: int, query: torch.Tensor | None, step: Step
-    ) -> tuple[Int, NDArray[np.bool_] | None, NDArray[np.bool_] | None]:
+    ) -> tuple[IntArray, BoolArray | None, BoolArray | None]:
         """Groups to attend to, ``[B, n]`` ascending, which entries are real (None: all), and which heads want them."""
         state, first = self.state, self.state.window.sink_groups
         votes = None
@@ -214,9 +212,7 @@ class Decode:
         valid = groups < step.ends[:, None]
         return groups, None if valid.all() else valid, votes
 
-    def _mask(
-        self, valid: NDArray[np.bool_] | None, width: int, step: Step, votes: NDArray[np.bool_] | None
-    ) -> torch.Tensor | None:
+    def _mask(self, valid: BoolArray | None, width: int, step: Step, votes: BoolArray | None) -> torch.Tensor | None:
         """Which tokens of ``width`` groups are attended to; None where only the last group's end is left out."""
         state, group_tokens = self.state, self.state.window.group_tokens
         if valid is None and step.even and votes is None:

@@ -10,9 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
-Int = NDArray[np.int64]
+from kvswap.terms import IntArray
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +50,7 @@ class Window:
         """Most groups that one sequence attends to in a step."""
         return self.pinned_groups + self.fetch_groups
 
-    def home(self, groups: Int) -> Int:
+    def home(self, groups: IntArray) -> IntArray:
         """Pinned place of each group, counted from the first place of its sequence and layer."""
         ring = self.sink_groups + (groups - self.sink_groups) % self.ring_groups
         return np.where(groups < self.sink_groups, groups, ring)

@@ -18,9 +18,8 @@ from numpy.typing import NDArray
 from kvswap.errors import DamagedError, SessionError
 from kvswap.sessions.manifest import Encryption
 from kvswap.store.checksum import group_sums
+from kvswap.terms import ByteArray, IntArray
 
-Int = NDArray[np.int64]
-Bytes = NDArray[np.uint8]
 Seals = NDArray[Any]
 Arrays = dict[str, NDArray[np.generic]]
 
@@ -40,16 +39,18 @@ class Sealer(Protocol):
     def begin(self) -> None:
         """A new stretch of writing groups begins."""
 
-    def seal(self, layer: int, first: int, slots: Bytes) -> Seals:
+    def seal(self, layer: int, first: int, slots: ByteArray) -> Seals:
         """Seal groups from ``first`` on in place."""
 
-    def unseal(self, layers: Int, groups: Int, slots: Bytes, seals: Seals, places: Int | None = None) -> Any:
+    def unseal(
+        self, layers: IntArray, groups: IntArray, slots: ByteArray, seals: Seals, places: IntArray | None = None
+    ) -> Any:
         """Turn sealed groups into what was written, in place; which are so, bool ``(n,)``.
 
         They are the rows ``places`` of ``slots``, or all.
         """
 
-    def authentic(self, layer: int, first: int, slots: Bytes, seals: Seals) -> Any:
+    def authentic(self, layer: int, first: int, slots: ByteArray, seals: Seals) -> Any:
         """Which groups from ``first`` on are what was written, bool ``(n,)``; they stay sealed."""
 
     def pack(self, seals: Seals) -> Arrays:
@@ -77,15 +78,17 @@ class Checksums:
     def begin(self) -> None:
         """Nothing to begin."""
 
-    def seal(self, layer: int, first: int, slots: Bytes) -> Seals:
+    def seal(self, layer: int, first: int, slots: ByteArray) -> Seals:
         """Checksums of groups, uint64 ``(n,)``."""
         return group_sums(slots)
 
-    def unseal(self, layers: Int, groups: Int, slots: Bytes, seals: Seals, places: Int | None = None) -> Any:
+    def unseal(
+        self, layers: IntArray, groups: IntArray, slots: ByteArray, seals: Seals, places: IntArray | None = None
+    ) -> Any:
         """Which groups have their checksum."""
         return group_sums(slots if places is None else slots[places]) == seals
 
-    def authentic(self, layer: int, first: int, slots: Bytes, seals: Seals) -> Any:
+    def authentic(self, layer: int, first: int, slots: ByteArray, seals: Seals) -> Any:
         """Which groups have their checksum."""
         return group_sums(slots) == seals
 
@@ -144,7 +147,7 @@ class Cipher:
         """Begin an epoch: a key that no group was encrypted with."""
         self._current, self._next = self._epoch(secrets.token_bytes(SALT_BYTES)), {}
 
-    def seal(self, layer: int, first: int, slots: Bytes) -> Seals:
+    def seal(self, layer: int, first: int, slots: ByteArray) -> Seals:
         """Encrypt groups in place; their tags and epoch. Groups of a layer come in order, each once an epoch."""
         if self._current < 0 or first < self._next.get(layer, 0):
             raise RuntimeError(f"group {first} of layer {layer} would meet its nonce again")
@@ -161,7 +164,9 @@ class Cipher:
         seals["epoch"] = self._current
         return seals
 
-    def unseal(self, layers: Int, groups: Int, slots: Bytes, seals: Seals, places: Int | None = None) -> Any:
+    def unseal(
+        self, layers: IntArray, groups: IntArray, slots: ByteArray, seals: Seals, places: IntArray | None = None
+    ) -> Any:
         """Decrypt in place; those that are not authentic are left as they are, or hold anything."""
         right = np.empty(len(seals), np.bool_)
         piece = max(1, _PIECE_BYTES // slots.shape[1])
@@ -172,7 +177,7 @@ class Cipher:
             right[cut] = self._decrypt(layers[cut], groups[cut], slots[rows], seals[cut], targets)
         return right
 
-    def authentic(self, layer: int, first: int, slots: Bytes, seals: Seals) -> Any:
+    def authentic(self, layer: int, first: int, slots: ByteArray, seals: Seals) -> Any:
         """Which groups can be decrypted."""
         layers, groups = np.full(len(slots), layer), np.arange(first, first + len(slots))
         return self.unseal(layers, groups, slots.copy(), seals)
@@ -230,7 +235,9 @@ class Cipher:
             self._ciphers.append(_aes(_derive(self._session, salt, b"kvswap groups")))
         return self._epochs[salt]
 
-    def _decrypt(self, layers: Int, groups: Int, sealed: Bytes, seals: Seals, targets: list[Bytes]) -> Any:
+    def _decrypt(
+        self, layers: IntArray, groups: IntArray, sealed: ByteArray, seals: Seals, targets: list[ByteArray]
+    ) -> Any:
         from cryptography.exceptions import InvalidTag
 
         count, size = sealed.shape

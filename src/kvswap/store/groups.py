@@ -15,7 +15,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from kvswap.disk.backend import ReadBackend
 from kvswap.disk.slab import Slab
@@ -25,8 +24,7 @@ from kvswap.native import loops
 from kvswap.sessions.seal import Sealer, Seals
 from kvswap.store.layout import GroupLayout
 from kvswap.store.segments import Segments
-
-Int = NDArray[np.int64]
+from kvswap.terms import BoolArray, ByteArray, IntArray
 
 
 @dataclass(slots=True, kw_only=True)
@@ -40,13 +38,13 @@ class NamedFiles:
     """
 
     segments: Segments
-    held: Int
+    held: IntArray
     seals: Seals
     sealer: Sealer
     appendable: bool
     verify: bool
     what: str
-    begin: Callable[[Int], Int]
+    begin: Callable[[IntArray], IntArray]
     grow: Callable[[int], None]
 
 
@@ -69,7 +67,7 @@ class GroupStore:
         rows = layers * batch
         if named is None:
             size_bytes = layout.file_bytes(groups)
-            files: Int = np.array([[backend.open(size_bytes) for _ in range(rows)]], np.int64)
+            files: IntArray = np.array([[backend.open(size_bytes) for _ in range(rows)]], np.int64)
             self.segments = Segments(np.zeros((1, rows), np.int64), files)
             self._size_bytes = np.full(rows, size_bytes, np.int64)
         else:
@@ -77,8 +75,8 @@ class GroupStore:
             self.segments = named.segments
             begun = named.segments.starts[-1] if named.appendable else named.held
             self._size_bytes = (named.held - begun) * layout.slot_bytes
-        self._last_write: Int = np.full(rows, -1, np.int64)
-        self._changed: NDArray[np.bool_] = np.zeros(rows, np.bool_)
+        self._last_write: IntArray = np.full(rows, -1, np.int64)
+        self._changed: BoolArray = np.zeros(rows, np.bool_)
         self.streamed_bytes, self.streamed_s = 0, 0.0
         """What tile readers read, and how long they held up their caller."""
 
@@ -106,13 +104,13 @@ class GroupStore:
             offset = (first - begin + start) * layout.slot_bytes
             self._last_write[row] = self.writer.submit(file, offset, buffer)
 
-    def settle(self, rows: Int) -> None:
+    def settle(self, rows: IntArray) -> None:
         """Block until everything queued for these files is on disk."""
         last = int(self._last_write[rows].max(initial=-1))
         if last >= 0 and not self.writer.done(last):
             self.writer.wait_for(last)
 
-    def submit(self, rows: Int, first: Int, count: Int, addresses: Int, skip_bytes: int = 0) -> int:
+    def submit(self, rows: IntArray, first: IntArray, count: IntArray, addresses: IntArray, skip_bytes: int = 0) -> int:
         """Start reading extents of groups into memory; returns the ticket to wait for.
 
         ``skip_bytes`` at the start of each extent are not read, and their memory is left as it is.
@@ -127,7 +125,7 @@ class GroupStore:
         """Whether ``unseal`` has anything to do."""
         return self.named is not None and (self.named.verify or self.named.sealer.encrypts)
 
-    def unseal(self, rows: Int, groups: Int, slots: NDArray[np.uint8], places: Int | None = None) -> None:
+    def unseal(self, rows: IntArray, groups: IntArray, slots: ByteArray, places: IntArray | None = None) -> None:
         """See that groups that have been read are what was written, and decrypt them in place.
 
         They are the rows ``places`` of ``slots`` uint8 ``(n, slot_bytes)``, or all. Nothing where ``sealed`` is false.
@@ -185,7 +183,7 @@ class GroupStore:
             self._size_bytes[row] = size_bytes
         return begin
 
-    def _seal(self, named: NamedFiles, row: int, first: int, buffer: NDArray[np.uint8]) -> None:
+    def _seal(self, named: NamedFiles, row: int, first: int, buffer: ByteArray) -> None:
         """Zero the padding of packed groups, which would be somebody's old bytes, and seal them."""
         slots = buffer.reshape(-1, self.layout.slot_bytes)
         used_bytes = self.layout.geometry.group_bytes
@@ -199,7 +197,7 @@ class GroupStore:
         named.held[row] = end
         self._changed[row] = True
 
-    def _pack(self, buffer: NDArray[np.uint8], keys: torch.Tensor, values: torch.Tensor, dtype: torch.dtype) -> None:
+    def _pack(self, buffer: ByteArray, keys: torch.Tensor, values: torch.Tensor, dtype: torch.dtype) -> None:
         layout = self.layout
         slots = torch.from_numpy(buffer).view(dtype).view(-1, layout.slot_elements)
         groups = slots[:, : layout.group_elements].unflatten(1, layout.group_shape)

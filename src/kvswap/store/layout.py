@@ -13,12 +13,13 @@ from kvswap.terms import KVGeometry, round_up
 
 FILE_GROWTH_BYTES = 4 << 20
 FINE_GROWTH_BYTES = 128 << 10
-TILE_TOKENS = 1024
+STREAM_TILE_TOKENS = 1024
+"""Tokens that are read at a time when a whole layer passes through memory."""
 
 
 def tile_groups(group_tokens: int) -> int:
     """Groups that are read at a time when a whole layer passes through memory."""
-    return max(1, TILE_TOKENS // group_tokens)
+    return max(1, STREAM_TILE_TOKENS // group_tokens)
 
 
 @dataclass(frozen=True, slots=True)

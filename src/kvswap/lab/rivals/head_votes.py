@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from kvswap.selection.mass import top_groups
+from kvswap.terms import BoolArray, IntArray
 
-Int = NDArray[np.int64]
-Bool = NDArray[np.bool_]
+Bool = BoolArray
 
 
-def groups_of_heads(scores: torch.Tensor, first: int, ends: Int, count: int) -> tuple[Int, Bool]:
+def groups_of_heads(scores: torch.Tensor, first: int, ends: IntArray, count: int) -> tuple[IntArray, Bool]:
     """The ``count`` best groups of every head within ``[first, ends[b])``.
 
     Parameters

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kvswap.lab.rivals.pages import FLOAT16_MAX, GroupRows
-from kvswap.terms import round_up
+from kvswap.lab.rivals.pages import GroupRows
+from kvswap.terms import FLOAT16_MAX, round_up
 
 STEP_TOKENS = 256
 

@@ -7,11 +7,9 @@ replaces what the step did not select. Under a limit that pays for fewer slots, 
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
 
 from kvswap.memory.slots import SlotPool
-
-Int = NDArray[np.int64]
+from kvswap.terms import IntArray
 
 
 class PreviousSlots(SlotPool):
@@ -19,14 +17,14 @@ class PreviousSlots(SlotPool):
 
     compiled_lookup = False
 
-    def lookup(self, layer: int, sequences: Int, groups: Int) -> Int:
+    def lookup(self, layer: int, sequences: IntArray, groups: IntArray) -> IntArray:
         """Slot of each group, or -1 where it must be read."""
         found = self.table[layer * self.batch + sequences, groups].astype(np.int64)
         self.worth[self._part(layer)] = 0
         self.worth[found[found >= 0] - self.reuse_start] = 1
         return found
 
-    def admit(self, layer: int, sequences: Int, groups: Int, staged: Int) -> None:
+    def admit(self, layer: int, sequences: IntArray, groups: IntArray, staged: IntArray) -> None:
         """Keep groups that have just landed in slots ``staged`` in place of what this step did not select."""
         part = self._part(layer)
         victims = part.start + np.flatnonzero(self.worth[part] == 0)[: len(groups)]
