@@ -21,7 +21,6 @@ from typing import Any
 
 from kvswap import Config
 from kvswap.core.attachment import attach_each
-from kvswap.core.calibration import fingerprint
 from kvswap.disk.json_files import write_json
 from kvswap.lab.evals.panel import force_together
 from kvswap.lab.evals.prompts import PromptShelf
@@ -30,6 +29,7 @@ from kvswap.lab.evals.settings import PARTS, Setting
 from kvswap.lab.evals.tasks import find_task
 from kvswap.lab.evals.text import evaluation_text
 from kvswap.models.adapter import inspect
+from kvswap.models.identity import attention_fingerprint
 from kvswap.models.loading import load_model
 from kvswap.tuning.tuned import Solution, load_tuned
 
@@ -117,7 +117,7 @@ def main() -> None:
     wanted = variants(elements, args.kv_memory)
     if args.tuned is not None:
         tuned = load_tuned(args.tuned)
-        tuned.check_model(fingerprint(parts))
+        tuned.check_model(attention_fingerprint(parts))
         wanted = beside_tuned(elements, tuned.nearest(context_tokens=args.context))
     source = Source(tokenizer=loaded.tokenizer, passages=evaluation_text(), seed=0, steps=MOST_STEPS)
     shelf = PromptShelf(args.prompts)
