@@ -21,7 +21,6 @@ from typing import Any
 
 from kvswap import Config
 from kvswap.core.attach import attach_each
-from kvswap.core.calibration import fingerprint
 from kvswap.disk.json_files import write_json
 from kvswap.lab.evals.panel import force_together
 from kvswap.lab.evals.prompts import PromptShelf
@@ -31,6 +30,7 @@ from kvswap.lab.evals.tasks import find_task
 from kvswap.lab.evals.text import evaluation_text
 from kvswap.lab.rivals.registry import with_methods
 from kvswap.models.adapter import inspect
+from kvswap.models.identity import attention_fingerprint
 from kvswap.models.loading import load_model
 from kvswap.tuning.solution import Solution, load_tuned
 
@@ -120,7 +120,7 @@ def main() -> None:
     wanted = variants(elements, args.kv_memory)
     if args.tuned is not None:
         tuned = load_tuned(args.tuned)
-        tuned.check_model(fingerprint(parts))
+        tuned.check_model(attention_fingerprint(parts))
         wanted = beside_tuned(elements, tuned.nearest(context_tokens=args.context))
     source = Source(tokenizer=loaded.tokenizer, passages=evaluation_text(), seed=0, steps=MOST_STEPS)
     shelf = PromptShelf(args.prompts)

@@ -52,7 +52,7 @@ class Meter:
         self._unseal = PersistentGroupStore.unseal
         meter, unseal = self, self._unseal
 
-        def timed(store: GroupStore, rows: Any, *rest: Any) -> None:
+        def timed(store: PersistentGroupStore, rows: Any, *rest: Any) -> None:
             started_s = time.perf_counter()
             unseal(store, rows, *rest)
             meter.seconds += time.perf_counter() - started_s

@@ -17,7 +17,7 @@ from kvswap.disk.folders import models_folder
 from kvswap.errors import ConfigError, ModelError
 from kvswap.models import loading
 from kvswap.models.hub import Problem, look_like_path
-from kvswap.models.loading import LoadedModel, copy_weights, has_bfloat16, load_model
+from kvswap.models.loading import LoadedModel, copy_weights, load_model
 from tests.helpers.families import tiny_model
 from tests.helpers.folders import save_tiny
 
@@ -164,23 +164,6 @@ def test_views_that_share_memory_share_it_after_copying():
     module.append(torch.nn.Parameter(module[0].data))
     copy_weights(module)
     assert module[0].data_ptr() == module[1].data_ptr()
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("flags\t\t: fpu avx512f avx512_bf16\n", True),
-        ("flags : fpu amx_bf16 amx_tile\n", True),
-        ("Features\t: fp asimd bf16\n", True),
-        ("flags : fpu avx2\nmodel name : bf16\n", False),
-        ("", False),
-    ],
-)
-def test_bfloat16_instructions(tmp_path, text, expected):
-    file = tmp_path / "cpuinfo"
-    file.write_text(text)
-    assert has_bfloat16(file) is expected
-    assert has_bfloat16(tmp_path / "absent") is False
 
 
 @pytest.mark.parametrize("name", ["./a", "/a/b", "~/a", "a/b/c", "x.gguf", "a b"])

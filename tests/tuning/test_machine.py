@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 
 import pytest
 
+from kvswap.memory import available
 from kvswap.memory.available import MemoryLimit, memory_limit
 from kvswap.tuning import machine
 from kvswap.tuning.checkup import Verdict, give_verdict
@@ -96,26 +96,13 @@ def test_cores_are_those_of_the_process() -> None:
     assert cores() == len(before)
 
 
-@pytest.mark.parametrize(
-    ("cpuinfo", "expected"),
-    [
-        ("model name\t: Fast\nflags\t\t: fpu avx2 avx512_bf16\n", True),
-        ("model name\t: Fast\nflags\t\t: fpu avx2 avx512f avx512_bf16x\n", False),
-        ("Features\t: fp asimd bf16 i8mm\n", True),
-        ("", False),
-    ],
-)
-def test_bf16(cpuinfo: str, expected: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "platform", "linux")
-    assert machine._has_bf16(cpuinfo) is expected
-
-
 def test_memory_limit_binds_and_leaves_less(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "find_gpu", Gpu)
-    monkeypatch.setattr(machine, "memory_limit", lambda: MemoryLimit(limit_bytes=10 * MIB, used_bytes=4 * MIB))
+    monkeypatch.setattr(available, "memory_limit", lambda: MemoryLimit(limit_bytes=10 * MIB, used_bytes=4 * MIB))
     found = describe_machine()
     assert (found.memory_limit_bytes, found.memory_available_bytes) == (10 * MIB, 6 * MIB)
-    monkeypatch.setattr(machine, "memory_limit", lambda: MemoryLimit(limit_bytes=1 << 59, used_bytes=0))
+    assert available.available_bytes() == 6 * MIB
+    monkeypatch.setattr(available, "memory_limit", lambda: MemoryLimit(limit_bytes=1 << 59, used_bytes=0))
     found = describe_machine()
     assert found.memory_limit_bytes is None
     assert found.memory_available_bytes > 10 * MIB

@@ -27,10 +27,10 @@ class TunedChoice:
         A session uses the one for the longest context, so that it stays the same as the session grows.
         """
         from kvswap.app.prompt import encode, render
-        from kvswap.core.calibration import fingerprint
         from kvswap.models.adapter import inspect
+        from kvswap.models.identity import attention_fingerprint
 
-        self.tuned.check_model(fingerprint(inspect(loaded.model)))
+        self.tuned.check_model(attention_fingerprint(inspect(loaded.model)))
         tokens = max(solution.context_tokens for solution in self.tuned.solutions)
         if request is not None:
             tokens = len(encode(loaded.tokenizer, render(loaded.tokenizer, [], request), first=True)) + new_tokens

@@ -7,8 +7,6 @@ be read, and whole-key codes are used instead.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +22,7 @@ from kvswap.disk.atomic import atomic_file
 from kvswap.disk.folders import VARIABLE, calibration_folder
 from kvswap.errors import StorageError
 from kvswap.models.adapter import LayerParts, ModelParts
+from kvswap.models.identity import attention_fingerprint
 from kvswap.selection.basis import KeyCovariance, load_bases, save_bases
 
 CALIBRATION_TOKENS = 16_384
@@ -78,7 +77,7 @@ def calibrate(
     ``run(ids, cache)`` takes token ids ``[1, T]`` through the attached model. Where the cache folder cannot be written,
     ``on_notice`` gets a sentence about it, and the next run measures again.
     """
-    identity = {"model": fingerprint(parts), "version": VERSION, "tokens": str(CALIBRATION_TOKENS)}
+    identity = {"model": attention_fingerprint(parts), "version": VERSION, "tokens": str(CALIBRATION_TOKENS)}
     found = _stored(identity)
     if found is not None:
         return [found[part.index] for part in parts.offloaded]
@@ -132,17 +131,3 @@ def _store(statistics: dict[int, KeyCovariance], identity: dict[str, str]) -> st
     except (OSError, SafetensorError) as error:
         return f"{path}: {getattr(error, 'strerror', None) or error}; set {VARIABLE} to a folder of yours"
     return ""
-
-
-def fingerprint(parts: ModelParts) -> str:
-    """Identity of a model for calibration: its key and query projections' look and its configuration."""
-    values = parts.config.to_dict()
-    for name in ("_name_or_path", "transformers_version", "dtype"):  # where from and how loaded, not what it is
-        values.pop(name, None)
-    digest = hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode())
-    for part in (parts.offloaded[0], parts.offloaded[-1]):
-        for name, tensor in part.attention.named_parameters():
-            flat = tensor.detach().reshape(-1)
-            sample = flat[:: max(1, flat.numel() // 1024)].float().cpu()
-            digest.update(name.encode() + sample.numpy().tobytes())
-    return digest.hexdigest()

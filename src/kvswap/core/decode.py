@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from kvswap.core.prediction import QueryPredictor
 from kvswap.core.state import BatchState
@@ -21,9 +20,8 @@ from kvswap.memory.lookup import Found, find
 from kvswap.models.adapter import LayerParts, ModelParts
 from kvswap.selection.mass import top_groups
 from kvswap.selection.window import Step
+from kvswap.terms import BoolArray, IntArray
 
-Int = NDArray[np.int64]
-Bool = NDArray[np.bool_]
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
 """The model's own attention over K, V ``[B, H_kv, S, d]`` under a mask."""
 
@@ -37,11 +35,11 @@ class Fetch(NamedTuple):
     ticket: int
     half: int
     found: Found
-    groups: Int
-    valid: Bool | None
+    groups: IntArray
+    valid: BoolArray | None
 
     @property
-    def chosen(self) -> Int:
+    def chosen(self) -> IntArray:
         """Numbers of the groups, ``[B, n]``; 0 where an entry is not real."""
         return self.groups if self.valid is None else np.where(self.valid, self.groups, 0)
 
@@ -160,7 +158,7 @@ class Decode:
 
     # ---- parts of the path that a published method may replace (lab/rivals/decoding.py)
 
-    def choose(self, layer: int, query: torch.Tensor | None, step: Step) -> tuple[Int, Bool | None]:
+    def choose(self, layer: int, query: torch.Tensor | None, step: Step) -> tuple[IntArray, BoolArray | None]:
         """Groups to attend to, ``[B, n]`` ascending, and which entries are real (None: all)."""
         state, first, count = self.state, self.state.window.sink_groups, self.state.select_groups[layer]
         if step.most_candidates <= count:
@@ -180,11 +178,11 @@ class Decode:
         """Start the reads; returns the ticket to wait for."""
         return self.state.store.submit(found.rows, found.first, found.counts, found.addresses)
 
-    def gather(self, layer: int, slots: Int, fetch: Fetch, step: Step) -> torch.Tensor:
+    def gather(self, layer: int, slots: IntArray, fetch: Fetch, step: Step) -> torch.Tensor:
         """K, V of slots ``[B, W]`` as ``[2, B, H_kv, W * G, d]``."""
         return self.state.pool.gather(layer, slots, self.state.shape.dtype)
 
-    def mask(self, layer: int, valid: Bool | None, width: int, step: Step) -> torch.Tensor | None:
+    def mask(self, layer: int, valid: BoolArray | None, width: int, step: Step) -> torch.Tensor | None:
         """Which tokens of ``width`` groups are attended to; None where only the end of the last group is left out."""
         if valid is None and step.same_offset:
             return None

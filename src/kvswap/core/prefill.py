@@ -18,7 +18,7 @@ from kvswap.core.attention import TiledAttention, chunk_attention
 from kvswap.core.state import BatchState
 from kvswap.errors import StorageError
 from kvswap.memory.budget import SKETCH_TILE_TOKENS
-from kvswap.store.layout import TILE_TOKENS, tile_groups
+from kvswap.store.layout import STREAM_TILE_TOKENS, tile_groups
 from kvswap.terms import ceil_div
 
 FLOAT16_SAFE = 30_000.0  # half of what float16 holds: decode may bring larger values than the prompt did
@@ -121,8 +121,8 @@ class Prefill:
         stop = self._filled
         positions = torch.arange(stop, device=query.device)
         causal = positions[None, :] <= positions[stop - query.shape[1] :, None]
-        for start in range(0, stop, TILE_TOKENS):
-            cut = slice(start, min(start + TILE_TOKENS, stop))
+        for start in range(0, stop, STREAM_TILE_TOKENS):
+            cut = slice(start, min(start + STREAM_TILE_TOKENS, stop))
             attention.add(self._kv[0, sequence, :, cut], self._kv[1, sequence, :, cut], causal[:, cut])
         return attention.result()
 

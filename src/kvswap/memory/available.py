@@ -27,11 +27,31 @@ class MemoryLimit:
     used_bytes: int
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SystemMemory:
+    """Memory of this machine as this process sees it; ``limit_bytes`` is None where no limit is below the total.
+
+    ``available_bytes`` can still be taken without swapping or being killed; file cache counts as free.
+    """
+
+    total_bytes: int
+    available_bytes: int
+    limit_bytes: int | None
+
+
+def system_memory() -> SystemMemory:
+    """What the system has, and what the limit on this process leaves of it."""
+    memory, limit = psutil.virtual_memory(), memory_limit()
+    total_bytes, free_bytes = int(memory.total), int(memory.available)
+    if limit is None or limit.limit_bytes >= total_bytes:
+        return SystemMemory(total_bytes=total_bytes, available_bytes=free_bytes, limit_bytes=None)
+    left_bytes = max(0, min(free_bytes, limit.limit_bytes - limit.used_bytes))
+    return SystemMemory(total_bytes=total_bytes, available_bytes=left_bytes, limit_bytes=limit.limit_bytes)
+
+
 def available_bytes() -> int:
     """Memory that can still be taken without swapping or being killed; file cache counts as free."""
-    free = int(psutil.virtual_memory().available)
-    limit = memory_limit()
-    return free if limit is None else max(0, min(free, limit.limit_bytes - limit.used_bytes))
+    return system_memory().available_bytes
 
 
 def memory_limit(proc: str | Path = "/proc") -> MemoryLimit | None:

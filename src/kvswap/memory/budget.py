@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kvswap.selection.window import Window
-from kvswap.store.layout import TILE_TOKENS
+from kvswap.store.layout import STREAM_TILE_TOKENS
 from kvswap.terms import ceil_div, round_up
 
 GROWTH_TOKENS = 256
@@ -150,7 +150,7 @@ class PrefillNeeds:
         states = self.batch * self.chunk_tokens * 2 * (self.query_elements + self.hidden_elements)
         rows = self.query_heads * self.chunk_tokens
         if self.stored:  # tile by tile and one sequence at a time, in float32
-            return states * self.itemsize_bytes + rows * (2 * TILE_TOKENS + 3 * self._head_dim) * 4
+            return states * self.itemsize_bytes + rows * (2 * STREAM_TILE_TOKENS + 3 * self._head_dim) * 4
         if self.eager:  # K and V are repeated for all heads of queries
             repeated = 2 * self.batch * self.tokens * self.query_elements
             return (states + repeated) * self.itemsize_bytes + 2 * self.batch * rows * self.tokens * 4

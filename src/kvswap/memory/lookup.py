@@ -9,13 +9,11 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from kvswap.memory.slots import SlotPool
 from kvswap.native import array_loops
 from kvswap.store.extents import plan_reads
-
-Int = NDArray[np.int64]
+from kvswap.terms import IntArray
 
 
 class Found(NamedTuple):
@@ -27,19 +25,19 @@ class Found(NamedTuple):
     the first ``landed`` staging slots. ``wanted`` groups are real in all.
     """
 
-    slots: Int
-    sequences: Int
-    groups: Int
-    staged: Int
-    rows: Int
-    first: Int
-    counts: Int
-    addresses: Int
+    slots: IntArray
+    sequences: IntArray
+    groups: IntArray
+    staged: IntArray
+    rows: IntArray
+    first: IntArray
+    counts: IntArray
+    addresses: IntArray
     landed: int
     wanted: int
 
 
-def find(pool: SlotPool, layer: int, groups: Int, ends: Int, *, gap_groups: int, half: int) -> Found:
+def find(pool: SlotPool, layer: int, groups: IntArray, ends: IntArray, *, gap_groups: int, half: int) -> Found:
     """Look up ``groups`` ``[B, n]``, ascending, of which those before ``ends`` ``[B]`` are real, and plan the reads.
 
     Groups are read into staging half ``half``. Gaps of up to ``gap_groups`` are read through while there is room.
@@ -61,7 +59,7 @@ def find(pool: SlotPool, layer: int, groups: Int, ends: Int, *, gap_groups: int,
     return _find(pool, layer, groups, ends, gap_groups, half)
 
 
-def _find(pool: SlotPool, layer: int, groups: Int, ends: Int, gap_groups: int, half: int) -> Found:
+def _find(pool: SlotPool, layer: int, groups: IntArray, ends: IntArray, gap_groups: int, half: int) -> Found:
     real = groups < ends[:, None]
     sequences = np.repeat(np.arange(pool.batch), groups.shape[1])[real.reshape(-1)]
     wanted = groups[real]

@@ -26,11 +26,9 @@ from kvswap.native import array_loops, loops
 from kvswap.native.array_loops import SlotArrays
 from kvswap.selection.window import Window
 from kvswap.store.layout import GroupLayout
-
-Int = NDArray[np.int64]
+from kvswap.terms import FLOAT16_MAX, ByteArray, IntArray
 
 WORTH_DECAY = 0.9
-FLOAT16_MAX = 65504.0
 LOOK_AT = 8  # slots compared for every group that could be kept
 POWERS = (WORTH_DECAY ** np.arange(256)).astype(np.float32)  # what is left after so many visits, the last for more
 
@@ -79,7 +77,7 @@ class SlotPool:
         self._raw = raw
         self._rows = {d: raw.view(d).view(slots, layout.slot_elements) for d in (dtype, *_same_size(dtype))}
         self.table: NDArray[np.int32] = np.full((layers * batch, capacity_groups), -1, np.int32)
-        self.owner: Int = np.full(reuse_slots, -1, np.int64)
+        self.owner: IntArray = np.full(reuse_slots, -1, np.int64)
         self.worth: NDArray[np.float32] = np.full(reuse_slots, -1, np.float32)
         self.seen: NDArray[np.int32] = np.zeros(reuse_slots, np.int32)  # visit of its layer when worth was true
         self._visits: NDArray[np.int32] = np.zeros(layers, np.int32)
@@ -157,7 +155,9 @@ class SlotPool:
                     slots.dtype
                 )
 
-    def put_token(self, layer: int, slots: Int, offset: Int, keys: torch.Tensor, values: torch.Tensor) -> None:
+    def put_token(
+        self, layer: int, slots: IntArray, offset: IntArray, keys: torch.Tensor, values: torch.Tensor
+    ) -> None:
         """Put every sequence's newest token: K, V ``[B, H_kv, 1, d]``, at ``offset`` of ``slots``, both ``[B]``."""
         rows = self._rows[self.dtypes[layer]]
         if loops.converts_here(rows.dtype, keys.dtype, rows.device) and keys.stride(3) == values.stride(3) == 1:
@@ -176,7 +176,7 @@ class SlotPool:
 
     # ---- reuse
 
-    def lookup(self, layer: int, sequences: Int, groups: Int) -> Int:
+    def lookup(self, layer: int, sequences: IntArray, groups: IntArray) -> IntArray:
         """Slot of each group, or -1 where it must be read. Hits gain worth, the rest of the layer decays."""
         rows = layer * self.batch + sequences
         self._visits[layer] += 1
@@ -189,14 +189,14 @@ class SlotPool:
         self.seen[hits] = self._visits[layer]
         return found
 
-    def _worth_now(self, slots: Int) -> NDArray[np.float32]:
+    def _worth_now(self, slots: IntArray) -> NDArray[np.float32]:
         """Worth with the decay since each was last touched: one step for every visit of its own layer."""
         layers = np.maximum(self.owner[slots], 0) // (self.batch * self.table.shape[1])
         idle = self._visits[layers] - self.seen[slots]
         worth: NDArray[np.float32] = self.worth[slots] * POWERS[np.minimum(idle, len(POWERS) - 1)]
         return worth
 
-    def admit(self, layer: int, sequences: Int, groups: Int, staged: Int) -> None:
+    def admit(self, layer: int, sequences: IntArray, groups: IntArray, staged: IntArray) -> None:
         """Keep groups that were just read into slots ``staged``, where a slot of less worth can be replaced.
 
         Looking at all slots would cost more with every gigabyte of them, so a clock hand goes round. Slots that were
@@ -233,12 +233,12 @@ class SlotPool:
         self._replace(victims, layer, keys, staged)
         self.seen[victims] = self._visits[layer]
 
-    def _keys(self, layer: int, sequences: Int, groups: Int) -> Int:
+    def _keys(self, layer: int, sequences: IntArray, groups: IntArray) -> IntArray:
         """Where in the flat table groups are found."""
-        keys: Int = (layer * self.batch + sequences) * self.table.shape[1] + groups
+        keys: IntArray = (layer * self.batch + sequences) * self.table.shape[1] + groups
         return keys
 
-    def _replace(self, victims: Int, layer: int, keys: Int, staged: Int) -> None:
+    def _replace(self, victims: IntArray, layer: int, keys: IntArray, staged: IntArray) -> None:
         """Give reuse slots ``victims`` to the first of the groups that ``keys`` find, with worth 1."""
         count = len(victims)
         if count == 0:
@@ -265,7 +265,7 @@ class SlotPool:
         """The first slot of staging half 0 or 1."""
         return self.staging_start + half * self.staging_groups
 
-    def staged(self, half: int, slots: Int) -> tuple[NDArray[np.uint8], Int]:
+    def staged(self, half: int, slots: IntArray) -> tuple[ByteArray, IntArray]:
         """The memory of one staging half, uint8 ``(staging_groups, slot_bytes)``, and the rows of ``slots`` in it."""
         size, places = self.layout.slot_bytes, slots - self.staging_slot(half)
         start = half * self.staging_groups * size
@@ -274,7 +274,7 @@ class SlotPool:
             memory = self.slab.array
         else:
             memory = self._host_staging.numpy()
-        staging: NDArray[np.uint8] = memory[start : start + self.staging_groups * size].reshape(-1, size)
+        staging: ByteArray = memory[start : start + self.staging_groups * size].reshape(-1, size)
         return staging, places
 
     def publish(self, half: int, count: int) -> None:
@@ -294,7 +294,7 @@ class SlotPool:
         current.wait_stream(self._stream)
         self._stream.synchronize()  # the host half is overwritten by the reads after next
 
-    def gather(self, layer: int, slots: Int, dtype: torch.dtype) -> torch.Tensor:
+    def gather(self, layer: int, slots: IntArray, dtype: torch.dtype) -> torch.Tensor:
         """Copy of slots ``[B, W]`` as ``[2, B, H_kv, W * G, d]`` of ``dtype``, in the order of the slots."""
         rows = self._rows[self.dtypes[layer]]
         batch, width = slots.shape

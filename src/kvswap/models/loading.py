@@ -20,6 +20,7 @@ from transformers.utils import logging as transformers_logging
 from kvswap.errors import ConfigError, ModelError
 from kvswap.models.gguf import bundled_model, converted
 from kvswap.models.hub import has_cached, look_like_path, problem_with
+from kvswap.native.processor import has_bfloat16
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 BUNDLED = "smollm2-135m"
@@ -149,18 +150,6 @@ def _choose_dtype(wanted: str, stated: Any) -> Any:
     if stated is not None and stated.itemsize != 2:
         return stated
     return "auto" if torch.cuda.is_available() or has_bfloat16() else torch.float32
-
-
-def has_bfloat16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
-    """Whether this CPU has bfloat16 instructions; False where the system does not tell."""
-    try:
-        text = cpuinfo.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return False
-    flags = {
-        word for line in text.splitlines() if line.lower().startswith(("flags", "features")) for word in line.split()
-    }
-    return bool(flags & {"avx512_bf16", "amx_bf16", "bf16"})
 
 
 def copy_weights(model: torch.nn.Module) -> None:

@@ -12,8 +12,7 @@ from numpy.typing import NDArray
 
 from kvswap.native.library import available as available
 from kvswap.native.library import library
-
-Int = NDArray[np.int64]
+from kvswap.terms import IntArray
 
 
 class SlotArrays:
@@ -27,7 +26,7 @@ class SlotArrays:
     def __init__(
         self,
         table: NDArray[np.int32],
-        owner: Int,
+        owner: IntArray,
         worth: NDArray[np.float32],
         seen: NDArray[np.int32],
         visits: NDArray[np.int32],
@@ -39,7 +38,7 @@ class SlotArrays:
         self.table, self.owner, self.worth, self.seen, self.visits, self.powers = [_at(each) for each in self.held]
 
 
-def lookup(arrays: SlotArrays, rows: Int, groups: Int, *, first: int, visit: int) -> Int:
+def lookup(arrays: SlotArrays, rows: IntArray, groups: IntArray, *, first: int, visit: int) -> IntArray:
     """The slot of each group ``[n]``, or -1; those that were found gain worth.
 
     ``first`` is the number of the first slot that has worth, ``visit`` the number of this visit of the layer.
@@ -68,8 +67,8 @@ def lookup(arrays: SlotArrays, rows: Int, groups: Int, *, first: int, visit: int
 
 def find(
     arrays: SlotArrays,
-    groups: Int,
-    ends: Int,
+    groups: IntArray,
+    ends: IntArray,
     *,
     layer: int,
     first: int,
@@ -78,7 +77,7 @@ def find(
     landing_slot: int,
     landing_address: int,
     slot_bytes: int,
-) -> tuple[Int, Int, Int, Int, Int, Int, Int, Int, int, int]:
+) -> tuple[IntArray, IntArray, IntArray, IntArray, IntArray, IntArray, IntArray, IntArray, int, int]:
     """``lookup`` of one layer's groups ``[B, n]`` and ``plan_reads`` of those that were not found, in one call.
 
     Those from ``ends`` ``[B]`` on are none. Returns the fields of ``kvswap.memory.lookup.Found``.
@@ -120,7 +119,7 @@ def find(
     return slots, sequences, absent, staged, files, begun, counts, addresses, landed, wanted
 
 
-def plan_reads(files: Int, groups: Int, gap_groups: int, spare: int) -> tuple[Int, Int]:
+def plan_reads(files: IntArray, groups: IntArray, gap_groups: int, spare: int) -> tuple[IntArray, IntArray]:
     """Extents of wanted groups (``kvswap.store.extents``).
 
     Returns
@@ -156,8 +155,8 @@ def admit(
     layer_keys: int,
     hand: int,
     looked: int,
-    keys: Int,
-    staged: Int,
+    keys: IntArray,
+    staged: IntArray,
     memory: int,
     slot_bytes: int,
     first: int,

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from kvswap.native.library import available as available
 from kvswap.native.threads import threaded_library
 
-TILE_TOKENS = 64
+SCORE_TILE_TOKENS = 64
+"""Tokens whose codes lie together and are scored together; ``kernels.c`` has the same."""
 MAX_CODE_BITS = 4
 COARSE_ROWS = 32
 GRAIN = 32768
@@ -24,12 +25,14 @@ GRAIN = 32768
 
 def scores_here(bits: int, group_tokens: int, device: torch.device) -> bool:
     """Whether ``group_mass`` can score such codes."""
-    return device.type == "cpu" and bits <= MAX_CODE_BITS and TILE_TOKENS % group_tokens == 0 and available()
+    return device.type == "cpu" and bits <= MAX_CODE_BITS and SCORE_TILE_TOKENS % group_tokens == 0 and available()
 
 
 def scratch_token_bytes(heads: int, group_tokens: int) -> int:
     """What ``group_mass`` takes for a token in passing, rounded up; what does not grow with tokens is below 64 KiB."""
-    return -(-4 * (heads * (TILE_TOKENS // group_tokens + 1) + TILE_TOKENS // group_tokens) // TILE_TOKENS)
+    return -(
+        -4 * (heads * (SCORE_TILE_TOKENS // group_tokens + 1) + SCORE_TILE_TOKENS // group_tokens) // SCORE_TILE_TOKENS
+    )
 
 
 def group_mass(
@@ -65,13 +68,13 @@ def group_mass(
     ``[B, N]`` float32, zero past a sequence's end; N are the groups of the longest, or those of the ``tiles``.
     """
     batch, heads, rank = query.shape
-    assert codes.stride()[2:] == (TILE_TOKENS, 1) and rank == codes.shape[2] * 8 // bits
-    assert codes.shape[1] * TILE_TOKENS >= int(tokens.max())
+    assert codes.stride()[2:] == (SCORE_TILE_TOKENS, 1) and rank == codes.shape[2] * 8 // bits
+    assert codes.shape[1] * SCORE_TILE_TOKENS >= int(tokens.max())
     if tiles is not None:
         assert batch == 1
         tiles, tokens = _of_tiles(tiles, int(tokens[0]))
     longest = int(tokens.max())
-    count = -(-longest // TILE_TOKENS)
+    count = -(-longest // SCORE_TILE_TOKENS)
     workers, compiled = _workers(batch * longest * heads), threaded_library()
     assert compiled is not None
     floats = compiled.kvswap_scratch_floats(codes.shape[2], bits, heads, count, group_tokens, batch, workers)
@@ -91,9 +94,9 @@ def _workers(work: int) -> int:
 
 def _of_tiles(tiles: NDArray[np.int64], tokens: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Some tiles of a sequence as C takes them, and ``[1]`` how many tokens they hold: the last may be a begun one."""
-    assert len(tiles) and int(tiles[0]) >= 0 and int(tiles[-1]) * TILE_TOKENS < tokens
-    rest = min(TILE_TOKENS, tokens - int(tiles[-1]) * TILE_TOKENS)
-    return np.ascontiguousarray(tiles, np.int64), np.array([(len(tiles) - 1) * TILE_TOKENS + rest])
+    assert len(tiles) and int(tiles[0]) >= 0 and int(tiles[-1]) * SCORE_TILE_TOKENS < tokens
+    rest = min(SCORE_TILE_TOKENS, tokens - int(tiles[-1]) * SCORE_TILE_TOKENS)
+    return np.ascontiguousarray(tiles, np.int64), np.array([(len(tiles) - 1) * SCORE_TILE_TOKENS + rest])
 
 
 def tile_mass(codes: torch.Tensor, query: torch.Tensor, scales: torch.Tensor, bits: int, tokens: int) -> torch.Tensor:
@@ -103,13 +106,13 @@ def tile_mass(codes: torch.Tensor, query: torch.Tensor, scales: torch.Tensor, bi
     ``COARSE_ROWS``.
     """
     heads, rank = query.shape
-    tiles = tokens // TILE_TOKENS
-    assert rank <= COARSE_ROWS and tokens % TILE_TOKENS == 0 and rank == codes.shape[1] * 8 // bits
-    assert codes.stride()[1:] == (TILE_TOKENS, 1) and len(codes) >= tiles
+    tiles = tokens // SCORE_TILE_TOKENS
+    assert rank <= COARSE_ROWS and tokens % SCORE_TILE_TOKENS == 0 and rank == codes.shape[1] * 8 // bits
+    assert codes.stride()[1:] == (SCORE_TILE_TOKENS, 1) and len(codes) >= tiles
     compiled = threaded_library()
     assert compiled is not None
     workers = _workers(tokens * heads)
-    floats = compiled.kvswap_scratch_floats(codes.shape[1], bits, heads, tiles, TILE_TOKENS, 1, workers)
+    floats = compiled.kvswap_scratch_floats(codes.shape[1], bits, heads, tiles, SCORE_TILE_TOKENS, 1, workers)
     scratch, mass = torch.empty(floats), torch.empty(tiles)
     query, scales = query.contiguous(), scales.contiguous()
     compiled.kvswap_tile_mass(

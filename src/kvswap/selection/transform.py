@@ -167,7 +167,7 @@ class TransformSketch(LayerSketch):
         score = partial(loops.group_mass, codes[None], low_rank[None], self._rows[1], self.bits)
         if tokens <= FLAT_TOKENS:
             return score(self.tokens[sequence : sequence + 1], group_tokens)[0]
-        tile_tokens, parts = loops.TILE_TOKENS, 8 // self.bits
+        tile_tokens, parts = loops.SCORE_TILE_TOKENS, 8 // self.bits
         few = min(codes.shape[1], loops.COARSE_ROWS * self.bits // 8, max(2, codes.shape[1] // COARSE_SHARE))
         columns = low_rank.unflatten(1, (parts, -1))[:, :, :few].flatten(1)
         scales = self._rows[1].unflatten(0, (parts, -1))[:, :few].flatten()

@@ -10,31 +10,31 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
-Int = NDArray[np.int64]
-Bool = NDArray[np.bool_]
+from kvswap.terms import BoolArray, IntArray
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
     """What is the same for all layers of one decode step. Slots are counted from a layer's first pinned slot."""
 
-    current: Int  # [B] group of the newest token
-    offset: Int  # [B] its place in that group
-    ends: Int  # [B] end of the groups to select from
+    current: IntArray  # [B] group of the newest token
+    offset: IntArray  # [B] its place in that group
+    ends: IntArray  # [B] end of the groups to select from
     most_candidates: int  # groups to select from, in the sequence that has most
     fewest_candidates: int  # and in the one that has fewest
-    tail: Int  # [B] slot of the newest group
-    sinks: Int  # [B, S] slots of the sink groups
-    ring: Int  # [B, ring] slots of the newest groups, in order of position
-    sinks_valid: Bool  # which of them hold a group already
-    ring_valid: Bool
+    tail: IntArray  # [B] slot of the newest group
+    sinks: IntArray  # [B, S] slots of the sink groups
+    ring: IntArray  # [B, ring] slots of the newest groups, in order of position
+    sinks_valid: BoolArray  # which of them hold a group already
+    ring_valid: BoolArray
     new_group: list[int]  # sequences whose newest token begins a group
     all_pinned: bool  # whether every sink and ring slot holds a group
     same_offset: bool  # whether the newest group has as many tokens in every sequence
 
-    def attended(self, first_pinned: Int, chosen: Int, valid: Bool | None) -> tuple[Int, Bool | None]:
+    def attended(
+        self, first_pinned: IntArray, chosen: IntArray, valid: BoolArray | None
+    ) -> tuple[IntArray, BoolArray | None]:
         """All slots to attend to, ``[B, W]`` in order of position, and which entries are real, None: all.
 
         ``first_pinned`` ``[B]`` are a layer's first pinned slots. ``chosen`` ``[B, n]`` are the slots of its selected
@@ -50,7 +50,7 @@ class Step:
             return slots[valid][None], None
         return np.where(valid, slots, base), None if valid.all() else valid
 
-    def token_mask(self, valid: Bool | None, width: int, group_tokens: int) -> Bool:
+    def token_mask(self, valid: BoolArray | None, width: int, group_tokens: int) -> BoolArray:
         """Which tokens of ``width`` groups a step attends to, ``[B, width * G]``; the last group is the newest one."""
         groups = np.ones((len(self.offset), width), np.bool_) if valid is None else valid
         tokens = np.repeat(groups, group_tokens, axis=1)
@@ -94,12 +94,12 @@ class Window:
         """Most groups that one sequence attends to in a step."""
         return self.pinned_groups + self.fetch_groups
 
-    def pinned_slot(self, groups: Int) -> Int:
+    def pinned_slot(self, groups: IntArray) -> IntArray:
         """The pinned slot of each group, counted from the first one of its sequence and layer."""
         ring = self.sink_groups + (groups - self.sink_groups) % self.ring_groups
         return np.where(groups < self.sink_groups, groups, ring)
 
-    def step(self, tokens: Int) -> Step:
+    def step(self, tokens: IntArray) -> Step:
         """One decode step of sequences that have ``tokens`` ``[B]`` with the newest one."""
         batch = len(tokens)
         current, offset = np.divmod(tokens - 1, self.group_tokens)

@@ -20,7 +20,8 @@ from kvswap.errors import SessionError
 from kvswap.sessions.arrays import Arrays, damaged, take
 from kvswap.sessions.manifest import Encryption, Manifest
 from kvswap.sessions.manifest_json import signature
-from kvswap.sessions.seal import Bytes, Checksums, Int, Sealer, Seals
+from kvswap.sessions.seal import Checksums, Sealer, Seals
+from kvswap.terms import ByteArray, IntArray
 
 KEY_VARIABLE = "KVSWAP_SESSION_KEY"
 KEYRING_SERVICE, KEYRING_ENTRY = "kvswap", "session-key"
@@ -156,7 +157,7 @@ class Cipher:
         """Begin an epoch: a key under which nothing was encrypted yet."""
         self._current, self._next = self._epoch(secrets.token_bytes(SALT_BYTES)), {}
 
-    def seal(self, layer: int, first: int, slots: Bytes) -> Seals:
+    def seal(self, layer: int, first: int, slots: ByteArray) -> Seals:
         """Encrypt groups in place; returns their seals. Groups of a layer come in order, each once an epoch."""
         if self._current < 0 or first < self._next.get(layer, 0):
             raise RuntimeError(f"group {first} of layer {layer} would use its nonce again")
@@ -173,7 +174,9 @@ class Cipher:
         seals["epoch"] = self._current
         return seals
 
-    def unseal(self, layers: Int, groups: Int, slots: Bytes, seals: Seals, places: Int | None = None) -> Any:
+    def unseal(
+        self, layers: IntArray, groups: IntArray, slots: ByteArray, seals: Seals, places: IntArray | None = None
+    ) -> Any:
         """Decrypt in place; which groups are authentic, bool ``[n]``. The contents of the others are undefined."""
         right = np.empty(len(seals), np.bool_)
         piece = max(1, _PIECE_BYTES // slots.shape[1])
@@ -184,7 +187,7 @@ class Cipher:
             right[cut] = self._decrypt(layers[cut], groups[cut], slots[rows], seals[cut], targets)
         return right
 
-    def authentic(self, layer: int, first: int, slots: Bytes, seals: Seals) -> Any:
+    def authentic(self, layer: int, first: int, slots: ByteArray, seals: Seals) -> Any:
         """Which groups are authentic; ``slots`` stay encrypted."""
         layers, groups = np.full(len(slots), layer), np.arange(first, first + len(slots))
         return self.unseal(layers, groups, slots.copy(), seals)
@@ -242,7 +245,9 @@ class Cipher:
             self._ciphers.append(_aes(_derive(self._session, salt, b"kvswap groups")))
         return self._epochs[salt]
 
-    def _decrypt(self, layers: Int, groups: Int, sealed: Bytes, seals: Seals, targets: list[Bytes]) -> Any:
+    def _decrypt(
+        self, layers: IntArray, groups: IntArray, sealed: ByteArray, seals: Seals, targets: list[ByteArray]
+    ) -> Any:
         from cryptography.exceptions import InvalidTag
 
         count, size = sealed.shape

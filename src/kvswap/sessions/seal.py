@@ -13,9 +13,8 @@ from numpy.typing import NDArray
 
 from kvswap.errors import DamagedError
 from kvswap.store.checksum import group_sums
+from kvswap.terms import ByteArray, IntArray
 
-Int = NDArray[np.int64]
-Bytes = NDArray[np.uint8]
 Seals = NDArray[Any]
 Arrays = dict[str, NDArray[np.generic]]
 
@@ -29,16 +28,18 @@ class Sealer(Protocol):
     def begin(self) -> None:
         """A new stretch of writing groups begins."""
 
-    def seal(self, layer: int, first: int, slots: Bytes) -> Seals:
+    def seal(self, layer: int, first: int, slots: ByteArray) -> Seals:
         """Seal groups from ``first`` on in place."""
 
-    def unseal(self, layers: Int, groups: Int, slots: Bytes, seals: Seals, places: Int | None = None) -> Any:
+    def unseal(
+        self, layers: IntArray, groups: IntArray, slots: ByteArray, seals: Seals, places: IntArray | None = None
+    ) -> Any:
         """Turn sealed groups into what was written, in place; which are so, bool ``(n,)``.
 
         They are the rows ``places`` of ``slots``, or all.
         """
 
-    def authentic(self, layer: int, first: int, slots: Bytes, seals: Seals) -> Any:
+    def authentic(self, layer: int, first: int, slots: ByteArray, seals: Seals) -> Any:
         """Which groups from ``first`` on are what was written, bool ``(n,)``; they stay sealed."""
 
     def pack(self, seals: Seals) -> Arrays:
@@ -58,7 +59,7 @@ class Sealer(Protocol):
 
 
 class Checksums:
-    """Bytes as they are, with XXH3 of 64 bits."""
+    """ByteArray as they are, with XXH3 of 64 bits."""
 
     dtype: np.dtype[Any] = np.dtype(np.uint64)
     encrypts = False
@@ -66,15 +67,17 @@ class Checksums:
     def begin(self) -> None:
         """Nothing to begin."""
 
-    def seal(self, layer: int, first: int, slots: Bytes) -> Seals:
+    def seal(self, layer: int, first: int, slots: ByteArray) -> Seals:
         """Checksums of groups, uint64 ``(n,)``."""
         return group_sums(slots)
 
-    def unseal(self, layers: Int, groups: Int, slots: Bytes, seals: Seals, places: Int | None = None) -> Any:
+    def unseal(
+        self, layers: IntArray, groups: IntArray, slots: ByteArray, seals: Seals, places: IntArray | None = None
+    ) -> Any:
         """Which groups have their checksum."""
         return group_sums(slots if places is None else slots[places]) == seals
 
-    def authentic(self, layer: int, first: int, slots: Bytes, seals: Seals) -> Any:
+    def authentic(self, layer: int, first: int, slots: ByteArray, seals: Seals) -> Any:
         """Which groups have their checksum."""
         return group_sums(slots) == seals
 

@@ -9,11 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from kvswap.native import array_loops
-
-Int = NDArray[np.int64]
+from kvswap.terms import IntArray
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,14 +22,14 @@ class ReadPlan:
     groups, and first place in staging. ``place`` has the place in staging of each requested group, in the order given.
     """
 
-    files: Int
-    first: Int
-    count: Int
-    landing: Int
-    place: Int
+    files: IntArray
+    first: IntArray
+    count: IntArray
+    landing: IntArray
+    place: IntArray
 
 
-def plan_reads(files: Int, groups: Int, *, gap_groups: int, places: int) -> ReadPlan:
+def plan_reads(files: IntArray, groups: IntArray, *, gap_groups: int, places: int) -> ReadPlan:
     """Plan reads for ``groups`` of ``files``, sorted by (file, group) and without repeats.
 
     Gaps of up to ``gap_groups`` are read through; with -1, neighbours are not joined either. Staging has ``places`` for
@@ -46,7 +44,7 @@ def plan_reads(files: Int, groups: Int, *, gap_groups: int, places: int) -> Read
     return _plan_reads(files, groups, gap_groups, places)
 
 
-def _plan_reads(files: Int, groups: Int, gap_groups: int, places: int) -> ReadPlan:
+def _plan_reads(files: IntArray, groups: IntArray, gap_groups: int, places: int) -> ReadPlan:
     step = np.diff(groups)
     same_file = files[1:] == files[:-1]
     joined = same_file & (step <= 1 + gap_groups)

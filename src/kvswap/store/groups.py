@@ -13,7 +13,6 @@ import time
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from kvswap.disk.backend import ReadBackend
 from kvswap.disk.slab import Slab
@@ -22,8 +21,7 @@ from kvswap.errors import DiskError
 from kvswap.native import loops
 from kvswap.store.layout import GroupLayout
 from kvswap.store.segments import Segments
-
-Int = NDArray[np.int64]
+from kvswap.terms import ByteArray, IntArray
 
 
 class GroupStore:
@@ -41,7 +39,7 @@ class GroupStore:
         self.backend, self.layout, self.batch = backend, layout, batch
         self.writer = WriteBehind(backend, queue_bytes)
         self.segments, self._size_bytes = self._open(layers * batch, groups)
-        self._last_write: Int = np.full(layers * batch, -1, np.int64)
+        self._last_write: IntArray = np.full(layers * batch, -1, np.int64)
         self.streamed_bytes, self.streamed_s = 0, 0.0
         """What tile readers have read, and how long their caller waited for it."""
 
@@ -68,18 +66,18 @@ class GroupStore:
             offset = (first - begin + start) * layout.slot_bytes
             self._last_write[row] = self.writer.submit(file, offset, buffer)
 
-    def settle(self, rows: Int) -> None:
+    def settle(self, rows: IntArray) -> None:
         """Block until everything queued for these rows is written."""
         last = int(self._last_write[rows].max(initial=-1))
         if last >= 0 and not self.writer.done(last):
             self.writer.wait_for(last)
 
-    def submit(self, rows: Int, first: Int, count: Int, addresses: Int) -> int:
+    def submit(self, rows: IntArray, first: IntArray, count: IntArray, addresses: IntArray) -> int:
         """Start reading extents of groups to memory addresses; returns the ticket to wait for."""
         self.settle(rows)
         return self.backend.submit(*self.segments.locate(rows, first, count, addresses, self.layout.slot_bytes))
 
-    def unseal(self, rows: Int, groups: Int, slots: NDArray[np.uint8], places: Int | None = None) -> None:
+    def unseal(self, rows: IntArray, groups: IntArray, slots: ByteArray, places: IntArray | None = None) -> None:
         """Check groups that were read, and decrypt them in place. Unnamed files have nothing to check.
 
         The groups are the rows ``places`` of ``slots`` uint8 ``(n, slot_bytes)``, or all of them. Raises DamagedError.
@@ -102,13 +100,13 @@ class GroupStore:
 
     # ---- what a persistent store does in another way
 
-    def _open(self, rows: int, groups: int) -> tuple[Segments, Int]:
+    def _open(self, rows: int, groups: int) -> tuple[Segments, IntArray]:
         """Open the files; returns where groups are, and the size in bytes of each row's last file."""
         size_bytes = self.layout.file_bytes(groups)
-        files: Int = np.array([[self.backend.open(size_bytes) for _ in range(rows)]], np.int64)
+        files: IntArray = np.array([[self.backend.open(size_bytes) for _ in range(rows)]], np.int64)
         return Segments(np.zeros((1, rows), np.int64), files), np.full(rows, size_bytes, np.int64)
 
-    def _before_write(self, row: int, first: int, buffer: NDArray[np.uint8]) -> None:
+    def _before_write(self, row: int, first: int, buffer: ByteArray) -> None:
         """Called with packed groups of ``row`` from ``first`` on, before they are queued."""
 
     def _file_bytes(self, row: int, groups: int) -> int:
@@ -124,7 +122,7 @@ class GroupStore:
             self._size_bytes[row] = size_bytes
         return begin
 
-    def _pack(self, buffer: NDArray[np.uint8], keys: torch.Tensor, values: torch.Tensor, dtype: torch.dtype) -> None:
+    def _pack(self, buffer: ByteArray, keys: torch.Tensor, values: torch.Tensor, dtype: torch.dtype) -> None:
         layout = self.layout
         slots = torch.from_numpy(buffer).view(dtype).view(-1, layout.slot_elements)
         groups = slots[:, : layout.group_elements].unflatten(1, layout.group_shape)

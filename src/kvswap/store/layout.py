@@ -13,12 +13,13 @@ from kvswap.terms import KVGeometry, round_up
 
 FILE_GROWTH_BYTES = 4 << 20
 FINE_GROWTH_BYTES = 128 << 10
-TILE_TOKENS = 1024
+STREAM_TILE_TOKENS = 1024
+"""Tokens that are read at a time when all K, V of a layer are streamed."""
 
 
 def tile_groups(group_tokens: int) -> int:
     """Groups in one tile, when all K, V of a layer are streamed."""
-    return max(1, TILE_TOKENS // group_tokens)
+    return max(1, STREAM_TILE_TOKENS // group_tokens)
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +31,7 @@ class GroupLayout:
 
     @property
     def slot_bytes(self) -> int:
-        """Bytes of one group with its padding, on disk and in memory."""
+        """ByteArray of one group with its padding, on disk and in memory."""
         return round_up(self.geometry.group_bytes, self.alignment_bytes)
 
     @property

@@ -7,23 +7,24 @@ segment that begins at or before it, ``group - start`` slots into that segment's
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
 
-Int = NDArray[np.int64]
+from kvswap.terms import IntArray
 
 
 class Segments:
     """``starts`` and ``files`` are int64 ``(segments, rows)``."""
 
-    def __init__(self, starts: Int, files: Int) -> None:
+    def __init__(self, starts: IntArray, files: IntArray) -> None:
         self.starts, self.files = starts, files
 
-    def add(self, starts: Int, files: Int) -> None:
+    def add(self, starts: IntArray, files: IntArray) -> None:
         """Append a segment that holds groups from ``starts[row]`` on."""
         self.starts = np.vstack([self.starts, starts])
         self.files = np.vstack([self.files, files])
 
-    def locate(self, rows: Int, first: Int, count: Int, addresses: Int, slot_bytes: int) -> tuple[Int, Int, Int, Int]:
+    def locate(
+        self, rows: IntArray, first: IntArray, count: IntArray, addresses: IntArray, slot_bytes: int
+    ) -> tuple[IntArray, IntArray, IntArray, IntArray]:
         """Files, offsets and lengths in bytes, and addresses, of extents of groups; split where one spans segments."""
         if len(self.starts) == 1:
             return self.files[0, rows], (first - self.starts[0, rows]) * slot_bytes, count * slot_bytes, addresses
@@ -36,7 +37,9 @@ class Segments:
         return self.files[segment, rows], offsets, count * slot_bytes, addresses
 
 
-def _split(rows: Int, first: Int, count: Int, addresses: Int, at: Int, slot_bytes: int) -> tuple[Int, Int, Int, Int]:
+def _split(
+    rows: IntArray, first: IntArray, count: IntArray, addresses: IntArray, at: IntArray, slot_bytes: int
+) -> tuple[IntArray, IntArray, IntArray, IntArray]:
     """Split extents at group ``at`` where it lies inside them."""
     cut = np.flatnonzero((first < at) & (at < first + count))
     if not len(cut):

@@ -10,19 +10,16 @@ import importlib.metadata
 import os
 import platform
 import re
-import subprocess
 import sys
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
-
-from kvswap.memory.available import memory_limit
+from kvswap.memory.available import system_memory
 from kvswap.native.library import library
+from kvswap.native.processor import has_bfloat16, sysctl
 
 PACKAGES = ("kvswap", "torch", "transformers", "numpy")
-_BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,18 +71,15 @@ class Machine:
 
 def describe_machine() -> Machine:
     """Describe this machine. What cannot be found out is left empty; nothing is raised for it."""
-    memory = psutil.virtual_memory()
-    limit = memory_limit()
-    binds = limit is not None and limit.limit_bytes < memory.total
-    available = min(memory.available, limit.limit_bytes - limit.used_bytes) if limit and binds else memory.available
+    memory = system_memory()
     cpuinfo = _text("/proc/cpuinfo")
     return Machine(
         cores=cores(),
         cpu=_cpu_name(cpuinfo),
-        cpu_bf16=_has_bf16(cpuinfo),
-        memory_bytes=int(memory.total),
-        memory_available_bytes=max(0, int(available)),
-        memory_limit_bytes=limit.limit_bytes if limit and binds else None,
+        cpu_bf16=has_bfloat16(),
+        memory_bytes=memory.total_bytes,
+        memory_available_bytes=memory.available_bytes,
+        memory_limit_bytes=memory.limit_bytes,
         gpu=find_gpu(),
         system=_system(),
         kernel=f"{platform.system()} {platform.release()}",
@@ -152,18 +146,10 @@ def _gpu_hardware() -> str:
 def _cpu_name(cpuinfo: str) -> str:
     """Name of the processor; where it has none, the name of the board, else the architecture."""
     if sys.platform == "darwin":
-        return _sysctl("machdep.cpu.brand_string") or platform.machine()
+        return sysctl("machdep.cpu.brand_string") or platform.machine()
     name = re.search(r"^model name\s*:\s*(.+)$", cpuinfo, re.MULTILINE)
     board = _text("/proc/device-tree/model").rstrip("\0").strip()
     return name[1].strip() if name else board or platform.processor() or platform.machine()
-
-
-def _has_bf16(cpuinfo: str) -> bool:
-    """Whether the processor has bfloat16 arithmetic."""
-    if sys.platform == "darwin":
-        return _sysctl("hw.optional.arm.FEAT_BF16") == "1"
-    flags = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", cpuinfo, re.MULTILINE)
-    return bool(flags and _BF16_FLAGS & set(flags[1].split()))
 
 
 def _system() -> str:
@@ -174,14 +160,6 @@ def _system() -> str:
         return platform.freedesktop_os_release().get("PRETTY_NAME", platform.system())
     except OSError:
         return platform.system()
-
-
-def _sysctl(key: str) -> str:
-    try:
-        done = subprocess.run(["sysctl", "-n", key], capture_output=True, text=True, timeout=2, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return done.stdout.strip()
 
 
 def _text(path: str) -> str:

@@ -19,10 +19,11 @@ from numpy.typing import NDArray
 
 from kvswap.config import Config
 from kvswap.core.attachment import Attachment
-from kvswap.core.calibration import CALIBRATION_TOKENS, calibrate, fingerprint
+from kvswap.core.calibration import CALIBRATION_TOKENS, calibrate
 from kvswap.core.corpus import calibration_topics
 from kvswap.errors import InputError
 from kvswap.models.adapter import ModelParts, cache_keyword
+from kvswap.models.identity import attention_fingerprint
 from kvswap.models.loading import LoadedModel
 from kvswap.selection.basis import KeyCovariance
 from kvswap.selection.codes import LayerSketch
@@ -166,7 +167,7 @@ class _Measurement:
                     kl.setdefault((context, setting), []).append(_kl(exact, found))
         facts = TablesFacts(
             model=self.loaded.short_name,
-            fingerprint=fingerprint(self.parts),
+            fingerprint=attention_fingerprint(self.parts),
             kvswap_version=version_of("kvswap"),
             text="calibration half of the Python language reference, after the tokens that the basis is from",
             texts=len(self.texts),

@@ -25,10 +25,10 @@ import torch
 from kvswap.config import Config
 from kvswap.core.attach import attach_each
 from kvswap.core.cache import KVSwapCache
-from kvswap.core.calibration import fingerprint
 from kvswap.core.corpus import calibration_topics
 from kvswap.core.trace import CacheStats
 from kvswap.models.adapter import ModelParts, cache_keyword, inspect
+from kvswap.models.identity import attention_fingerprint
 from kvswap.models.loading import LoadedModel
 from kvswap.selection.basis import Basis, KeyCovariance, identity_basis
 from kvswap.selection.codes import LayerSketch
@@ -97,7 +97,7 @@ def model_facts(loaded: LoadedModel, parts: ModelParts) -> ModelFacts:
     itemsize = parts.dtype.itemsize
     return ModelFacts(
         name=loaded.short_name,
-        fingerprint=fingerprint(parts),
+        fingerprint=attention_fingerprint(parts),
         layers=len(parts.offloaded),
         query_heads=parts.query_heads,
         kv_heads=parts.kv_heads,

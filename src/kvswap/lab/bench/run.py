@@ -16,7 +16,6 @@ import torch
 
 from kvswap.config import Config
 from kvswap.core.attach import attach_each
-from kvswap.core.calibration import fingerprint
 from kvswap.disk import create_backend
 from kvswap.disk.files import filesystem_of, prepare_dir
 from kvswap.disk.folders import kv_folder
@@ -27,6 +26,7 @@ from kvswap.lab.bench.turns import FULL, WARM_STEPS, run_turns
 from kvswap.lab.bench.variants import Variant, changed
 from kvswap.lab.rivals.registry import with_methods
 from kvswap.models.adapter import inspect
+from kvswap.models.identity import attention_fingerprint
 from kvswap.models.loading import LoadedModel
 from kvswap.tuning.disk_costs import ReadTest, measure_reads
 from kvswap.tuning.machine import describe_machine
@@ -253,7 +253,7 @@ def _add_variants(loaded: LoadedModel, identity: dict[str, Any], variants: Seque
     """Put the variants into the identity of a file. Raises ConfigError where a name stands for something else there."""
     known = dict(identity.get("variants", {}))
     for variant in variants:
-        variant.check_model(fingerprint(inspect(loaded.model)))
+        variant.check_model(attention_fingerprint(inspect(loaded.model)))
         if known.setdefault(variant.name, variant.identity()) != variant.identity():
             raise ConfigError(
                 f"results file {file}: its {variant.name} had another configuration",

@@ -37,7 +37,7 @@ SMOLLM2 = Shape(
     store_dtype=torch.float16,
     device=torch.device("cpu"),
 )
-TILE_TOKENS = 8192
+FILL_TILE_TOKENS = 8192
 SPARE_BYTES = 2 << 30  # left free on the disk
 DRIFT = 0.3  # share of a query that is new in each step
 WARM_STEPS = 3  # the last writes of the fill end, memory is touched
@@ -163,8 +163,10 @@ def _open(tokens: int, config: Config, folder: Path, shape: Shape, generator: to
     covariances = []
     for _ in range(shape.layers):
         covariance = KeyCovariance(shape.kv_heads, shape.head_dim)
-        covariance.add(_tile(TILE_TOKENS // 8, shape, generator)[0].transpose(0, 1))
-        covariance.add_queries(torch.randn(shape.query_heads, TILE_TOKENS // 8, shape.head_dim, generator=generator))
+        covariance.add(_tile(FILL_TILE_TOKENS // 8, shape, generator)[0].transpose(0, 1))
+        covariance.add_queries(
+            torch.randn(shape.query_heads, FILL_TILE_TOKENS // 8, shape.head_dim, generator=generator)
+        )
         covariances.append(covariance)
     facts = KeyFacts(
         layers=shape.layers,
@@ -191,7 +193,7 @@ def _open(tokens: int, config: Config, folder: Path, shape: Shape, generator: to
 def _fill(state: BatchState, layer: int, tokens: int, generator: torch.Generator) -> None:
     """Random K, V for a layer; tiles differ by a shift, so that groups do not repeat."""
     group_tokens = state.window.group_tokens
-    tile = _tile(min(tokens, TILE_TOKENS // group_tokens * group_tokens), state.shape, generator)
+    tile = _tile(min(tokens, FILL_TILE_TOKENS // group_tokens * group_tokens), state.shape, generator)
     start = 0
     while start < tokens:
         count = min(tile.shape[2], tokens - start)

@@ -18,10 +18,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from kvswap.core.calibration import fingerprint
 from kvswap.core.layer_major import FullCache
 from kvswap.disk.atomic import atomic_file
 from kvswap.lab.evals.forced import share_prompt
+from kvswap.models.identity import attention_fingerprint
 
 VERSION = "1"
 
@@ -67,7 +67,7 @@ class PromptShelf:
 
     def _path(self, folder: Path, full: FullCache, ids: Sequence[int]) -> Path:
         parts = full.parts
-        digest = hashlib.sha256(f"{VERSION} {fingerprint(parts)} {parts.dtype} {list(ids)}".encode())
+        digest = hashlib.sha256(f"{VERSION} {attention_fingerprint(parts)} {parts.dtype} {list(ids)}".encode())
         return folder / f"{digest.hexdigest()[:32]}.safetensors"
 
 

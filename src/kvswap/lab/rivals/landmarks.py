@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
-from kvswap.lab.rivals.pages import FLOAT16_MAX, GroupRows
+from kvswap.lab.rivals.pages import GroupRows
 from kvswap.selection.method import Rotate
-from kvswap.terms import round_up
+from kvswap.terms import FLOAT16_MAX, IntArray, round_up
 
 STEP_TOKENS = 256
 
@@ -41,11 +40,11 @@ class LandmarkSketch:
         self._basis = torch.zeros(batch, elements, rank, device=device)
         capacity = round_up(capacity_tokens, STEP_TOKENS)
         self._rows = torch.zeros(batch, capacity, rank, dtype=torch.float16, device=device)
-        self.tokens: NDArray[np.int64] = np.zeros(batch, np.int64)
+        self.tokens: IntArray = np.zeros(batch, np.int64)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of landmarks and rows."""
+        """ByteArray of landmarks and rows."""
         return self._landmarks.nbytes + self._rows.nbytes
 
     def append(self, sequence: int, keys: torch.Tensor) -> None:

@@ -9,11 +9,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kvswap.terms import ceil_div, round_up
+from kvswap.terms import FLOAT16_MAX, ceil_div, round_up
 
 STEP_GROUPS = 64
 ITEM_BYTES = 2
-FLOAT16_MAX = 65504.0
 
 
 class GroupRows:

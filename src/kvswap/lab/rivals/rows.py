@@ -11,11 +11,10 @@ import torch
 from numpy.typing import NDArray
 
 from kvswap.selection.basis import Basis
-from kvswap.terms import round_up
+from kvswap.terms import FLOAT16_MAX, round_up
 
 STEP_TOKENS = 256
 ITEM_BYTES = 2
-FLOAT16_MAX = 65504.0
 
 
 class RowSketch:

@@ -8,12 +8,10 @@ that pays for fewer slots, what does not fit is read again.
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
 
 from kvswap.memory.slots import SlotPool
 from kvswap.selection.window import Window
-
-Int = NDArray[np.int64]
+from kvswap.terms import IntArray
 
 
 class NoReuse(SlotPool):
@@ -35,14 +33,14 @@ class PreviousSlots(SlotPool):
         """As many as one step selects."""
         return min(affordable, rows * window.fetch_groups)
 
-    def lookup(self, layer: int, sequences: Int, groups: Int) -> Int:
+    def lookup(self, layer: int, sequences: IntArray, groups: IntArray) -> IntArray:
         """Slot of each group, or -1 where it must be read."""
         found = self.table[layer * self.batch + sequences, groups].astype(np.int64)
         self.worth[self._part(layer)] = 0
         self.worth[found[found >= 0] - self.reuse_start] = 1
         return found
 
-    def admit(self, layer: int, sequences: Int, groups: Int, staged: Int) -> None:
+    def admit(self, layer: int, sequences: IntArray, groups: IntArray, staged: IntArray) -> None:
         """Keep groups that were just read into slots ``staged`` in place of what this step did not select."""
         part = self._part(layer)
         victims = part.start + np.flatnonzero(self.worth[part] == 0)[: len(groups)]
