@@ -128,6 +128,29 @@ def test_stats_have_every_number_and_are_json(loaded, tmp_path):
     assert stats["config"]["sketch"].startswith("transform")
 
 
+def test_load_takes_single_settings(loaded, select_all):
+    with load(loaded, select_all, select_tokens=500, group_tokens=8) as engine:
+        assert engine.config == select_all.replace(select_tokens=500, group_tokens=8)
+    with load(loaded, kv_dir=select_all.kv_dir, kv_memory="64MiB") as engine:
+        assert engine.config == Config(kv_dir=select_all.kv_dir, kv_memory="64MiB")
+    with pytest.raises(ConfigError, match="unknown config key 'select_token'; did you mean 'select_tokens'"):
+        load(loaded, select_token=500)
+
+
+@pytest.mark.parametrize("check_quality", [False, True])
+def test_quality_is_checked_on_request(loaded, select_all, check_quality):
+    with load(loaded, select_all, check_quality=check_quality) as engine:
+        list(engine.ask("Who?", [DOCUMENT], max_new_tokens=3))
+    assert (engine.stats.quality is not None) == check_quality
+
+
+def test_new_conversation_forgets_the_turns(engine):
+    list(engine.ask("Who?", [DOCUMENT], max_new_tokens=3))
+    engine.new_conversation()
+    list(engine.ask("Who?", max_new_tokens=3))
+    assert engine.stats.stored_tokens == 0 and engine.stats.prompt_tokens < 60
+
+
 def test_full_method_has_no_limit_and_no_disk(loaded):
     with load(loaded, method=find("full")) as engine:
         list(engine.ask("Who?", [DOCUMENT], max_new_tokens=5))

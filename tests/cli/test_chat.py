@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -74,6 +76,28 @@ def test_options_of_run(chat, tmp_path, monkeypatch) -> None:
         assert store.manifest.encryption is not None and store.manifest.layout.group_tokens == 8
     assert chat("Who?", words=("--encrypt",))[0] == 2
     assert chat("Who?", words=("--config", str(tmp_path / "absent.json")))[0] == 2
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_terminal_needs_no_prompt_toolkit(installed, chat, monkeypatch) -> None:
+    """With it lines can be edited; without it they are read as they are, which is said once."""
+
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    class PromptSession:
+        def prompt(self, prompt: str) -> str:
+            assert prompt == "> "
+            return input()
+
+    module = types.ModuleType("prompt_toolkit")
+    module.PromptSession = PromptSession
+    monkeypatch.setitem(sys.modules, "prompt_toolkit", module if installed else None)
+    monkeypatch.setattr(io, "StringIO", Terminal)
+    code, out, err = chat("Who?", "", "/stats", words=())
+    assert code == 0 and out.count("\n") == 1 and "first token" in err
+    assert err.count("pip install 'kvswap[chat]'") == (0 if installed else 1)
 
 
 def test_chat_takes_what_run_takes() -> None:

@@ -1,4 +1,4 @@
-"""``kvswap run --session``: makes a session, goes on from it, and computes only what is new."""
+"""``kvswap run --session``: creates a session, continues it, and computes only what is new."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_second_question_about_the_same_document(run) -> None:
     assert second["session_written_bytes"] > first["session_written_bytes"]
 
 
-def test_conversation_goes_on_without_a_document(run) -> None:
+def test_conversation_continues_without_a_document(run) -> None:
     first = run("Who counts?")
     second = run("And what?", document=False)
     assert second["resumed_tokens"] == first["prompt_tokens"] + first["new_tokens"] - 1
@@ -83,7 +83,7 @@ def test_failed_start_leaves_no_session(tiny, tmp_path, capfd) -> None:
     assert list((tmp_path / "kv" / "sessions").iterdir()) == []
 
 
-def test_new_session_begins_with_what_another_one_holds(run) -> None:
+def test_new_session_shares_the_prefix_of_another_one(run) -> None:
     first = run("Who counts?")
     second = run("What is counted?", session="other")
     assert second["session"] == "other" and second["resumed_tokens"] > 900 and second["resumed_tokens"] % 4 == 0

@@ -1,6 +1,6 @@
 """Every call site that writes, synchronises, renames or reads for a session fails once, in every way a disk can fail.
 
-After each failure the session, opened again with a healthy disk, is what some commit said, and goes on correctly.
+After each failure the session is opened with a healthy disk. It is in a committed state, and continues correctly.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A process that keeps a session is killed at random moments; what is there afterwards is a committed state."""
+"""A process with an open session is killed at random moments; afterwards the session is in a committed state."""
 
 from __future__ import annotations
 

@@ -228,7 +228,7 @@ def run(whole: Path, scratch: Path, rounds: int, seed: int) -> None:
             may_differ = forged and before[-1].encryption is None  # nobody without the key can forge
             assert may_differ or after == before, f"change {number} of seed {seed}: {what}: wrong data"
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 < limit
-    assert rounds / 2 < refused < rounds  # most changes hurt something; some fall on what does not count
+    assert rounds / 2 < refused < rounds  # most changes damage something; some change bytes that are not used
 
 
 def test_changed_files_give_an_error_or_what_was_written(whole, tmp_path) -> None:

@@ -1,4 +1,4 @@
-"""Computing again what a session holds: the same tokens as reading it, and nothing is read or written twice."""
+"""Recomputing what a session stores: the same tokens as loading it, and nothing is read or written twice."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def config(tmp_path: Path) -> Config:
     return Config(select_tokens=4000, store_dtype="float32", kv_memory="64MiB", kv_dir=str(tmp_path / "kv"))
 
 
-def play(name: str, config: Config, *, again: bool, reopen: bool) -> tuple[list[int], int, int]:
+def play(name: str, config: Config, *, recompute: bool, reopen: bool) -> tuple[list[int], int, int]:
     """Token ids at the end, bytes streamed by the append, bytes of data written."""
     with Session.create(name, loaded("llama"), config) as session:
         session.append(PROMPT)
@@ -44,7 +44,7 @@ def play(name: str, config: Config, *, again: bool, reopen: bool) -> tuple[list[
         session.append([5, 6])  # the cache is attached and has a state
     whole = [*session.token_ids, *MORE]
     written = session.cache.stats.disk_write_bytes
-    if again:
+    if recompute:
         session.cache.recompute()
         assert session.tokens == 0
     session._forward(whole[session.tokens : -1])
@@ -60,14 +60,14 @@ def play(name: str, config: Config, *, again: bool, reopen: bool) -> tuple[list[
 
 
 @pytest.mark.parametrize("reopen", [True, False])
-def test_same_tokens_whether_read_or_computed_again(reopen, config) -> None:
-    read, streamed, written = play("read", config, again=False, reopen=reopen)
-    computed, none, same = play("again", config, again=True, reopen=reopen)
-    assert computed == read
+def test_same_tokens_whether_loaded_or_recomputed(reopen, config) -> None:
+    loaded_ids, streamed, written = play("loaded", config, recompute=False, reopen=reopen)
+    recomputed_ids, none, same = play("recomputed", config, recompute=True, reopen=reopen)
+    assert recomputed_ids == loaded_ids
     assert streamed > 0 and none == 0 and same == written
 
 
-def test_sliding_windows_are_gone_on_with(config) -> None:
+def test_sliding_windows_are_never_recomputed(config) -> None:
     with Session.create("s", loaded("gemma3"), config) as session:
         session.append(PROMPT)
         session.store.publish(replace(session.store.manifest, rates=SLOW_DISK))
@@ -95,7 +95,7 @@ def test_rates_are_measured_kept_and_left_behind(config, tmp_path) -> None:
         assert session.store.manifest.rates is None
 
 
-def test_run_computes_again_where_the_disk_is_slow(tmp_path, capfd) -> None:
+def test_run_recomputes_where_the_disk_is_slow(tmp_path, capfd) -> None:
     model = save_tiny(tmp_path / "tiny", max_position_embeddings=2048)
     (tmp_path / "story.txt").write_text("".join(f"In chapter {n} the king of place {n} counts. " for n in range(22)))
     config = tmp_path / "config.json"

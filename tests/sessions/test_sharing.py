@@ -1,4 +1,4 @@
-"""A new session begins with what another one holds of its prompt, token by token, and shares nothing else."""
+"""A new session shares the prefix of its prompt that another one stores, token by token, and nothing else."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def config(tmp_path: Path) -> Config:
 
 
 def make_source(config: Config, family: str = "llama", *, encrypt: bool = False) -> Path:
-    """A closed session with the prompt, a turn and words; its folder."""
+    """A closed session with the prompt, a turn and a conversation; its folder."""
     with Session.create("source", loaded(family), config, encrypt=encrypt) as session:
         session.append(PROMPT)
         session.commit(session.token_ids, CONVERSATION)
@@ -52,7 +52,7 @@ def answer(session: Session) -> list[int]:
 
 
 @pytest.mark.parametrize("encrypt", [False, True])
-def test_shared_beginning_is_taken_over_up_to_a_whole_group(encrypt, config, tmp_path) -> None:
+def test_prefix_is_shared_up_to_a_whole_group(encrypt, config, tmp_path) -> None:
     source, prompt = make_source(config, encrypt=encrypt), new_prompt(470)
     before = {file.name: file.read_bytes() for file in source.iterdir() if file.name != "lock"}
     alone = config.replace(kv_dir=str(tmp_path / "alone"))
@@ -88,7 +88,7 @@ def test_create_takes_a_prompt(config) -> None:
         assert session.tokens > 4
 
 
-def test_whole_session_is_taken_over_with_its_unfinished_group(config) -> None:
+def test_whole_session_is_shared_with_its_unfinished_group(config) -> None:
     make_source(config, "gemma3")
     with Session.open("source", loaded("gemma3"), config) as session:
         whole = session.token_ids[: session.tokens]
@@ -114,7 +114,7 @@ def test_whole_session_is_taken_over_with_its_unfinished_group(config) -> None:
         ({}, "qwen2"),
     ],
 )
-def test_another_model_or_layout_lends_nothing(change, model, config) -> None:
+def test_another_model_or_layout_shares_nothing(change, model, config) -> None:
     make_source(config)
     with Session.create("new", loaded(model), config.replace(**change)) as session:
         assert session.share_prefix(new_prompt(470)) is None
@@ -150,7 +150,7 @@ def test_the_longest_is_found_first(config) -> None:
     assert [(count, path.name) for count, path in found] == [(468, "source"), (300, "shorter")]
 
 
-def test_interrupted_taking_over_leaves_an_empty_session(config, monkeypatch) -> None:
+def test_interrupted_sharing_leaves_an_empty_session(config, monkeypatch) -> None:
     make_source(config)
     session, real = Session.create("new", loaded("llama"), config), os.rename
 

@@ -1,4 +1,4 @@
-"""A session of format version 1, as an earlier kvswap exported it, is read, goes on, and becomes one of version 2."""
+"""A session of format version 1, as an earlier kvswap exported it, is read, continued, and becomes one of version 2."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_its_basis_becomes_one_of_today(old) -> None:
             assert np.array_equal(basis.rows[2:].numpy(), matrix[32:])
 
 
-def test_it_goes_on_and_its_old_batches_stay(old) -> None:
+def test_it_is_continued_and_its_old_batches_stay(old) -> None:
     with SessionStore.open(old, write=True) as store:
         stored, manifest = store.load(), store.manifest
         layout, first = manifest.layout, manifest.current.flushed[0]

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -61,6 +62,15 @@ def decode_tail(data: bytes, layout: Layout, checkpoint: Checkpoint, label: str)
     if "conversation" in tail and take(tail, "conversation", np.uint8, file).size > CONVERSATION_LIMIT_BYTES:
         raise damaged(label, "its conversation is too long")
     return tail
+
+
+def replace_text(contents: CheckpointContents, ids: Sequence[int], conversation: bytes) -> Arrays:
+    """The tail with other token ids, as many as tokens or one more, and another conversation."""
+    if not contents.tokens <= len(ids) <= contents.tokens + 1:
+        raise ValueError(f"{len(ids)} token ids for {contents.tokens} tokens")
+    tail = {name: array for name, array in contents.tail.items() if name != "conversation"}
+    tail["ids"] = np.array(ids, np.int64)
+    return tail | ({"conversation": np.frombuffer(conversation, np.uint8)} if conversation else {})
 
 
 def truncate_contents(layout: Layout, contents: CheckpointContents, groups: int) -> tuple[Counts, Arrays]:

@@ -157,10 +157,9 @@ class Manifest:
         return next(segment for segment in self.segments if segment.number == number)
 
     def ends(self, checkpoint: Checkpoint) -> list[tuple[Segment, Counts]]:
-        """Segments of a checkpoint in order, each with the group, by layer, before which the checkpoint leaves it.
+        """Segments of a checkpoint in order, each with the group of every layer at which the checkpoint's part ends.
 
-        A later segment replaces an earlier one from its start on. After ``truncate`` it may start below the earlier
-        one.
+        A later segment replaces earlier ones from its start on. After ``truncate`` it may start below an earlier one.
         """
         limits, found = list(checkpoint.flushed), []
         for number, _ in reversed(checkpoint.segments):

@@ -15,7 +15,6 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
-from types import TracebackType
 from typing import Any, Self
 
 import torch
@@ -140,7 +139,7 @@ class Session:
 
     @property
     def name(self) -> str:
-        """Its name."""
+        """The name of its folder."""
         return self.store.name
 
     @property
@@ -265,7 +264,10 @@ class Session:
         if unchanged and ids == self._ids and conversation == self._conversation:
             return
         before_bytes = self.store.manifest.written_bytes
-        self.cache.commit(ids, conversation, interim=interim)
+        if unchanged and self._tokens:
+            self.store.commit_text(ids, conversation, interim=interim)
+        else:
+            self.cache.commit(ids, conversation, interim=interim)
         add_written_bytes(self._quota.root, self.store.manifest.written_bytes - before_bytes)
         self._ids, self._conversation, self._tokens = ids, conversation, self.tokens
 
@@ -290,11 +292,11 @@ class Session:
         return common_tokens(ids, self._ids)
 
     def truncate(self, tokens: int) -> int:
-        """Keep the first ``tokens`` tokens of the context, up to the last whole group; returns how many are stored.
+        """Keep the first ``tokens`` tokens of the context, up to the last whole group; returns how many are kept.
 
-        ``undo`` goes back to what was there before. With less than a group the context begins anew. So does that of a
-        model with sliding-window layers, which cannot go back into the middle of a context. What begins anew becomes
-        durable with the next commit.
+        ``truncate(0)`` begins a new context, as does a number below one group. So does any truncation for a model with
+        sliding-window layers, which cannot go back into the middle of a context. A new context becomes durable with the
+        next commit, a truncated one at once. ``undo`` goes back to what was there before.
         """
         self._check_open()
         if tokens >= self.tokens:
@@ -327,9 +329,7 @@ class Session:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     # ---- details

@@ -22,7 +22,7 @@ from kvswap.disk.private import PrivateFolder
 from kvswap.errors import KVSwapError
 from kvswap.sessions.arrays import encode_arrays
 from kvswap.sessions.catalog import sibling_paths
-from kvswap.sessions.checkpoint import CheckpointContents, truncate_contents
+from kvswap.sessions.checkpoint import CheckpointContents, replace_text, truncate_contents
 from kvswap.sessions.lock import new_session_folder
 from kvswap.sessions.manifest import Checkpoint, Manifest, Segment
 from kvswap.sessions.manifest_json import encode
@@ -138,8 +138,7 @@ def _copy_prefix(target: SessionStore, source: SessionStore, tokens: int) -> int
     for segment in segments:
         names += [f"index-{segment.number}", *(f"data-{segment.number}-{layer}" for layer in range(layout.layers))]
     _share_files(source.folder, target.folder, names)
-    flushed, tail = current.flushed, {name: each for name, each in contents.tail.items() if name != "conversation"}
-    tail["ids"] = np.array(contents.ids[:tokens], np.int64)
+    flushed, tail = current.flushed, replace_text(contents, contents.ids[: current.tokens], b"")
     if tokens < current.tokens:
         flushed, tail = truncate_contents(layout, contents, tokens // layout.group_tokens)
     blob = source.write_tail(target.folder, 0, encode_arrays(tail))

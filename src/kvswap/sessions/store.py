@@ -18,7 +18,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 import numpy as np
@@ -29,7 +28,7 @@ from kvswap.disk.private import PrivateFolder
 from kvswap.errors import SessionError
 from kvswap.sessions import lock
 from kvswap.sessions.arrays import Arrays, damaged, decode_arrays, encode_arrays
-from kvswap.sessions.checkpoint import CheckpointContents, decode_tail, truncate_contents
+from kvswap.sessions.checkpoint import CheckpointContents, decode_tail, replace_text, truncate_contents
 from kvswap.sessions.encryption import authenticated_sealer, create_sealer, new_encryption
 from kvswap.sessions.index import LayerIndex, batch_name, decode_index, empty_index, encode_batch, join_indexes
 from kvswap.sessions.manifest import (
@@ -55,8 +54,8 @@ _logger = logging.getLogger("kvswap")
 class SessionStore:
     """An open session's folder.
 
-    ``manifest`` is what is committed now. ``label`` is "session NAME", for messages. ``base`` is the checkpoint that
-    the next commit continues: the newest one, or None in an empty session and after ``truncate(0)``.
+    ``manifest`` is what is committed now. ``label`` is "session NAME", for messages. ``starts_anew`` says whether
+    ``truncate`` has kept nothing, so that the next commit starts from nothing.
     """
 
     def __init__(self, folder: PrivateFolder, *, write: bool, check_files: bool = True) -> None:
@@ -67,7 +66,7 @@ class SessionStore:
         self._manifest_bytes = b""
         self._lock: int | None = lock.acquire(folder, self.label) if write else None
         self._new_segment: Segment | None = None  # written to, but not committed yet
-        self._starts_anew = False
+        self.starts_anew = False
         self._sound = False
         try:
             self.manifest = self._read_manifest()
@@ -125,9 +124,7 @@ class SessionStore:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     # ---- reading
@@ -135,12 +132,7 @@ class SessionStore:
     @property
     def base(self) -> Checkpoint | None:
         """The checkpoint that the next commit continues; None where it starts from nothing."""
-        return None if self._starts_anew else self.manifest.current
-
-    @property
-    def starts_anew(self) -> bool:
-        """Whether ``truncate(0)`` was called since the last commit."""
-        return self._starts_anew
+        return None if self.starts_anew else self.manifest.current
 
     @property
     def sealer(self) -> Sealer:
@@ -157,8 +149,7 @@ class SessionStore:
 
         Raises DamagedError, SessionError.
         """
-        manifest = self.manifest
-        checkpoint = checkpoint or self.base
+        manifest, checkpoint = self.manifest, checkpoint or self.base
         if checkpoint is None or manifest.layout is None:
             return None
         layout, indexes = manifest.layout, []
@@ -258,14 +249,17 @@ class SessionStore:
                 segments=segments,
             )
         )
-        self._new_segment, self._starts_anew = None, False
+        self._new_segment, self.starts_anew = None, False
         _logger.debug("%s: committed %d tokens, %d bytes written", self.label, tokens, written_bytes)
 
-    def publish(self, manifest: Manifest, *, sealer: Sealer | None = None) -> None:
-        """Replace the manifest, durably: from here on ``manifest`` is what is committed.
+    def commit_text(self, ids: Sequence[int], conversation: bytes, *, interim: bool) -> None:
+        """Make other token ids and another conversation durable, for K, V that the base stores. Raises DiskError."""
+        current, contents = self.base, self.load(tail_only=True)
+        assert current is not None and contents is not None
+        self._commit_tail(replace(current, interim=interim), replace_text(contents, ids, conversation))
 
-        ``sealer`` replaces that of this session, where the files come from a session with another key.
-        """
+    def publish(self, manifest: Manifest, *, sealer: Sealer | None = None) -> None:
+        """Replace the manifest, durably: from here on ``manifest`` is what is committed, sealed with ``sealer``."""
         sealer = sealer or self.sealer
         manifest = replace(manifest, used=int(time.time())).without_unused_segments(self._is_shared)
         data = encode(manifest, sealer.sign)
@@ -282,7 +276,7 @@ class SessionStore:
 
     def undo(self) -> None:
         """Go back to the checkpoint before the newest one. Raises SessionError when there is none."""
-        if self._starts_anew:
+        if self.starts_anew:
             return self.rollback()
         if not self.manifest.checkpoints:
             raise SessionError(f"{self.label} has nothing to take back", hint="it contains no tokens")
@@ -304,19 +298,26 @@ class SessionStore:
         groups = max(0, min(tokens, current.tokens)) // layout.group_tokens if layout and current else 0
         contents = self.load(tail_only=True) if groups else None
         if layout is None or current is None or contents is None or contents.has_sliding_layers:
-            self._starts_anew, self._new_segment = bool(manifest.checkpoints), None
+            self.starts_anew, self._new_segment = bool(manifest.checkpoints), None
             return
         flushed, tail = truncate_contents(layout, contents, groups)
-        blob = self.write_tail(self.folder, manifest.commits, encode_arrays(tail))
-        kept = replace(current, tokens=groups * layout.group_tokens, flushed=flushed, tail=blob)
-        self.publish(manifest.with_checkpoint(replace(kept, commit=manifest.commits, interim=True)))
+        kept = replace(current, tokens=groups * layout.group_tokens, flushed=flushed, interim=True)
+        self._commit_tail(kept, tail)
 
     def rollback(self) -> None:
         """Forget everything since the last commit: groups that were written, and ``truncate(0)``."""
-        self._starts_anew, self._new_segment = False, None
+        self.starts_anew, self._new_segment = False, None
         self._remove_leftovers()
 
     # ---- details
+
+    def _commit_tail(self, checkpoint: Checkpoint, tail: Arrays) -> None:
+        """Commit a checkpoint whose groups are stored already, with a new tail."""
+        manifest, before_bytes = self.manifest, self.folder.written_bytes
+        blob = self.write_tail(self.folder, manifest.commits, encode_arrays(tail))
+        found = manifest.with_checkpoint(replace(checkpoint, commit=manifest.commits, tail=blob))
+        written_bytes = self.folder.written_bytes - before_bytes
+        self.publish(replace(found, written_bytes=manifest.written_bytes + written_bytes))
 
     def _append_index(
         self, new_groups: Sequence[LayerIndex], flushed: Counts, layout: Layout
