@@ -1,4 +1,7 @@
-"""Language models over contexts whose KV cache lives on disk. Importing this loads nothing heavy; names come on use."""
+"""Language models over contexts whose KV cache lives on disk, under a memory limit that you set.
+
+Importing this loads neither torch nor transformers; a name is loaded when it is first used.
+"""
 
 from __future__ import annotations
 
@@ -6,24 +9,82 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from kvswap.app.documents import Document
     from kvswap.app.engine import Engine, load
+    from kvswap.app.stats import RunStats
     from kvswap.config import Config
     from kvswap.core.attach import attach
-    from kvswap.errors import KVSwapError
+    from kvswap.core.trace import CacheStats
+    from kvswap.errors import (
+        ConfigError,
+        DamagedError,
+        DiskError,
+        InputError,
+        KVSwapError,
+        MemoryBudgetError,
+        ModelError,
+        SessionError,
+        StorageError,
+        UnsupportedError,
+    )
+    from kvswap.models.loading import LoadedModel, load_model
+    from kvswap.models.sampling import Sampling
+    from kvswap.sessions.quota import Limits
     from kvswap.sessions.session import Session
     from kvswap.tuning.tune import tune
 
-__all__ = ["Config", "Engine", "KVSwapError", "Session", "attach", "load", "tune"]
-
-_HOMES = {
-    "Config": "kvswap.config",
-    "Engine": "kvswap.app.engine",
-    "KVSwapError": "kvswap.errors",
-    "attach": "kvswap.core.attach",
-    "Session": "kvswap.sessions.session",
-    "load": "kvswap.app.engine",
-    "tune": "kvswap.tuning.tune",
+_MODULES = {
+    "kvswap.app.documents": ("Document",),
+    "kvswap.app.engine": ("Engine", "load"),
+    "kvswap.app.stats": ("RunStats",),
+    "kvswap.config": ("Config",),
+    "kvswap.core.attach": ("attach",),
+    "kvswap.core.trace": ("CacheStats",),
+    "kvswap.errors": (
+        "ConfigError",
+        "DamagedError",
+        "DiskError",
+        "InputError",
+        "KVSwapError",
+        "MemoryBudgetError",
+        "ModelError",
+        "SessionError",
+        "StorageError",
+        "UnsupportedError",
+    ),
+    "kvswap.models.loading": ("LoadedModel", "load_model"),
+    "kvswap.models.sampling": ("Sampling",),
+    "kvswap.sessions.quota": ("Limits",),
+    "kvswap.sessions.session": ("Session",),
+    "kvswap.tuning.tune": ("tune",),
 }
+_HOMES = {name: module for module, names in _MODULES.items() for name in names}
+
+__all__ = [
+    "CacheStats",
+    "Config",
+    "ConfigError",
+    "DamagedError",
+    "DiskError",
+    "Document",
+    "Engine",
+    "InputError",
+    "KVSwapError",
+    "Limits",
+    "LoadedModel",
+    "MemoryBudgetError",
+    "ModelError",
+    "RunStats",
+    "Sampling",
+    "Session",
+    "SessionError",
+    "StorageError",
+    "UnsupportedError",
+    "attach",
+    "load",
+    "load_model",
+    "tune",
+]
 
 
 def __getattr__(name: str) -> Any:
