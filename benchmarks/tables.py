@@ -5,9 +5,9 @@ A page names results files between two comments, and what stands between them is
     <!-- deciding: bench-smollm2-8k.json bench-qwen05-32k.json -->
     <!-- end -->
 
-``deciding`` shows kvswap in the three numbers that decide whether it pays, ``single`` only its rows with one sequence
-(for runs on the plain disk), and ``beside`` shows every method of one file in the same numbers. The full tables (``bench``, ``scale``, ``resume``,
-``quality``) are those of ``kvswap.lab.bench.tables``.
+``deciding`` shows kvswap in the three numbers that decide whether it pays. ``single`` shows only its rows with one
+sequence, for runs on the plain disk. ``beside`` shows every method of one file in the same numbers. The full tables
+(``bench``, ``scale``, ``resume``, ``quality``) are those of ``kvswap.lab.bench.tables``.
 """
 
 from __future__ import annotations

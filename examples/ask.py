@@ -2,8 +2,8 @@
 
 python examples/ask.py MODEL FILE "First question?" "Second question?"
 
-MODEL is a local directory, a .gguf file, a hub id or smollm2-135m. FILE is text, Markdown, source code or PDF. After each
-answer stands how many tokens the prompt has, and how many of them were in the cache already.
+MODEL is a local directory, a .gguf file, a hub id or smollm2-135m. FILE is text, Markdown, source code or PDF. Each
+answer is followed by the number of tokens of its prompt, and how many of them were in the cache already.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
     python examples/demo_document.py FILE [TOPIC ...]
 
-Topics come from ``pydoc_data.topics``, which every Python carries. kvswap calibrates on one half of them; this takes only
-topics of the other half.
+Topics come from ``pydoc_data.topics``, which every Python carries. kvswap calibrates on one half of them. This takes
+only topics of the other half.
 """
 
 from __future__ import annotations

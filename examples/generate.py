@@ -2,8 +2,8 @@
 
 python examples/generate.py MODEL FILE "Question?"
 
-MODEL is what transformers takes: a local directory or a hub id. FILE is text in UTF-8. After the answer stand the numbers of
-the cache.
+MODEL is what transformers takes: a local directory or a hub id. FILE is text in UTF-8. The answer is followed by the
+statistics of the cache.
 """
 
 from __future__ import annotations
