@@ -40,7 +40,8 @@ DEFAULT = re.compile(r"\s*\[default: (.+?)\]\s*$")
 def page() -> str:
     """The whole page."""
     context = click.Context(kvswap, info_name="kvswap")
-    return "\n".join([INTRODUCTION, *sections(kvswap, context, level=2)]).rstrip() + "\n"
+    lines = [INTRODUCTION, *options(kvswap, context), *sections(kvswap, context, level=2)]
+    return "\n".join(lines).rstrip() + "\n"
 
 
 def sections(group: click.Group, context: click.Context, level: int) -> Iterator[str]:
@@ -61,10 +62,15 @@ def section(command: click.Command, context: click.Context, level: int) -> Itera
     yield from fenced([usage])
     for paragraph in inspect.cleandoc(command.help or "").split("\n\n"):
         yield from text(paragraph)
-    options = [each for each in command.get_params(context) if isinstance(each, click.Option) and not is_help(each)]
-    if options:
+    yield from options(command, context)
+
+
+def options(command: click.Command, context: click.Context) -> Iterator[str]:
+    """The table of a command's options, or nothing."""
+    found = [each for each in command.get_params(context) if isinstance(each, click.Option) and not is_help(each)]
+    if found:
         yield "| option | default | meaning |\n|---|---|---|"
-        yield from (row(option) for option in options)
+        yield from (row(option) for option in found)
         yield ""
 
 
@@ -89,7 +95,8 @@ def row(option: click.Option) -> str:
     stated = DEFAULT.search(help_text)
     meaning = DEFAULT.sub("", help_text)
     value = f" {option.metavar}" if option.metavar and not option.is_flag else ""
-    name = f"`{' '.join(option.opts)}{value}`"
+    names = sorted(option.opts, key=lambda name: not name.startswith("--"))
+    name = ", ".join(f"`{each}{value}`" for each in names)
     meaning = cell(meaning)
     if isinstance(option.type, click.Choice):
         meaning += f" One of {', '.join(f'`{choice}`' for choice in option.type.choices)}."

@@ -17,7 +17,6 @@ import pytest
 import kvswap
 from kvswap import terms
 from kvswap.cli.main import kvswap as command_line
-from kvswap.cli.run import run
 from kvswap.config import Config
 from kvswap.errors import ConfigError
 
@@ -117,10 +116,13 @@ def test_command_line_page_is_what_the_commands_say() -> None:
 
 def test_command_line_page_lists_every_option_with_its_default() -> None:
     section = text("command-line.md").split("## kvswap run\n", 1)[1].split("\n## ", 1)[0]
-    rows = dict(re.findall(r"^\| `(--[\w-]+)(?: [^`]*)?` \| (.*?) \|", section, re.MULTILINE))
-    assert list(rows) == [parameter.opts[0] for parameter in run.params]
-    for parameter in run.params:
-        stated = rows[parameter.opts[0]].strip("`")
+    rows = dict(re.findall(r"^\| `(--[\w-]+)(?: [^`]*)?`(?:, `-\w`)* \| (.*?) \|", section, re.MULTILINE))
+    run = command_line.get_command(click.Context(command_line), "run")
+    assert run is not None
+    named = {next(name for name in parameter.opts if name.startswith("--")): parameter for parameter in run.params}
+    assert list(rows) == list(named)
+    for name, parameter in named.items():
+        stated = rows[name].strip("`")
         if isinstance(parameter.default, str | int | float) and not isinstance(parameter.default, bool):
             assert stated == str(parameter.default)
 
