@@ -3,7 +3,7 @@
     python benchmarks/defaults.py --model ~/models/a --model ~/models/b        from the tables that `kvswap tune` keeps
 
 Writes ``results/tables-NAME.json`` for each model, what was measured without the rankings, and prints the table of
-docs/tuning.md from these files. KL to full attention on calibration text, relative to the defaults, geometric means
+docs/settings.md from these files. KL to full attention on calibration text, relative to the defaults, geometric means
 over texts and contexts; what is compared differs from the defaults in one thing. Below it stands how steady ratios are.
 """
 

@@ -1,6 +1,9 @@
-"""Ask a question about a file, then a second one about the same file.
+"""Ask questions about a file, one after another. Only the first one reads the file.
 
 python examples/ask.py MODEL FILE "First question?" "Second question?"
+
+MODEL is a local directory, a .gguf file, a hub id or smollm2-135m. FILE is text, Markdown, source code or PDF. Each
+answer is followed by the number of tokens of its prompt, and how many of them were in the cache already.
 """
 
 from __future__ import annotations
@@ -15,8 +18,9 @@ def main() -> None:
     if len(sys.argv) < 4:
         raise SystemExit(__doc__)
     model, document, *questions = sys.argv[1:]
-    with kvswap.load(model, kvswap.Config(kv_memory="auto")) as engine:
+    with kvswap.load(model, kv_memory="auto") as engine:
         for number, question in enumerate(questions):
+            # The document comes before the first question and stays in the conversation.
             for text in engine.ask(question, [document] if number == 0 else [], max_new_tokens=64):
                 print(text, end="", flush=True)
             stats = engine.stats

@@ -1,9 +1,9 @@
-"""Write the document that ``make demo`` asks about: a stretch of the Python language reference.
+"""Write the document that ``make demo`` asks about: a part of the Python language reference.
 
     python examples/demo_document.py FILE [TOPIC ...]
 
-Topics come from ``pydoc_data.topics``, which every Python carries, and only from the half that kvswap never calibrates
-on.
+Topics come from ``pydoc_data.topics``, which every Python carries. kvswap calibrates on one half of them. This takes
+only topics of the other half.
 """
 
 from __future__ import annotations

@@ -1,6 +1,9 @@
-"""A transformers script with one line more: the cache of ``generate`` on disk.
+"""A transformers script with its KV cache on disk: a ``with`` line, and an argument of ``generate``.
 
 python examples/generate.py MODEL FILE "Question?"
+
+MODEL is what transformers takes: a local directory or a hub id. FILE is text in UTF-8. The answer is followed by the
+statistics of the cache.
 """
 
 from __future__ import annotations
@@ -22,10 +25,11 @@ def main() -> None:
     model = AutoModelForCausalLM.from_pretrained(name)
     text = f"{Path(document).read_text(encoding='utf-8')}\n\nQuestion: {question}\nAnswer:"
     inputs = tokenizer(text, return_tensors="pt")
-    with kvswap.attach(model, kvswap.Config(kv_memory="auto"), tokenizer=tokenizer) as cache:
+    # The tokenizer is for calibration, once a model. After the block the model is as it was.
+    with kvswap.attach(model, tokenizer=tokenizer, kv_memory="auto") as cache:
         model.generate(
             **inputs,
-            past_key_values=cache,
+            cache=cache,  # transformers 5.23 calls it past_key_values
             max_new_tokens=64,
             do_sample=False,
             streamer=TextStreamer(tokenizer, skip_prompt=True),

@@ -37,37 +37,44 @@ class _Fields:
 
 
 class Config(_Fields):
-    """How a KV cache on disk is kept and searched. Immutable; unknown names are refused.
+    """Settings of a KV cache on disk. They cannot be changed afterwards, and unknown names are refused.
 
     Parameters
     ----------
     kv_memory
-        Limit for everything that lives through decode, in bytes or as text (``"24MiB"``). ``"auto"`` is an eighth of
-        the full 16-bit KV of the request, at least the workable minimum.
+        Limit for everything that lives while an answer is written, in bytes or as text (``"24MiB"``). ``"auto"`` is an
+        eighth of the full 16-bit KV cache of the request, or the smallest limit that works.
     kv_dir
-        Folder for the KV files; ``None`` is the user's cache folder.
+        Folder for KV files and sessions, on a disk. ``None`` is the folder of the environment or the user's cache.
     select_tokens
-        M: tokens attended to at each step, sinks and recent window included.
+        M: tokens attended to at each step and layer. Sinks and recent window count, the rolling tail does not.
     layer_select_tokens
-        M of each offloaded layer, in order, instead of the same for all; as ``kvswap tune`` finds them.
+        M of each layer on disk, in order, as ``kvswap tune`` finds them. ``None`` is ``select_tokens`` in every layer.
     group_tokens
         G: consecutive tokens that are read together.
     sketch_token_bytes
-        Memory for the sketch of one token in one layer, for any method; ``None`` is ``D/8 * 2``.
+        Bytes for the sketch of one token in one layer, whatever the method. ``None`` is ``D/8 * 2``.
     sketch_rank, sketch_bits
-        R numbers of so many bits are kept of each token; rank ``None`` is what fits ``sketch_token_bytes``.
+        R numbers of so many bits are kept of each token's key. Rank ``None`` is as many as fit ``sketch_token_bytes``.
     sink_tokens, recent_tokens
         First and newest tokens that are always attended to.
     store_dtype
-        ``"auto"``: the model's dtype if it has 16 bits, else float16, or bfloat16 where a value would overflow.
+        How K and V are stored. ``"auto"`` is the model's dtype if it has 16 bits, else float16, or bfloat16 where a
+        value would overflow.
     backend
-        ``uring``, ``threads``, ``buffered`` or ``memory``; ``"auto"`` is the best that this disk allows.
+        How files are read: ``uring``, ``threads``, ``buffered``, or ``memory`` for tests. ``"auto"`` is the best that
+        this disk and system allow.
     chunk_tokens
         Tokens that prefill takes through a layer at a time, a multiple of 512.
     read_depth
-        Most reads in flight at a time. Those beyond it wait until a layer waits for them.
+        Most reads in flight at a time. Further reads begin when earlier ones have ended.
     read_gap_bytes
-        Longest gap of groups nobody asked for that is read through, so that two reads become one.
+        Longest gap between two requested groups that is read as well, so that two reads become one.
+
+    Raises
+    ------
+    ConfigError
+        For an unknown name, or a value that is not allowed.
     """
 
     __slots__ = ()
