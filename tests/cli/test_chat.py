@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import sys
 from pathlib import Path
 
 import pytest
@@ -82,3 +83,16 @@ def test_chat_takes_what_run_takes() -> None:
 
     names = {parameter.opts[0] for parameter in run.params} - {"--ask", "--method", "--stats-json"}
     assert names == {parameter.opts[0] for parameter in chat_command.params}
+
+
+def test_a_terminal_without_line_editing_is_told_what_to_install(tiny, capfd, monkeypatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setattr("sys.stdin", Terminal("never read\n"))
+    monkeypatch.setitem(sys.modules, "prompt_toolkit", None)
+    assert run_command(["chat", "--model", str(tiny)]) == 2
+    out, err = capfd.readouterr()
+    assert out == "" and err.count("\n") == 1
+    assert "pip install 'kvswap[chat]'" in err

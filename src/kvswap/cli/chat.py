@@ -5,6 +5,7 @@ Answers go to stdout, everything else to stderr. Ctrl-C ends an answer, Ctrl-D t
 
 from __future__ import annotations
 
+import importlib.util
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from kvswap.cli.options import read_options, shared
-from kvswap.errors import SessionError, UserError
+from kvswap.errors import ConfigError, SessionError, UserError
 
 if TYPE_CHECKING:
     from kvswap.app.engine import Engine
@@ -39,12 +40,23 @@ def chat(**options: Any) -> None:
     """
     from kvswap.cli.display import Display
 
+    if sys.stdin.isatty():
+        check_line_editing()
     wanted = read_options(**options)
     session = wanted.open_session()
     display = Display()
     signal.signal(signal.SIGINT, signal.default_int_handler)  # ends an answer; the chat goes on
     with wanted.load(display, session) as engine:
         _talk(engine, display, wanted.texts, wanted.sampling)
+
+
+def check_line_editing() -> None:
+    """Find out before a model is loaded whether lines can be edited here. Raises ConfigError."""
+    if importlib.util.find_spec("prompt_toolkit") is None:
+        raise ConfigError(
+            "a chat on a terminal needs prompt_toolkit",
+            hint="run: pip install 'kvswap[chat]', or give the lines on standard input",
+        )
 
 
 def _talk(engine: Engine, display: Any, documents: list[Any], sampling: dict[str, Any]) -> None:

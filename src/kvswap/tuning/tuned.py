@@ -103,7 +103,7 @@ def load_tuned(path: str | Path) -> TunedConfig:
     """Read what ``save`` wrote. Raises ConfigError for anything else."""
     values = read_json(path, kind=FORMAT, version=VERSION, command="kvswap tune")
     fields = {key: value for key, value in values.items() if key not in ("format", "version")}
-    tuned = build(TunedConfig, fields, str(path))
+    tuned = build(TunedConfig, fields, str(path), hint="run `kvswap tune` again")
     if not tuned.solutions:
         raise ConfigError(f"{path}: damaged: no solution", hint="run `kvswap tune` again")
     for solution in tuned.solutions:
