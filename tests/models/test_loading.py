@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import sys
 from pathlib import Path
 
 import gguf
@@ -100,6 +101,21 @@ def test_interrupted_conversion_leaves_nothing(tmp_path, monkeypatch):
         load_model(str(file))
     assert os.listdir(models_folder()) == []
     load_model(str(file))
+
+
+@pytest.mark.parametrize("package", ["gguf", "accelerate"])
+def test_gguf_without_its_packages(package, tmp_path, monkeypatch):
+    """The error names the extra; what was converted earlier, and model directories, load all the same."""
+    file, other = write_gguf(tmp_path / "tiny.gguf"), write_gguf(tmp_path / "other.gguf", seed=1)
+    load_model(str(file))
+    save_tiny(tmp_path / "folder")
+    monkeypatch.setitem(sys.modules, package, None)
+    notices: list[str] = []
+    with pytest.raises(ModelError, match=rf"needs {package} .*pip install 'kvswap\[gguf\]'"):
+        load_model(str(other), on_notice=notices.append)
+    load_model(str(file), on_notice=notices.append)
+    load_model(str(tmp_path / "folder"), on_notice=notices.append)
+    assert notices == []
 
 
 def test_truncated_gguf(tmp_path):

@@ -81,11 +81,18 @@ def damage(text: str) -> dict[str, str]:
         with_(format="other"): "not a kvswap-profile file",
         with_(version=99): "version 99, this kvswap reads 2",
         with_(disks=[]): "no read was measured",
-        with_(disks=[{}]): "lacks or has too much",
-        with_(made=3): "made",
-        with_(extra=3): "extra",
-        with_(stamp=None): "Stamp is no object",
-        with_(stamp={**json.loads(text)["stamp"], "cores": "two"}): "cores",
+        text + text: "damaged JSON",
+        text.replace('"made": "now"', '"made": NaN'): "damaged JSON",
+        "[" * 100_000: "damaged JSON",
+        with_(disks=[{}]): r"missing required field `\w+` - at `\$.disks\[0\]`",
+        with_(made=3): r"Expected `str`, got `int` - at `\$.made`",
+        with_(extra=3): r"unknown: \$.extra",
+        with_(stamp=None): r"Expected `object`, got `null` - at `\$.stamp`",
+        with_(stamp={**json.loads(text)["stamp"], "cores": "two"}): r"Expected `int`, got `str` - at `\$.stamp.cores`",
+        with_(stamp={**json.loads(text)["stamp"], "cores": 2.5}): r"Expected `int`, got `float` - at `\$.stamp.cores`",
+        with_(stamp={**json.loads(text)["stamp"], "cores": True}): r"Expected `int`, got `bool` - at `\$.stamp.cores`",
+        with_(stamp={**json.loads(text)["stamp"], "cpus": 1}): r"unknown: \$.stamp.cpus",
+        with_(disks=[{**json.loads(text)["disks"][0], "a": 1, "b": 2}]): r"unknown: \$.disks\[0\].a, \$.disks\[0\].b",
     }
 
 
@@ -96,7 +103,7 @@ def test_damaged_files_are_refused_in_a_sentence(profile: Profile, tmp_path: Pat
         file.write_text(text)
         with pytest.raises(ConfigError, match=words) as caught:
             load_profile(file, str(tmp_path), profile.model, force=True)
-        assert str(file) in str(caught.value) and caught.value.hint
+        assert str(file) in str(caught.value) and "kvswap profile" in caught.value.hint
     with pytest.raises(ConfigError, match="No such file"):
         load_profile(tmp_path / "absent.json", str(tmp_path))
 

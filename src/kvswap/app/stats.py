@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from kvswap.core.trace import CacheStats
     from kvswap.models.loading import LoadedModel
 
+import numpy as np
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QualityStats:
@@ -124,17 +126,9 @@ def latency_percentiles_ms(times_s: list[float]) -> dict[str, float] | None:
 
 def percentiles(values: list[float]) -> dict[str, float] | None:
     """p50, p90 and p99, interpolated; None for no values."""
-    ordered = sorted(values)
-    if not ordered:
+    if not values:
         return None
-
-    def at(share: float) -> float:
-        place = share * (len(ordered) - 1)
-        low = int(place)
-        high = min(low + 1, len(ordered) - 1)
-        return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
-
-    return {"p50": at(0.5), "p90": at(0.9), "p99": at(0.99)}
+    return {f"p{share}": float(np.percentile(values, share)) for share in (50, 90, 99)}
 
 
 def tokens_per_s(times_s: list[float]) -> float | None:

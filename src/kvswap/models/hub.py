@@ -1,6 +1,7 @@
-"""Is a model id good, and can it be had? Asked before loading, so that a typo or a dead network fails at once.
+"""Whether a model id exists and can be fetched, asked before loading, so that a typo or a dead network fails at once.
 
-transformers alone would retry an unreachable hub for a minute and then print pages.
+transformers alone would retry an unreachable hub for a minute and then print pages. Offline mode (HF_HUB_OFFLINE), the
+cache and its revisions are those of ``huggingface_hub``; transformers then loads the same revision from it.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ class Problem:
 
 
 def look_like_path(name: str) -> bool:
-    """Whether a name that is no file here was meant as one."""
+    """Whether a name that is no file here was meant as a path."""
     return name.startswith((".", "/", "~")) or name.lower().endswith(".gguf") or not _ID.fullmatch(name)
 
 
@@ -35,11 +36,16 @@ def has_cached(name: str) -> bool:
 
 
 def problem_with(name: str) -> Problem | None:
-    """Ask the hub about an id. None when it is there and ours to read."""
+    """Ask the hub about an id. None when it exists and this user may read it."""
     # the base error of whichever HTTP library the hub's client uses, and OSError
     unreachable = cast(tuple[type[Exception], ...], errors.HfHubHTTPError.__bases__)
     try:
         HfApi().model_info(name, timeout=TIMEOUT_S)
+    except errors.OfflineModeIsEnabled:
+        return Problem(
+            "no local file or directory of this name, and the hub is not asked because HF_HUB_OFFLINE is set",
+            "give a local directory, or unset HF_HUB_OFFLINE",
+        )
     except errors.GatedRepoError:
         return Problem(
             "the hub wants its licence accepted first", "accept it on its page, then log in with `hf auth login`"

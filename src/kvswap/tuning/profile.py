@@ -124,7 +124,7 @@ def load_profile(
     """
     values = read_json(path, kind=FORMAT, version=VERSION, command="kvswap profile")
     fields = {key: value for key, value in values.items() if key not in ("format", "version")}
-    profile = build(Profile, fields, str(path))
+    profile = build(Profile, fields, str(path), hint="run `kvswap profile` again")
     if not profile.disks or any(not disk.bursts for disk in profile.disks):
         raise ConfigError(f"{path}: damaged: no read was measured", hint="run `kvswap profile` again")
     if force:

@@ -117,7 +117,7 @@ def load_tuned(path: str | Path) -> TunedConfig:
     names = {key: name for name, key in _FILE_KEYS.items()}
     if isinstance(solutions := fields.get("solutions"), list):
         fields["solutions"] = [_rename(each, names) for each in solutions]
-    tuned = build(TunedConfig, fields, str(path))
+    tuned = build(TunedConfig, fields, str(path), hint="run `kvswap tune` again")
     if not tuned.solutions:
         raise ConfigError(f"{path}: damaged: no solution", hint="run `kvswap tune` again")
     for solution in tuned.solutions:

@@ -258,7 +258,7 @@ def load_tables(path: str | Path, fingerprint: str, layers: int, *, force: bool 
         raise ConfigError(f"tables {path}: not a {FORMAT} file", hint=hint)
     if (version := about.pop("version", None)) != VERSION:
         raise ConfigError(f"tables {path}: version {version!r}, this kvswap reads {VERSION}", hint=hint)
-    facts = build(TablesFacts, about, f"tables {path}")
+    facts = build(TablesFacts, about, f"tables {path}", hint=hint)
     differences = []
     if facts.fingerprint != fingerprint:
         differences.append(f"model {facts.model}")
