@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from kvswap.lab.bench.tables import update_tables
+from kvswap.lab.tables import update_tables
 
 ROOT = Path(__file__).parents[1]
 

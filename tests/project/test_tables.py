@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from kvswap.lab.bench.tables import MARK, update_tables
+from kvswap.lab.tables import MARK, update_tables
 
 ROOT = Path(__file__).parents[2]
 

@@ -93,8 +93,8 @@ def bench(
     from kvswap.app.documents import read_document
     from kvswap.cli.files import check_writable
     from kvswap.disk.files import default_kv_dir, prepare_dir
-    from kvswap.lab.bench.plot import plot_rows
-    from kvswap.lab.evals.text import evaluation_text
+    from kvswap.lab.evals.evaluation_text import evaluation_text
+    from kvswap.lab.plots import plot_bench
     from kvswap.tuning.plots import check_plot
 
     target = check_writable("--json", json_file)
@@ -117,7 +117,7 @@ def bench(
     rows = _measure(model, config, plan, passages, target, dtype)
     _print_table(rows)
     if picture is not None:
-        plot_rows(rows, picture, f"{model}{', ' + label if label else ''}")
+        plot_bench(rows, picture, f"{model}{', ' + label if label else ''}")
 
 
 def _measure(
@@ -162,7 +162,7 @@ def _plan(contexts: str, batches: str, **options: Any) -> Plan:
 
 
 def _print_table(rows: list[Row]) -> None:
-    from kvswap.lab.bench.tables import plain_table
+    from kvswap.lab.tables import plain_table
 
     for line in plain_table(rows):
         click.echo(line)

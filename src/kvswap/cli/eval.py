@@ -104,12 +104,13 @@ def evaluate(
     from kvswap.app.documents import read_document
     from kvswap.cli.files import check_writable
     from kvswap.disk.files import default_kv_dir, prepare_dir
-    from kvswap.lab.evals.plot import check_picture, plot
+    from kvswap.lab.evals.evaluation_text import evaluation_text
     from kvswap.lab.evals.tasks.longbench import read_dataset
-    from kvswap.lab.evals.text import evaluation_text
+    from kvswap.lab.plots import plot_eval
+    from kvswap.tuning.plots import check_plot
 
     target = check_writable("--json", json_file)
-    picture = None if plot_file is None else check_picture(check_writable("--plot", plot_file))
+    picture = None if plot_file is None else check_plot(check_writable("--plot", plot_file))
     config = plain_config(config_file, kv_dir=kv_dir)
     plan = _plan(tasks, methods, contexts, kv_memory, samples, settings, config)
     passages = evaluation_text([read_document(path) for path in documents], seed)
@@ -129,7 +130,7 @@ def evaluate(
         display.finish()
     _print_table([row for row in rows if row["task"] in [task.name for task in plan.tasks]])
     if picture is not None:
-        plot(target, picture)
+        plot_eval(target, picture)
 
 
 def _evaluate(
@@ -143,7 +144,7 @@ def _evaluate(
     prompts: str | None,
     minutes: float | None,
 ) -> list[Any]:
-    from kvswap.lab.evals.prompts import PromptShelf
+    from kvswap.lab.evals.prompt_cache import PromptCache
     from kvswap.lab.evals.run import evaluate as run
 
     return run(
@@ -152,7 +153,7 @@ def _evaluate(
         plan,
         source,
         file=file,
-        shelf=PromptShelf(None if prompts is None else Path(prompts)),
+        prompts=PromptCache(None if prompts is None else Path(prompts)),
         limit_s=None if minutes is None else 60 * minutes,
         on_progress=display.progress,
         on_notice=display.notice,
@@ -163,8 +164,8 @@ def _plan(
     tasks: str, methods: str, contexts: str, kv_memory: str, samples: int, settings: str | None, config: Config
 ) -> Plan:
     from kvswap.lab.evals.run import Plan
-    from kvswap.lab.evals.settings import Setting
     from kvswap.lab.evals.tasks import find_task
+    from kvswap.lab.evals.variants import SketchSetting
     from kvswap.lab.rivals.registry import check_name
 
     for method in split_list("--methods", methods):
@@ -177,7 +178,9 @@ def _plan(
         contexts=split_numbers("--context", contexts),
         kv_memory=split_list("--kv-memory", kv_memory),
         samples=samples,
-        settings=[None] if settings is None else [Setting.parse(each) for each in split_list("--setting", settings)],
+        settings=[None]
+        if settings is None
+        else [SketchSetting.parse(each) for each in split_list("--setting", settings)],
     )
 
 
