@@ -22,7 +22,7 @@ from transformers import DynamicCache
 
 import kvswap
 from kvswap.core.corpus import evaluation_topics
-from kvswap.lab.evals.forced import run_forced
+from kvswap.lab.evals.teacher_forcing import run_forced
 from kvswap.models.loading import load_model
 
 

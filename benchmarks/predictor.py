@@ -22,12 +22,12 @@ from typing import Any
 from kvswap import Config
 from kvswap.core.attach import attach_each
 from kvswap.disk.json_files import write_json
-from kvswap.lab.evals.panel import force_together
-from kvswap.lab.evals.prompts import PromptShelf
+from kvswap.lab.evals.cache_batch import force_batched
+from kvswap.lab.evals.evaluation_text import evaluation_text
+from kvswap.lab.evals.prompt_cache import PromptCache
 from kvswap.lab.evals.samples import Sample, Source
-from kvswap.lab.evals.settings import PARTS, Setting
 from kvswap.lab.evals.tasks import find_task
-from kvswap.lab.evals.text import evaluation_text
+from kvswap.lab.evals.variants import PUBLISHED, SketchSetting
 from kvswap.lab.rivals.registry import with_methods
 from kvswap.models.adapter import inspect
 from kvswap.models.identity import attention_fingerprint
@@ -42,9 +42,9 @@ def variants(elements: int, kv_memory: str) -> dict[str, tuple[str, Config]]:
     """Methods and configurations by name, for keys of ``elements`` elements."""
     config, found = Config(kv_memory=kv_memory), {}
     for group_tokens in (4, 8):
-        for setting in PARTS:
+        for setting in PUBLISHED:
             for method in METHODS:
-                values = Setting(setting, group_tokens).apply(config, elements)
+                values = SketchSetting(setting, group_tokens).apply(config, elements)
                 found[f"{method} {setting} G{group_tokens}"] = (method, values)
     return found
 
@@ -52,23 +52,23 @@ def variants(elements: int, kv_memory: str) -> dict[str, tuple[str, Config]]:
 def beside_tuned(elements: int, solution: Solution) -> dict[str, tuple[str, Config]]:
     """A tuned configuration, then both methods' tight setting with G = 8 under its limit."""
     tuned = solution.config
-    tight = Setting("tight", 8).apply(Config(kv_memory=tuned.kv_memory), elements)
+    tight = SketchSetting("tight", 8).apply(Config(kv_memory=tuned.kv_memory), elements)
     return {"kvswap tuned": ("kvswap", tuned), **{f"{method} tight G8": (method, tight) for method in METHODS}}
 
 
 def run_text(
-    loaded: Any, sample: Sample, steps: int, wanted: dict[str, tuple[str, Config]], shelf: PromptShelf
+    loaded: Any, sample: Sample, steps: int, wanted: dict[str, tuple[str, Config]], prompts: PromptCache
 ) -> dict[str, Any]:
     """One text through full attention and all variants."""
     first = next(iter(wanted.values()))[1]
     with attach_each(
         loaded.model, with_methods([("full", first), *wanted.values()]), tokenizer=loaded.tokenizer
     ) as caches:
-        row = shelf.fill(loaded.model, caches[0], sample.prompt)
+        row = prompts.fill(loaded.model, caches[0], sample.prompt)
         for cache in caches[1:]:
             cache.adopt(caches[0])
         named = dict(zip(("full", *wanted), caches, strict=True))
-        runs = force_together(loaded.model, named, sample.forced[:steps], row)
+        runs = force_batched(loaded.model, named, sample.forced[:steps], row)
         stats = {name: cache.stats for name, cache in named.items()}
     return {
         "index": sample.index,
@@ -123,14 +123,14 @@ def main() -> None:
         tuned.check_model(attention_fingerprint(parts))
         wanted = beside_tuned(elements, tuned.nearest(context_tokens=args.context))
     source = Source(tokenizer=loaded.tokenizer, passages=evaluation_text(), seed=0, steps=MOST_STEPS)
-    shelf = PromptShelf(args.prompts)
+    prompts = PromptCache(args.prompts)
     rows = json.loads(args.json.read_text()) if args.json.exists() else []
     done = {row["prompt_hash"] for row in rows}
     samples = list(find_task("agreement").make(source, args.context, TEXTS))
     inwards = [samples[each // 2 if each % 2 == 0 else -1 - each // 2] for each in range(TEXTS)]
     for sample in inwards[: args.texts]:
         if sample.prompt_hash not in done:
-            rows.append(run_text(loaded, sample, args.steps, wanted, shelf))
+            rows.append(run_text(loaded, sample, args.steps, wanted, prompts))
             write_json(args.json, rows)
     print("\n".join(table(rows)))
 

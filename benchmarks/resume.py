@@ -32,7 +32,7 @@ import torch
 
 import kvswap
 from kvswap.disk.folders import kv_folder
-from kvswap.lab.evals.text import evaluation_text
+from kvswap.lab.evals.evaluation_text import evaluation_text
 from kvswap.models.adapter import cache_keyword
 from kvswap.models.loading import LoadedModel, load_model
 from kvswap.sessions.encryption import KEY_VARIABLE, new_key

@@ -17,7 +17,8 @@ import torch
 from kvswap import Config
 from kvswap.cli.display import Display
 from kvswap.disk.json_files import write_json
-from kvswap.lab.bench.scale import fits, kv_bytes, measure_scale, plot_scale
+from kvswap.lab.bench.scale import fits, kv_bytes, measure_scale
+from kvswap.lab.plots import plot_scale
 from kvswap.tuning.machine import describe_machine
 from kvswap.tuning.plots import check_plot
 from kvswap.units import format_bytes

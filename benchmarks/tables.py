@@ -7,7 +7,7 @@ A page names results files between two comments, and what stands between them is
 
 ``deciding`` shows kvswap in the three numbers that decide whether it pays. ``single`` shows only its rows with one
 sequence, for runs on the plain disk. ``beside`` shows every method of one file in the same numbers. The full tables
-(``bench``, ``scale``, ``resume``, ``quality``) are those of ``kvswap.lab.bench.tables``.
+(``bench``, ``scale``, ``resume``, ``quality``) are those of ``kvswap.lab.tables``.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from kvswap.lab.bench.tables import MARK, update_tables
+from kvswap.lab.tables import MARK, update_tables
 from kvswap.units import format_bytes
 
 ROOT = Path(__file__).parents[1]

@@ -76,20 +76,20 @@ def test_what_is_there_is_not_measured_again(base, tmp_path, monkeypatch):
 
 
 def test_broken_off_and_continued(base, tmp_path, monkeypatch):
-    run_turns = kvswap.lab.bench.run.run_turns
+    run_interleaved = kvswap.lab.bench.run.run_interleaved
 
     def once(*args, **kwargs):
-        monkeypatch.setattr(kvswap.lab.bench.run, "run_turns", broken)
-        return run_turns(*args, **kwargs)
+        monkeypatch.setattr(kvswap.lab.bench.run, "run_interleaved", broken)
+        return run_interleaved(*args, **kwargs)
 
     def broken(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(kvswap.lab.bench.run, "run_turns", once)
+    monkeypatch.setattr(kvswap.lab.bench.run, "run_interleaved", once)
     words = [*base, "--prompts", "2", "--share-prompt", "--methods", "kvswap,mmap,reload"]
     assert run_command(words) == 130
     assert len(json.loads((tmp_path / "bench.json").read_text())["records"]) == 4
-    monkeypatch.setattr(kvswap.lab.bench.run, "run_turns", run_turns)
+    monkeypatch.setattr(kvswap.lab.bench.run, "run_interleaved", run_interleaved)
     assert run_command(words) == 0
     content = json.loads((tmp_path / "bench.json").read_text())
     assert [record["prompt"] for record in content["records"]] == [0] * 4 + [1] * 4

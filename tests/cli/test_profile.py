@@ -27,7 +27,7 @@ def test_disk_alone(tmp_path, capfd):
     words = ["profile", "--kv-dir", tmp_path / "kv", "--json", tmp_path / "p.json", "--plot", tmp_path / "p.png"]
     assert run_command([str(word) for word in words]) == 0
     out, err = capfd.readouterr()
-    assert "random reads" in out and "four fifths" in out and "measuring the disk: 100%" in err
+    assert "random reads" in out and "80 % of the best read rate" in out and "measuring the disk: 100%" in err
     found = load_profile(tmp_path / "p.json", str(tmp_path / "kv"))
     assert found.model is None and {point.depth for point in found.disk.bursts} == set(disk_costs.DEPTHS)
     rates = {(point.read_bytes, point.depth): point.bytes_per_s for point in found.disk.bursts}

@@ -67,9 +67,9 @@ def test_answer_and_summary(base, tmp_path, capfd):
     assert out == stats["text"] + "\n"
     labels = (
         "full KV cache",
-        "KV memory held",
-        "of which",
-        "prefill's peak",
+        "KV memory peak",
+        "its parts",
+        "prefill peak",
         "written to disk",
         "read from disk",
         "reuse",

@@ -7,7 +7,7 @@ import torch
 
 from kvswap.config import Config
 from kvswap.core.attach import attach_each
-from kvswap.lab.evals.forced import ForcedRun, force, share_prompt
+from kvswap.lab.evals.teacher_forcing import ForcedRun, force, share_prompt
 from kvswap.lab.rivals.registry import with_methods
 from tests.helpers.families import forced_logits, given, tiny_model, tokens
 

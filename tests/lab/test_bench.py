@@ -8,8 +8,8 @@ import pytest
 
 from kvswap.core.trace import CacheStats
 from kvswap.errors import InputError
+from kvswap.lab.bench.interleaved import growth
 from kvswap.lab.bench.run import ceiling_bytes_per_s, step_over_bound, stretch
-from kvswap.lab.bench.turns import growth
 
 TEST = {
     "small": {"read_bytes": 16384, "bytes_per_s": 100.0},

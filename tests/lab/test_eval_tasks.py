@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from kvswap.errors import InputError
+from kvswap.lab.evals.evaluation_text import evaluation_text
 from kvswap.lab.evals.samples import Outcome, Source
 from kvswap.lab.evals.tasks import TASKS, find_task
 from kvswap.lab.evals.tasks.longbench import f1
-from kvswap.lab.evals.tasks.needle import DEPTHS
-from kvswap.lab.evals.text import evaluation_text
+from kvswap.lab.evals.tasks.ruler import GRID_DEPTHS
 from tests.helpers.folders import byte_tokenizer
 
 ASKING = [name for name in TASKS if name not in ("agreement", "perplexity", "longbench")]
@@ -90,10 +90,10 @@ def test_fewer_samples_are_the_first_ones():
 
 def test_needles_lie_where_the_grid_says():
     texts = source()
-    for each in find_task("needle").make(texts, CONTEXT, len(DEPTHS)):
+    for each in find_task("needle").make(texts, CONTEXT, len(GRID_DEPTHS)):
         prompt = texts.tokenizer.decode(each.prompt)
         place = prompt.index(each.answers[0]) / len(prompt)
-        assert each.labels == {"depth": DEPTHS[each.index]}
+        assert each.labels == {"depth": GRID_DEPTHS[each.index]}
         assert place == pytest.approx(0.03 + 0.94 * each.labels["depth"], abs=0.06)
 
 
@@ -101,7 +101,7 @@ def test_text_is_cut_apart_and_too_long_a_context_is_refused():
     samples = list(find_task("agreement").make(source(), 5000, 4))
     assert {len(each.prompt) for each in samples} == {5000} and {len(each.forced) for each in samples} == {8}
     assert len({each.prompt_hash for each in samples}) == 4
-    with pytest.raises(InputError, match="tokens of text; add text with --document"):
+    with pytest.raises(InputError, match=r"tokens, 10,000,008 are needed; add text with --document"):
         list(find_task("agreement").make(source(), 10**7, 1))
     with pytest.raises(InputError, match="the question alone has"):
         list(find_task("ruler-s1").make(source(), 50, 1))
@@ -129,9 +129,9 @@ def test_longbench_reads_the_public_form_and_drops_the_middle(tmp_path):
         ("{", "line 2: not JSON"),
         ([1], "line 2: not an object"),
         ({"input": "a", "context": "b"}, "line 2: 'answers' is missing"),
-        ({"input": "a", "context": "b", "answers": []}, "line 2: 'answers' is not a list of texts"),
+        ({"input": "a", "context": "b", "answers": []}, "line 2: 'answers' is not a list of strings"),
         ({"input": "a", "context": "b", "answers": ["c"], "all_classes": "c"}, "line 2: 'all_classes' is not a list"),
-        ({"input": 3, "context": "b", "answers": ["c"]}, "line 2: 'input' is missing or no str"),
+        ({"input": 3, "context": "b", "answers": ["c"]}, "line 2: 'input' is missing or not a str"),
     ],
 )
 def test_longbench_names_the_line_that_is_wrong(line, message, tmp_path):

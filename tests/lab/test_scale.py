@@ -1,4 +1,4 @@
-"""The scale suite on small contexts."""
+"""The benchmark of step time over context length, on small contexts."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import pytest
 
 import kvswap.lab.bench.scale
 from kvswap.config import Config
-from kvswap.lab.bench.scale import SMOLLM2, fits, kv_bytes, measure_scale, plot_scale
+from kvswap.lab.bench.scale import SMOLLM2, fits, kv_bytes, measure_scale
+from kvswap.lab.plots import plot_scale
 
 SHAPE = dataclasses.replace(SMOLLM2, layers=3)
 

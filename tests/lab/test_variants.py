@@ -11,8 +11,8 @@ from kvswap.config import Config
 from kvswap.disk.json_files import read_results
 from kvswap.errors import ConfigError
 from kvswap.lab.bench.results import summarise
-from kvswap.lab.bench.tables import variant_lines
 from kvswap.lab.bench.variants import Variant, read_variants
+from kvswap.lab.tables import variant_lines
 from kvswap.tuning.solution import TunedConfig
 from tests.tuning.test_solution import solution
 
@@ -91,7 +91,7 @@ def test_identity_covers_every_setting_and_no_folder(tmp_path: Path) -> None:
     [
         ("magic@{}", "{}", "method: got 'magic'"),
         ("kvswap@", "{}", "no file after @; write for example kvswap@tuned.json"),
-        ("full@{}", "{}", "full has no settings; use one of kvswap, "),
+        ("full@{}", "{}", "full has no configuration; use one of kvswap, "),
         ("kvswap@{}.absent", "{}", "No such file"),
         ("kvswap@{}", "{", "config file"),
         ("kvswap@{}", "[]", "not a JSON object"),
@@ -108,7 +108,7 @@ def test_mistakes_are_told(method: str, content: str, words: str, tmp_path: Path
 
 def test_two_files_of_one_stem_are_refused(tmp_path: Path) -> None:
     files = settings(tmp_path), settings(tmp_path / "b")
-    with pytest.raises(ConfigError, match=r"would both be called wide; rename"):
+    with pytest.raises(ConfigError, match=r"would both be called wide in the results; rename"):
         read_variants([f"kvswap@{files[0]}", f"kvswap-paper@{files[1]}"], kv_memory=None, kv_dir=None)
 
 

@@ -6,7 +6,7 @@ import json
 import sys
 
 from benchmarks import resume
-from kvswap.lab.bench.tables import resume_lines
+from kvswap.lab.tables import resume_lines
 from tests.helpers.folders import save_tiny
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.tables import RESULTS, ROOT, SHORT_MARK, pages, results_of, update_page
-from kvswap.lab.bench.tables import MARK, update_tables
+from kvswap.lab.tables import MARK, update_tables
 
 PAGES = [page.relative_to(ROOT).as_posix() for page in pages()]
 

@@ -1,4 +1,4 @@
-"""``kvswap bench``: methods beside each other on this machine, in turns within one process."""
+"""``kvswap bench``: compare methods on this machine, interleaved within one process."""
 
 from __future__ import annotations
 
@@ -17,51 +17,102 @@ Row = dict[str, Any]
 
 
 @click.command()
-@click.option("--model", required=True, metavar="MODEL", help="Local directory, .gguf file, hub id, or smollm2-135m.")
 @click.option(
-    "--context", "contexts", default="4096", show_default=True, metavar="N,...", help="Tokens of each prompt."
+    "--model",
+    required=True,
+    metavar="MODEL",
+    help="The model to run: a local directory, a .gguf file, a hub id, or smollm2-135m.",
+)
+@click.option(
+    "--context",
+    "contexts",
+    default="4096",
+    show_default=True,
+    metavar="N,...",
+    help="Length of the prompts in tokens; several lengths are measured one after the other.",
 )
 @click.option(
     "--methods",
     default="full,kvswap",
     show_default=True,
     metavar="M,...",
-    help="Methods, or all; full is always run. kvswap@FILE has the settings of a file, as --config or kvswap tune have "
-    "them, instead of those of --config.",
+    help="Methods to compare, or all. full always runs, because the others are compared with it. METHOD@FILE takes its "
+    "settings from a configuration file or from a file of kvswap tune, instead of from --config.",
 )
-@click.option("--batch", "batches", default="1", show_default=True, metavar="B,...", help="Sequences decoded together.")
 @click.option(
-    "--kv-memory", metavar="SIZE", help="Memory limit of every method on disk.  [default: that of FILE, or auto]"
+    "--batch",
+    "batches",
+    default="1",
+    show_default=True,
+    metavar="B,...",
+    help="Number of sequences that are decoded together.",
+)
+@click.option(
+    "--kv-memory",
+    metavar="SIZE",
+    help="Memory limit of every method that keeps its KV cache on disk, such as 64MiB.  [default: that of FILE, or "
+    "auto]",
 )
 @click.option("--kv-dir", metavar="DIR", help="Folder on a disk for KV files.  [default: the user's cache folder]")
 @click.option(
-    "--new-tokens", default=64, show_default=True, type=click.IntRange(1), metavar="N", help="Steps of each turn."
+    "--new-tokens",
+    default=64,
+    show_default=True,
+    type=click.IntRange(1),
+    metavar="N",
+    help="Decode steps of each turn. A turn is a block of consecutive steps of one method.",
 )
 @click.option(
-    "--repeat", default=5, show_default=True, type=click.IntRange(1), metavar="N", help="Turns of each method."
+    "--repeat",
+    default=5,
+    show_default=True,
+    type=click.IntRange(1),
+    metavar="N",
+    help="Number of turns of each method. The methods' turns are interleaved.",
 )
 @click.option(
-    "--prompts", default=1, show_default=True, type=click.IntRange(1), metavar="N", help="Batches of prompts."
+    "--prompts",
+    default=1,
+    show_default=True,
+    type=click.IntRange(1),
+    metavar="N",
+    help="Number of different batches of prompts.",
 )
 @click.option(
     "--share-prompt",
     is_flag=True,
-    help="Compute each prompt once, for all methods: quicker, but no time to first token.",
+    help="Compute each prompt once for all methods. This is faster, but gives no time to first token.",
 )
 @click.option(
-    "--document", "documents", multiple=True, metavar="FILE", help="Text of the prompts, before Python's own."
+    "--document",
+    "documents",
+    multiple=True,
+    metavar="FILE",
+    help="Take the prompts' text from this file first, then from Python's documentation. May be given several times.",
 )
-@click.option("--json", "json_file", required=True, metavar="FILE", help="Results; continued if it is there already.")
-@click.option("--plot", "plot_file", metavar="FILE.png", help="Also draw them.  [needs kvswap[plots]]")
-@click.option("--label", default="", metavar="TEXT", help="What is special about this run, such as a throttled disk.")
+@click.option(
+    "--json",
+    "json_file",
+    required=True,
+    metavar="FILE",
+    help="Results file. If it exists, only what is missing in it is measured.",
+)
+@click.option(
+    "--plot", "plot_file", metavar="FILE", help="Also plot the results as .png, .svg or .pdf (needs kvswap[plots])."
+)
+@click.option(
+    "--label", default="", metavar="TEXT", help="Note what is special about this run, such as a throttled disk."
+)
 @click.option(
     "--dtype",
     type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
     default="auto",
     show_default=True,
-    help="Compute dtype, as for kvswap run.",
+    help="Compute dtype. auto takes the checkpoint's, or float32 on a CPU without bfloat16 instructions.",
 )
-@click.option("--config", "config_file", metavar="FILE", help="JSON object of further settings.")
+@click.option(
+    "--config", "config_file", metavar="FILE", help="JSON file with further settings (docs/configuration.md)."
+)
 def bench(
     model: str,
     contexts: str,
@@ -80,13 +131,14 @@ def bench(
     dtype: str,
     config_file: str | None,
 ) -> None:
-    """Measure methods beside each other: speed, reads, memory, and agreement with full attention.
+    """Compare methods: speed, reads, memory, and agreement with full attention.
 
-    All of them take the same prompts and then the same tokens, in turns of some steps each. The table goes to stdout,
-    every step into the results file; a run that was broken off goes on where it was.
+    All methods get the same prompts and then the same tokens. Their turns are interleaved, so that a machine that slows
+    down does so for all. The table goes to stdout and every step into the results file. If a run is interrupted, the
+    same command continues it.
 
     \b
-    Example:
+    Examples:
       kvswap bench --model smollm2-135m --context 4096 --methods kvswap,window,mmap --json bench.json --plot bench.png
       kvswap bench --model smollm2-135m --methods kvswap,kvswap@tuned.json --json tuned-or-not.json
     """
@@ -94,8 +146,8 @@ def bench(
     from kvswap.cli.files import check_writable
     from kvswap.disk.files import prepare_dir
     from kvswap.disk.folders import kv_folder
-    from kvswap.lab.bench.plot import plot_rows
-    from kvswap.lab.evals.text import evaluation_text
+    from kvswap.lab.evals.evaluation_text import evaluation_text
+    from kvswap.lab.plots import plot_bench
     from kvswap.tuning.plots import check_plot
 
     target = check_writable("--json", json_file)
@@ -118,12 +170,13 @@ def bench(
     rows = _measure(model, config, plan, passages, target, dtype)
     _print_table(rows)
     if picture is not None:
-        plot_rows(rows, picture, f"{model}{', ' + label if label else ''}")
+        plot_bench(rows, picture, f"{model}{', ' + label if label else ''}")
 
 
 def _measure(
     model: str, config: Config, plan: Plan, passages: list[tuple[str, str]], target: Path, dtype: str
 ) -> list[Row]:
+    """Run the benchmark; return the rows of the plan, which may be fewer than those of the file."""
     from kvswap.cli.display import Display
     from kvswap.cli.loading import load_weights
 
@@ -137,18 +190,18 @@ def _measure(
         )
     finally:
         display.finish()
-    wanted = [(context, batch, name) for context in plan.contexts for batch in plan.batches for name in plan.names]
+    keys = [(context, batch, name) for context in plan.contexts for batch in plan.batches for name in plan.names]
     rows = {(row["context"], row["batch"], row["method"]): row for row in content["results"]}
-    return [rows[place] for place in wanted]
+    return [rows[key] for key in keys]
 
 
 def _methods(methods: str, kv_memory: str | None, kv_dir: str | None) -> dict[str, Any]:
-    """Names, and the variants among them, as the plan takes both."""
+    """Return the names and the variants among them, as arguments of the plan."""
     from kvswap.lab.bench.variants import read_variants
     from kvswap.lab.rivals.registry import NAMES
 
-    wanted = list(NAMES) if methods.strip() == "all" else split_list("--methods", methods)
-    names, variants = read_variants(wanted, kv_memory=kv_memory, kv_dir=kv_dir)
+    given = list(NAMES) if methods.strip() == "all" else split_list("--methods", methods)
+    names, variants = read_variants(given, kv_memory=kv_memory, kv_dir=kv_dir)
     return {"methods": names, "variants": variants}
 
 
@@ -163,7 +216,7 @@ def _plan(contexts: str, batches: str, **options: Any) -> Plan:
 
 
 def _print_table(rows: list[Row]) -> None:
-    from kvswap.lab.bench.tables import plain_table
+    from kvswap.lab.tables import plain_table
 
     for line in plain_table(rows):
         click.echo(line)

@@ -1,4 +1,4 @@
-"""What a run shows on stderr: progress, notices, the closing summary. stdout carries the answer alone."""
+"""What a command shows on stderr: progress, notices, and the summary of a run. stdout carries only the answer."""
 
 from __future__ import annotations
 
@@ -16,17 +16,18 @@ LABELS = {
     "prefill": "reading the prompt",
     "disk": "measuring the disk",
     "model": "timing the model",
-    "tables": "measuring what selections cost in quality (once)",
-    "tune": "pricing combinations",
+    "tables": "measuring the quality of selections (once)",
+    "tune": "searching parameters",
     "verify": "running the configuration",
     "evaluate": "evaluating",
     "bench": "measuring",
 }
 PLAIN_STEP = 0.25
+"""Without a terminal, progress is one line for each such share."""
 
 
 class Display:
-    """Progress bars on a terminal, a few plain lines elsewhere."""
+    """Shows progress bars on a terminal, and a few plain lines elsewhere. Use from one thread at a time."""
 
     def __init__(self, stream: TextIO | None = None) -> None:
         self._stream = stream or sys.stderr
@@ -35,18 +36,18 @@ class Display:
         self._stage = ""
         self._plain_next = 0.0
         self._started_s = 0.0
-        self._said: set[str] = set()
+        self._shown: set[str] = set()
 
     def notice(self, text: str) -> None:
-        """One line about something that is not as usual; once, since every attachment would say the same again."""
-        if text in self._said:
+        """Show one line about something unusual. A repeated text is shown once, because each attachment repeats it."""
+        if text in self._shown:
             return
-        self._said.add(text)
+        self._shown.add(text)
         self.finish()
         self._write(f"note: {text}")
 
     def progress(self, stage: str, done: int, total: int) -> None:
-        """A stage went on; called from any one thread at a time."""
+        """Show that ``done`` of ``total`` units of a stage are complete."""
         if stage != self._stage:
             self.finish()
             self._begin(stage, total)
@@ -63,13 +64,13 @@ class Display:
             self.finish()
 
     def finish(self) -> None:
-        """Take a progress bar away; harmless without one."""
+        """Remove the progress bar, if there is one."""
         if self._progress is not None:
             self._progress.stop()
         self._progress, self._stage = None, ""
 
     def summary(self, stats: RunStats) -> None:
-        """The closing lines."""
+        """Show the summary of a run."""
         self.finish()
         rows = summary_rows(stats)
         width = max(len(label) for label, _ in rows)
@@ -102,7 +103,7 @@ class Display:
 
 
 def summary_rows(stats: RunStats) -> list[tuple[str, str]]:
-    """Labels and values of the closing summary."""
+    """Return labels and values of the summary of a run."""
     rate = stats.decode_tokens_per_s
     speed = f"{rate:.1f} tokens/s" if rate else "no rate from a single token"
     rows = [
@@ -110,7 +111,7 @@ def summary_rows(stats: RunStats) -> list[tuple[str, str]]:
         ("full KV cache", f"{format_bytes(stats.kv_full_bytes)} ({'in memory' if _full(stats) else 'on disk'})"),
     ]
     if stats.session is not None:
-        counts = f"{stats.resumed_tokens:,} tokens were there, {stats.computed_tokens:,} were computed"
+        counts = f"{stats.resumed_tokens:,} tokens were stored, {stats.computed_tokens:,} were computed"
         if stats.load_expected_s is not None and stats.recompute_expected_s is not None:
             load, again = format_s(stats.load_expected_s), format_s(stats.recompute_expected_s)
             way = "computed again" if stats.computed_again else "read"
@@ -121,25 +122,24 @@ def summary_rows(stats: RunStats) -> list[tuple[str, str]]:
     if not _full(stats):
         rows += _kvswap_rows(stats)
     if stats.sliding_kv_bytes:
-        rows.append(("sliding-window KV", f"{format_bytes(stats.sliding_kv_bytes)} in memory, beside the limit"))
+        rows.append(("sliding-window KV", f"{format_bytes(stats.sliding_kv_bytes)} in memory, outside the limit"))
     return [
         *rows,
-        ("first token", f"after {format_s(stats.ttft_s)}{_stored(stats)}"),
+        ("first token", f"after {format_s(stats.ttft_s)}{_prefill_rate(stats)}"),
         ("then", speed),
     ]
 
 
 def _kvswap_rows(stats: RunStats) -> list[tuple[str, str]]:
-    held, limit = stats.kv_memory_peak_bytes, stats.kv_memory_limit_bytes
-    share = f"; 1/{stats.kv_full_bytes / held:.1f} of the full cache" if held and held < stats.kv_full_bytes else ""
+    peak, limit = stats.kv_memory_peak_bytes, stats.kv_memory_limit_bytes
+    share = f"; 1/{stats.kv_full_bytes / peak:.1f} of the full cache" if peak and peak < stats.kv_full_bytes else ""
     of_limit = f" of a limit of {format_bytes(limit)}" if limit else ""
-    waited = f"{format_s(stats.io_wait_s)} spent waiting"
-    reads = f"{format_bytes(stats.disk_read_bytes)} in {stats.disk_reads:,} reads, {waited}"
+    reads = f"{format_bytes(stats.disk_read_bytes)} in {stats.disk_reads:,} reads, I/O wait {format_s(stats.io_wait_s)}"
     page_cache = "" if stats.direct_io else ", through the page cache"
     rows = [
-        ("KV memory held", f"{format_bytes(held)}{of_limit}{share}"),
-        ("of which", format_parts(stats.memory_parts)),
-        ("prefill's peak", f"{format_bytes(stats.prefill_peak_bytes)}, what is held included"),
+        ("KV memory peak", f"{format_bytes(peak)}{of_limit}{share}"),
+        ("its parts", format_parts(stats.memory_parts)),
+        ("prefill peak", f"{format_bytes(stats.prefill_peak_bytes)}, including the KV memory"),
         ("written to disk", format_bytes(stats.disk_write_bytes)),
         ("read from disk", f"{reads} ({stats.backend}{page_cache})"),
         ("reuse", f"{stats.reuse_rate:.0%} of the selected groups were in memory already"),
@@ -148,7 +148,7 @@ def _kvswap_rows(stats: RunStats) -> list[tuple[str, str]]:
     if found is not None:
         steps = "one step" if found.checks == 1 else f"{found.checks} steps"
         kept = f"{found.mass_kept:.1%} of the attention mass kept, KL {found.kl:.4f}"
-        rows.append(("quality", f"{kept}, in {steps} done over again ({format_s(found.check_s)})"))
+        rows.append(("quality", f"{kept}, measured in {steps} with exact attention ({format_s(found.check_s)})"))
     return rows
 
 
@@ -156,7 +156,7 @@ def _full(stats: RunStats) -> bool:
     return stats.kv_memory_limit_bytes is None
 
 
-def _stored(stats: RunStats) -> str:
+def _prefill_rate(stats: RunStats) -> str:
     if stats.prefill_s <= 0:
         return ""
-    return f", {(stats.prompt_tokens - stats.stored_tokens) / stats.prefill_s:.0f} tokens/s of reading"
+    return f", prefill at {(stats.prompt_tokens - stats.stored_tokens) / stats.prefill_s:.0f} tokens/s"

@@ -1,4 +1,4 @@
-"""``kvswap doctor``: what this machine and this folder allow. No model; nothing stays on the disk."""
+"""``kvswap doctor``: examine this machine and a folder for KV files. Loads no model and leaves nothing on the disk."""
 
 from __future__ import annotations
 
@@ -18,14 +18,24 @@ Row = tuple[str, str]
 
 
 @click.command()
-@click.option("--kv-dir", metavar="DIR", help="Folder for KV files to look at.  [default: the user's cache folder]")
+@click.option("--kv-dir", metavar="DIR", help="Folder for KV files to examine.  [default: the user's cache folder]")
 @click.option(
-    "--json", "json_file", metavar="FILE", type=click.Path(path_type=Path), help="Also write the findings as JSON."
+    "--json",
+    "json_file",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="Also write the findings to this file as JSON.",
 )
 def doctor(kv_dir: str | None, json_file: Path | None) -> None:
-    """Look at this machine and at the folder for KV files, with a read test of three seconds.
+    """Examine this machine and the folder for KV files, with a read test of three seconds.
 
-    Says what kvswap will use there and what to do where something is not good. Loads no model, leaves no file.
+    It reports what kvswap will use there, and what to do where something can be improved. It loads no model and leaves
+    no file.
+
+    \b
+    Examples:
+      kvswap doctor
+      kvswap doctor --kv-dir /data/kv --json doctor.json
     """
     from rich.console import Console
 
@@ -34,15 +44,20 @@ def doctor(kv_dir: str | None, json_file: Path | None) -> None:
     from kvswap.tuning.checkup import check_up
 
     if json_file is not None and (json_file.is_dir() or not json_file.absolute().parent.is_dir()):
-        raise ConfigError(f"--json {json_file}: not a file in an existing folder", hint="give the name of a file")
-    with Console(stderr=True).status("looking at the machine and reading from the disk, about 6 s"):
+        raise ConfigError(
+            f"--json {json_file}: not a file in an existing folder",
+            hint="give a file in an existing folder",
+        )
+    with Console(stderr=True).status("examining the machine and reading from the disk, about 6 s"):
         found = check_up(kv_dir)
     _show(Console(highlight=False), found)
     if json_file is not None:
         try:
             write_json(json_file, found.to_dict())
         except OSError as error:
-            raise ConfigError(f"--json {json_file}: {error.strerror}", hint="give the name of another file") from error
+            raise ConfigError(
+                f"--json {json_file}: cannot be written: {error.strerror}", hint="give a file in a writable folder"
+            ) from error
 
 
 def _show(console: Console, found: Checkup) -> None:
@@ -63,7 +78,7 @@ def _show_row(console: Console, label: str, value: str) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    if not console.is_terminal:  # one line each, for grep and for logs
+    if not console.is_terminal:  # one line for each row, for grep and logs
         console.print(f"  {label}  {value}", markup=False, soft_wrap=True)
         return
     line = Table.grid(padding=(0, 2, 0, 0))
@@ -90,7 +105,7 @@ def _machine_rows(machine: Machine) -> list[Row]:
         ("system", f"{machine.system}, {machine.kernel}"),
         ("Python", machine.python),
         ("packages", packages),
-        ("compiled loops", "yes" if machine.compiled_loops else "no, slower: no C compiler at installation"),
+        ("compiled loops", "yes" if machine.compiled_loops else "no (slower): the installation found no C compiler"),
     ]
 
 
@@ -104,7 +119,7 @@ def _folder_rows(folder: Folder) -> list[Row]:
         ("free space", format_bytes(folder.free_bytes)),
         ("direct I/O", _works(folder.direct_io_works, folder.direct_io_reason)),
         ("io_uring", _works(folder.uring_works, folder.uring_reason)),
-        ("alignment", alignment if folder.direct_io_works else "none needed without direct I/O"),
+        ("alignment", alignment if folder.direct_io_works else "not needed without direct I/O"),
     ]
 
 
@@ -117,7 +132,7 @@ def _test_rows(test: ReadTest | None, reason: str) -> list[Row]:
 
     if test is None:
         return [("not made", reason)]
-    where = "from the page cache, NOT the disk" if test.page_cache else "direct, past the page cache"
+    where = "from the page cache, NOT the disk" if test.page_cache else "direct, bypassing the page cache"
     single = test.single
     latency = f"{single.latency_p50_us:.0f} us median, {single.latency_p99_us:.0f} us p99"
     return [
@@ -144,5 +159,5 @@ def _rate(rate: ReadRate) -> str:
 def _verdict_rows(found: Checkup) -> list[Row]:
     advice = found.verdict.advice
     return [("result", found.verdict.summary), *(("to do", text) for text in advice)] + (
-        [] if advice else [("to do", "nothing, all is well")]
+        [] if advice else [("to do", "nothing: no problem was found")]
     )

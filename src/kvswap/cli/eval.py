@@ -1,4 +1,4 @@
-"""``kvswap eval``: how good the answers are beside those of full attention."""
+"""``kvswap eval``: compare the quality of methods with full attention."""
 
 from __future__ import annotations
 
@@ -17,62 +17,114 @@ if TYPE_CHECKING:
 
 
 @click.command("eval")
-@click.option("--model", required=True, metavar="MODEL", help="Local directory, .gguf file, hub id, or smollm2-135m.")
+@click.option(
+    "--model",
+    required=True,
+    metavar="MODEL",
+    help="The model to evaluate: a local directory, a .gguf file, a hub id, or smollm2-135m.",
+)
 @click.option(
     "--task",
     "tasks",
     default="agreement",
     show_default=True,
     metavar="T,...",
-    help=f"Tasks, with commas between them: {', '.join(TASKS)}.",
+    help=f"Tasks to run, separated by commas: {', '.join(TASKS)}.",
 )
 @click.option(
-    "--methods", default="full,kvswap", show_default=True, metavar="M,...", help="Methods; full is always run."
+    "--methods",
+    default="full,kvswap",
+    show_default=True,
+    metavar="M,...",
+    help="Methods to compare. full always runs, because the others are compared with it.",
 )
 @click.option(
-    "--context", "contexts", default="4096", show_default=True, metavar="N,...", help="Tokens of each prompt, at most."
+    "--context",
+    "contexts",
+    default="4096",
+    show_default=True,
+    metavar="N,...",
+    help="Length limit of the prompts in tokens; several lengths are evaluated one after the other.",
 )
 @click.option(
-    "--kv-memory", default="auto", show_default=True, metavar="SIZE,...", help="Memory limits, such as 16MiB,24MiB."
+    "--kv-memory",
+    default="auto",
+    show_default=True,
+    metavar="SIZE,...",
+    help="Memory limits of the methods on disk, such as 16MiB,24MiB. Every method runs under each of them.",
 )
 @click.option(
     "--setting",
     "settings",
     metavar="S,...",
-    help="Sketch of every method: relaxed (D/8 x 2 bytes a token and layer) or tight (D/32 x 2); tight:8 has groups of "
-    "8.  [default: as configured]",
+    help="Size of every method's sketch: relaxed (D/8 x 2 bytes per token and layer) or tight (D/32 x 2). tight:8 also "
+    "sets groups of 8 tokens.  [default: as configured]",
 )
 @click.option("--kv-dir", metavar="DIR", help="Folder on a disk for KV files.  [default: the user's cache folder]")
-@click.option("--samples", default=8, show_default=True, type=click.IntRange(1), metavar="N", help="Of each task.")
 @click.option(
-    "--steps", default=64, show_default=True, type=click.IntRange(2), metavar="N", help="Forced steps on plain text."
+    "--samples",
+    default=8,
+    show_default=True,
+    type=click.IntRange(1),
+    metavar="N",
+    help="Number of samples of each task and context.",
+)
+@click.option(
+    "--steps",
+    default=64,
+    show_default=True,
+    type=click.IntRange(2),
+    metavar="N",
+    help="Forced decode steps of each sample of the tasks agreement and perplexity.",
 )
 @click.option(
     "--minutes",
     type=click.FloatRange(0.0),
     metavar="N",
-    help="Stop after that; the same command goes on from there.",
-)
-@click.option("--seed", default=0, show_default=True, metavar="S", help="Decides texts, questions and answers.")
-@click.option(
-    "--document", "documents", multiple=True, metavar="FILE", help="Text to evaluate on, before Python's own."
+    help="Stop after about N minutes; the same command continues later.  [default: no limit]",
 )
 @click.option(
-    "--dataset", "datasets", multiple=True, metavar="FILE", help="LongBench file (JSONL) for the task longbench."
+    "--seed", default=0, show_default=True, metavar="S", help="Seed for the choice of texts, questions and answers."
 )
-@click.option("--json", "json_file", required=True, metavar="FILE", help="Results; continued if it is there already.")
 @click.option(
-    "--prompts", metavar="DIR", help="Keep computed prompts there (large files), for methods that are added later."
+    "--document",
+    "documents",
+    multiple=True,
+    metavar="FILE",
+    help="Evaluate on this text first, then on Python's documentation. May be given several times.",
 )
-@click.option("--plot", "plot_file", metavar="FILE", help="Picture of the results, .png or .svg (needs matplotlib).")
+@click.option(
+    "--dataset",
+    "datasets",
+    multiple=True,
+    metavar="FILE",
+    help="LongBench file (JSONL) for the task longbench. May be given several times.",
+)
+@click.option(
+    "--json",
+    "json_file",
+    required=True,
+    metavar="FILE",
+    help="Results file. If it exists, only what is missing in it is evaluated.",
+)
+@click.option(
+    "--prompts",
+    metavar="DIR",
+    help="Keep computed prompts in this folder (large files), so that methods added later need not compute them.",
+)
+@click.option(
+    "--plot", "plot_file", metavar="FILE", help="Also plot the results as .png, .svg or .pdf (needs kvswap[plots])."
+)
 @click.option(
     "--dtype",
     type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
     default="auto",
     show_default=True,
-    help="Compute dtype, as for kvswap run.",
+    help="Compute dtype. auto takes the checkpoint's, or float32 on a CPU without bfloat16 instructions.",
 )
-@click.option("--config", "config_file", metavar="FILE", help="JSON object of further settings.")
+@click.option(
+    "--config", "config_file", metavar="FILE", help="JSON file with further settings (docs/configuration.md)."
+)
 def evaluate(
     model: str,
     tasks: str,
@@ -93,24 +145,27 @@ def evaluate(
     dtype: str,
     config_file: str | None,
 ) -> None:
-    """Compare methods with full attention on the same samples.
+    """Compare the quality of methods with full attention, on the same samples.
 
-    The table goes to stdout, every sample into the results file. A run that was broken off goes on where it was.
+    The table goes to stdout and every sample into the results file. If a run is interrupted, the same command continues
+    it. Scores are from 0 to 1; KL and nll are in nats per token.
 
     \b
-    Example:
+    Examples:
       kvswap eval --model smollm2-135m --task agreement,perplexity --methods kvswap,window --json results.json
+      kvswap eval --model smollm2-135m --task needle --context 2048,4096 --json needle.json --plot needle.png
     """
     from kvswap.app.documents import read_document
     from kvswap.cli.files import check_writable
     from kvswap.disk.files import prepare_dir
     from kvswap.disk.folders import kv_folder
-    from kvswap.lab.evals.plot import check_picture, plot
+    from kvswap.lab.evals.evaluation_text import evaluation_text
     from kvswap.lab.evals.tasks.longbench import read_dataset
-    from kvswap.lab.evals.text import evaluation_text
+    from kvswap.lab.plots import plot_eval
+    from kvswap.tuning.plots import check_plot
 
     target = check_writable("--json", json_file)
-    picture = None if plot_file is None else check_picture(check_writable("--plot", plot_file))
+    picture = None if plot_file is None else check_plot(check_writable("--plot", plot_file))
     config = plain_config(config_file, kv_dir=kv_dir)
     plan = _plan(tasks, methods, contexts, kv_memory, samples, settings, config)
     passages = evaluation_text([read_document(path) for path in documents], seed)
@@ -130,7 +185,7 @@ def evaluate(
         display.finish()
     _print_table([row for row in rows if row["task"] in [task.name for task in plan.tasks]])
     if picture is not None:
-        plot(target, picture)
+        plot_eval(target, picture)
 
 
 def _evaluate(
@@ -144,7 +199,7 @@ def _evaluate(
     prompts: str | None,
     minutes: float | None,
 ) -> list[Any]:
-    from kvswap.lab.evals.prompts import PromptShelf
+    from kvswap.lab.evals.prompt_cache import PromptCache
     from kvswap.lab.evals.run import evaluate as run
 
     return run(
@@ -153,7 +208,7 @@ def _evaluate(
         plan,
         source,
         file=file,
-        shelf=PromptShelf(None if prompts is None else Path(prompts)),
+        prompts=PromptCache(None if prompts is None else Path(prompts)),
         limit_s=None if minutes is None else 60 * minutes,
         on_progress=display.progress,
         on_notice=display.notice,
@@ -164,8 +219,8 @@ def _plan(
     tasks: str, methods: str, contexts: str, kv_memory: str, samples: int, settings: str | None, config: Config
 ) -> Plan:
     from kvswap.lab.evals.run import Plan
-    from kvswap.lab.evals.settings import Setting
     from kvswap.lab.evals.tasks import find_task
+    from kvswap.lab.evals.variants import SketchSetting
     from kvswap.lab.rivals.registry import check_name
 
     for method in split_list("--methods", methods):
@@ -178,7 +233,9 @@ def _plan(
         contexts=split_numbers("--context", contexts),
         kv_memory=split_list("--kv-memory", kv_memory),
         samples=samples,
-        settings=[None] if settings is None else [Setting.parse(each) for each in split_list("--setting", settings)],
+        settings=[None]
+        if settings is None
+        else [SketchSetting.parse(each) for each in split_list("--setting", settings)],
     )
 
 

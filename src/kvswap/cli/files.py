@@ -1,4 +1,4 @@
-"""Files that a command writes its numbers to."""
+"""Checks of the files that a command writes its results to."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from kvswap.errors import ConfigError
 
 
 def check_writable(option: str, path: str) -> Path:
-    """Find out before the run, not after it, whether the numbers can be written. Raises ConfigError."""
+    """Check before a run that its results can be written to ``path``; return the absolute path. Raises ConfigError."""
     target = Path(path).expanduser().absolute()
     if target.is_dir():
-        raise ConfigError(f"{option} {path}: a directory", hint="give the name of a file")
+        raise ConfigError(f"{option} {path}: a directory, not a file", hint="give the name of a file")
     try:
         try_atomic_file(target)
     except OSError as error:
         raise ConfigError(
-            f"{option} {path}: cannot be written: {error.strerror}", hint="give a file in a folder of yours"
+            f"{option} {path}: cannot be written: {error.strerror}", hint="give a file in a writable folder that exists"
         ) from error
     return target

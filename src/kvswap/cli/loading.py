@@ -1,4 +1,4 @@
-"""Loading of a model for a command."""
+"""Load a model for a command, with its progress and notices on the command's display."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 
 
 def load_weights(model: str, display: Any, *, dtype: str, mmap: bool = True) -> LoadedModel:
-    """Load a model with what a command shows and does not show."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # it would warn about the thread that generates
+    """Load a model. Notices go to ``display``; progress and warnings of transformers are silenced."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # otherwise it warns about the generating thread
     with _without_collection():
         from kvswap.models.loading import load_model, quieten
 
@@ -24,7 +24,7 @@ def load_weights(model: str, display: Any, *, dtype: str, mmap: bool = True) -> 
 
 @contextlib.contextmanager
 def _without_collection() -> Iterator[None]:
-    """Imports make objects by the hundred thousand; looking for garbage among them costs a sixth of the start."""
+    """Pause garbage collection: scanning the many objects that imports create takes a sixth of the start."""
     gc.disable()
     try:
         yield

@@ -1,4 +1,4 @@
-"""``kvswap profile``: what this machine, its disk and a model cost, as a table, a file and a picture."""
+"""``kvswap profile``: measure the disk and a model, and show the costs as a table, a file and a plot."""
 
 from __future__ import annotations
 
@@ -15,16 +15,33 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.option("--model", metavar="MODEL", help="Also time this model: directory, .gguf file, hub id or smollm2-135m.")
+@click.option(
+    "--model",
+    metavar="MODEL",
+    help="Also time this model: a local directory, a .gguf file, a hub id, or smollm2-135m.  [default: the disk alone]",
+)
 @click.option("--kv-dir", metavar="DIR", help="Folder for KV files to measure.  [default: the user's cache folder]")
 @click.option(
-    "--json", "json_file", metavar="FILE", help="Write the profile there.  [default: the cache folder, with a model]"
+    "--json",
+    "json_file",
+    metavar="FILE",
+    help="File to write the profile to.  [default: with a model, in the cache folder, where kvswap tune finds it]",
 )
-@click.option("--plot", "plot_file", metavar="FILE", help="Draw read rate over read size (needs the extra: plots).")
+@click.option(
+    "--plot",
+    "plot_file",
+    metavar="FILE",
+    help="Also plot read rate over read size as .png, .svg or .pdf (needs kvswap[plots]).",
+)
 def profile(model: str | None, kv_dir: str | None, json_file: str | None, plot_file: str | None) -> None:
-    """Measure how fast this disk reads and, with --model, what a step of the model costs.
+    """Measure how fast this disk reads and, with --model, what a decode step of the model costs.
 
-    About 25 s for the disk and less than 90 s with a small model. Nothing stays on the disk.
+    This takes about 25 s for the disk alone, and less than 90 s with a small model. No test file remains on the disk.
+
+    \b
+    Examples:
+      kvswap profile --kv-dir /data/kv --plot disk.png
+      kvswap profile --model smollm2-135m --json profile.json
     """
     from rich.console import Console
 
@@ -59,11 +76,11 @@ def profile(model: str | None, kv_dir: str | None, json_file: str | None, plot_f
         from kvswap.tuning.plots import draw_reads
 
         draw_reads(found.disks, Path(plot_file))
-        console.print(f"drawn in {plot_file}", markup=False, soft_wrap=True)
+        console.print(f"plotted to {plot_file}", markup=False, soft_wrap=True)
 
 
 def show(console: Console, found: Profile) -> None:
-    """Tables of a profile."""
+    """Print the tables of a profile."""
     for disk in found.disks:
         _show_disk(console, disk)
     if found.costs is not None and found.model is not None:
@@ -78,7 +95,7 @@ def _show_disk(console: Console, disk: DiskCosts) -> None:
     where = "direct I/O" if disk.direct_io else "page cache: NOT the disk"
     depths = sorted({point.depth for point in disk.bursts})
     table = Table(title=f"random reads, {disk.backend}, {where}", title_justify="left", box=None, pad_edge=False)
-    for heading in ("read", *(f"{depth} at once" for depth in depths), "p50 alone", "p99 alone"):
+    for heading in ("read size", *(f"depth {depth}" for depth in depths), "p50", "p99"):
         table.add_column(heading, justify="right")
     rates = {(point.read_bytes, point.depth): point.bytes_per_s for point in disk.bursts}
     for size in sorted({point.read_bytes for point in disk.bursts}):
@@ -87,8 +104,9 @@ def _show_disk(console: Console, disk: DiskCosts) -> None:
         table.add_row(name, *(format_rate(rates[size, depth]) for depth in depths), *alone)
     console.print(table)
     console.print(
-        f"writing in order {format_rate(disk.write_bytes_per_s)}; four fifths of the best read rate are reached by "
-        f"reads of {disk.read_size_bytes() // KIB} KiB\n"
+        f"sequential write {format_rate(disk.write_bytes_per_s)}; reads of {disk.read_size_bytes() // KIB} KiB are the "
+        "smallest that reach 80 % of the best read rate; p50 and p99 are latencies of single reads\n",
+        soft_wrap=True,
     )
 
 
@@ -107,14 +125,14 @@ def _show_model(console: Console, found: Profile) -> None:
     attended = costs.compute.of(attended=400.0)
     slots = costs.slots.of(groups=80.0, attended=400.0, capacity=0.0)
     rows = [
-        ("compute of a layer, 400 tokens attended to", format_us(float(attended))),
-        ("slot handling of a layer, 80 groups of 400 tokens", format_us(float(slots))),
-        ("starting 32 reads", format_us(float(costs.submit.of(reads=32.0)))),
+        ("compute of a layer, 400 attended tokens", format_us(float(attended))),
+        ("slots of a layer, 80 selected groups, 400 attended tokens", format_us(float(slots))),
+        ("submission of 32 reads", format_us(float(costs.submit.of(reads=32.0)))),
         *(
             (f"prediction of a layer at {tokens:,} tokens", format_us(costs.predict_s(tokens, rank, 4)))
             for tokens in sorted({point.tokens for point in costs.predict})
         ),
-        ("outside of the layers", format_us(costs.outside_s)),
+        ("outside the layers on disk", format_us(costs.outside_s)),
         ("prefill", f"{costs.prefill_tokens_per_s:.0f} tokens/s"),
     ]
     for row in rows:

@@ -18,7 +18,7 @@ from kvswap.core.attach import attach_each
 from kvswap.core.corpus import evaluation_topics
 from kvswap.core.trace import CacheStats
 from kvswap.errors import InputError
-from kvswap.lab.evals.forced import ForcedRun, force, run_forced, share_prompt
+from kvswap.lab.evals.teacher_forcing import ForcedRun, force, run_forced, share_prompt
 from kvswap.lab.rivals.registry import with_methods
 from kvswap.memory.available import available_bytes
 from kvswap.models.loading import LoadedModel

@@ -1,1 +1,1 @@
-"""Speed, memory and agreement of methods beside each other: ``kvswap bench`` and the scale suite."""
+"""Benchmarks: speed, memory and agreement of methods (``kvswap bench``), and the growth of a step with the context."""

@@ -1,7 +1,7 @@
-"""Records of runs, and what they add up to: one row for each (method, batch, context).
+"""Records of a benchmark, and rows that summarise them by method, batch and context.
 
-A record is a plain dictionary, as it stands in the results file: one method on one batch of prompts, with every step.
-Rows hold medians over turns, and prompts where there are several; ``spread`` holds the lowest and the highest.
+A record is one method on one batch of prompts with every step, as a plain dictionary of the results file. A row has
+medians over turns and over batches of prompts; its ``spread`` has the lowest and highest values. Values in, values out.
 """
 
 from __future__ import annotations
@@ -12,13 +12,17 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from kvswap.app.stats import percentiles
-from kvswap.lab.bench.turns import MethodRun
+from kvswap.lab.bench.interleaved import MethodRun
 
 Record = dict[str, Any]
 
 
 def record_of(method: str, place: Record, run: MethodRun, full: MethodRun | None) -> Record:
-    """What is kept of one run. ``place``: context, batch, prompt, prompt_tokens; ``config`` where it is a variant's."""
+    """Return the record of one run.
+
+    ``place`` has the keys context, batch, prompt and prompt_tokens; a variant's has ``config`` too. ``full`` is the run
+    of full attention on the same prompts.
+    """
     stats = run.stats
     assert stats is not None
     return {
@@ -39,13 +43,13 @@ def record_of(method: str, place: Record, run: MethodRun, full: MethodRun | None
 
 
 def _rounded(turn: Record) -> Record:
-    """Times to a microsecond."""
+    """Round times to a microsecond."""
     spent = {name: round(value, 6) for name, value in turn["spent"].items()}
     return {**turn, "step_s": [round(each, 6) for each in turn["step_s"]], "spent": spent}
 
 
 def summarise(records: Iterable[Record]) -> list[Record]:
-    """Rows in the order in which their first records came."""
+    """Return one row for each method, batch and context, in the order of their first records."""
     groups: dict[tuple[Any, ...], list[Record]] = {}
     for record in records:
         groups.setdefault((record["method"], record["batch"], record["context"]), []).append(record)
@@ -116,6 +120,6 @@ def _share(turns: Sequence[Record]) -> float | None:
 
 
 def _overhead(turns: Sequence[Record]) -> float:
-    """Prediction, planning, slots and submitting, as a share of the steps."""
+    """Share of the step time for prediction, slots and submission."""
     parts = sum(_sum(turns, name) for name in ("predict_s", "slots_s", "submit_s"))
     return parts / sum(sum(turn["step_s"]) for turn in turns)

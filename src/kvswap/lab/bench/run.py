@@ -1,12 +1,14 @@
-"""A whole benchmark: every batch and context through all methods, into a results file that can be continued.
+"""Run a benchmark: measure all methods on every context, batch and prompt, into a results file.
 
-The file is replaced in one move after each batch of prompts, so that whatever ends a run costs one of them. One thread.
+The file is replaced atomically after each batch of prompts. An interrupted run loses at most one of them; the same
+command continues it. ``kvswap bench`` calls ``bench``. One thread.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +23,8 @@ from kvswap.disk.files import filesystem_of, prepare_dir
 from kvswap.disk.folders import kv_folder
 from kvswap.disk.json_files import read_results, write_json
 from kvswap.errors import ConfigError, InputError
+from kvswap.lab.bench.interleaved import FULL, WARM_STEPS, run_interleaved
 from kvswap.lab.bench.results import Record, record_of, summarise
-from kvswap.lab.bench.turns import FULL, WARM_STEPS, run_turns
 from kvswap.lab.bench.variants import Variant, changed
 from kvswap.lab.rivals.registry import with_methods
 from kvswap.models.adapter import inspect
@@ -34,13 +36,17 @@ from kvswap.tuning.machine import describe_machine
 FORMAT = 1
 Progress = Callable[[str, int, int], None]
 Place = dict[str, int]
+"""Keys context (tokens), batch (sequences) and prompt (number of the batch of prompts)."""
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """What to measure: ``repeat`` turns of ``new_tokens`` steps on each of ``prompts`` batches of prompts.
+    """What to measure.
 
-    ``methods`` are names, some of them perhaps of ``variants``, which have a configuration of their own.
+    Each method gets ``repeat`` turns of ``new_tokens`` steps on each of ``prompts`` batches of prompts, for every
+    context and batch size. ``methods`` are names; those of ``variants`` have their own configuration.
     """
 
     methods: Sequence[str]
@@ -55,25 +61,25 @@ class Plan:
 
     @property
     def names(self) -> list[str]:
-        """``full`` first: the others are judged by it."""
+        """Names of the methods. ``full`` comes first, because the others are compared with it."""
         return [FULL, *(name for name in self.methods if name != FULL)]
 
     @property
     def steps(self) -> int:
-        """Decode steps of each method on each batch of prompts."""
+        """Number of decode steps of each method on each batch of prompts."""
         return WARM_STEPS + self.new_tokens * self.repeat
 
     def variant(self, name: str) -> Variant | None:
-        """What has a configuration of its own under this name."""
+        """Return the variant of this name, or None."""
         return next((each for each in self.variants if each.name == name), None)
 
     def choose(self, name: str, config: Config, place: Place) -> tuple[str, Config]:
-        """The method behind a name, and its configuration there; ``config`` is that of all but the variants."""
+        """Return the method behind a name and its configuration at ``place``; ``config`` is for all but variants."""
         variant = self.variant(name)
         return (name, config) if variant is None else (variant.method, variant.config(place))
 
     def places(self) -> Iterator[Place]:
-        """Contexts, batches and prompts, short ones first."""
+        """Yield every combination of context, batch and prompt."""
         for context in self.contexts:
             for batch in self.batches:
                 for prompt in range(self.prompts):
@@ -90,21 +96,22 @@ def bench(
     on_progress: Progress,
     on_notice: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Measure what ``file`` lacks; returns the whole content of the file.
+    """Measure what is missing in ``file``; return the whole content of the file.
 
-    ``passages`` are names and texts; prompts are stretches of them joined.
+    ``passages`` are names and texts. They are joined, and prompts are cut from them.
 
     Raises
     ------
     ConfigError
-        When ``file`` holds results of another model, configuration, plan or disk, or a variant was tuned for another
+        When ``file`` contains results of another model, configuration or plan, or a variant was tuned for another
         model.
     InputError
-        When a context is longer than the model's, or the text is too short.
+        When a context is longer than the model allows, or the text is too short.
     """
     content = _content(loaded, config, plan, file)
     records: list[Record] = content["records"]
     work = [(place, missing) for place in plan.places() if (missing := _missing(plan, records, place))]
+    logger.debug("%d batches of prompts to measure, %d records in %s", len(work), len(records), file)
     ids = encode(loaded.tokenizer, passages)
     lengths = [_prompt_tokens(loaded, plan, place) for place, _ in work]
     batches = [
@@ -114,6 +121,7 @@ def bench(
     if work:
         content["environment"].append(_environment(config, _read_test(config, on_notice)))
     for number, ((place, missing), prompt_tokens, batch) in enumerate(zip(work, lengths, batches, strict=True)):
+        logger.debug("measuring %s at %s", ", ".join(missing), place)
         total = len(missing) * plan.steps
         done = 0
 
@@ -122,9 +130,11 @@ def bench(
             done += 1
             on_progress("bench", number * 100 + 100 * done // total, len(work) * 100)
 
-        wanted = [plan.choose(name, config, place) for name in missing]
-        with attach_each(loaded.model, with_methods(wanted), tokenizer=loaded.tokenizer, on_notice=on_notice) as caches:
-            runs = run_turns(
+        methods = [plan.choose(name, config, place) for name in missing]
+        with attach_each(
+            loaded.model, with_methods(methods), tokenizer=loaded.tokenizer, on_notice=on_notice
+        ) as caches:
+            runs = run_interleaved(
                 loaded.model,
                 dict(zip(missing, caches, strict=True)),
                 torch.tensor(batch),
@@ -134,7 +144,7 @@ def bench(
                 on_step=on_step,
             )
         known = {"prompt_tokens": prompt_tokens, "environment": len(content["environment"]) - 1, **place}
-        fresh = [name for name in missing if not _find(records, place, name)]
+        fresh = [name for name in missing if not _exists(records, place, name)]
         records += [record_of(name, {**known, **_own(plan, name, place)}, runs[name], runs.get(FULL)) for name in fresh]
         content["results"] = _with_ceiling(summarise(records), content["environment"][-1]["read_test"])
         write_json(file, content)
@@ -142,23 +152,23 @@ def bench(
 
 
 def encode(tokenizer: Any, passages: Sequence[tuple[str, str]]) -> list[int]:
-    """Token ids of all texts, joined."""
+    """Return the token ids of all texts, joined."""
     text = "\n\n".join(text for _, text in passages)
     ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     return ids
 
 
 def stretch(ids: Sequence[int], place: Place, prompt_tokens: int, steps: int, prompts: int) -> list[list[int]]:
-    """Token ids of a batch: stretches of prompt and forced tokens, one after another as far as there is text.
+    """Cut the token ids of one batch: a prompt and forced tokens for each sequence.
 
-    Where there is less text than ``prompts`` such batches take, stretches overlap, evenly. Raises InputError for
-    less than one.
+    Sequences follow one another in the text. Where the text is too short for ``prompts`` such batches, they overlap
+    evenly. Raises InputError when the text is too short for one sequence.
     """
     needed = prompt_tokens + steps
     if needed > len(ids):
         raise InputError(
             f"context {place['context']:,}: {needed:,} tokens of text are needed, there are {len(ids):,}",
-            hint="give a longer --document, or several",
+            hint="add text with --document, or use a shorter context",
         )
     first = place["prompt"] * place["batch"]
     offset = min(needed, (len(ids) - needed) // max(1, prompts * place["batch"] - 1))
@@ -166,10 +176,10 @@ def stretch(ids: Sequence[int], place: Place, prompt_tokens: int, steps: int, pr
 
 
 def ceiling_bytes_per_s(test: dict[str, Any], read_bytes: float) -> float:
-    """What the disk test says that random reads of this size can reach, at depth 64.
+    """Return the rate that random reads of ``read_bytes`` can reach at depth 64, according to the read test.
 
-    Between its two sizes by interpolation; below the smaller one the rate of requests holds, above the larger that of
-    bytes.
+    The rate is interpolated between the two sizes of the test. Smaller reads are limited by reads per second, larger
+    ones by bytes per second.
     """
     small, large = test["small"], test["large"]
     low, high = small["read_bytes"], large["read_bytes"]
@@ -180,9 +190,10 @@ def ceiling_bytes_per_s(test: dict[str, Any], read_bytes: float) -> float:
 
 
 def step_over_bound(row: Record) -> float:
-    """Time of a step over the least it could take: computing alone, or its bytes at the ceiling's rate.
+    """Return the time of a step relative to its lower bound.
 
-    Computing is the step less the wait for reads; where reads hide behind it completely, this is 1.
+    The bound is the longer of two times: the step without its wait for reads, and its bytes at the ceiling's rate. The
+    result is 1 where computation hides all reads.
     """
     step_s = row["batch"] / row["decode_tokens_per_s"]
     reading_s = row["batch"] * row["read_bytes_per_token"] / row["ceiling_bytes_per_s"]
@@ -190,6 +201,7 @@ def step_over_bound(row: Record) -> float:
 
 
 def _with_ceiling(rows: list[Record], test: dict[str, Any]) -> list[Record]:
+    """Add the disk's ceiling and the distance to the bound to rows of methods that read."""
     for row in rows:
         size = row["read_size_bytes"]
         row["ceiling_bytes_per_s"] = ceiling_bytes_per_s(test, size) if size else None
@@ -197,23 +209,26 @@ def _with_ceiling(rows: list[Record], test: dict[str, Any]) -> list[Record]:
     return rows
 
 
-def _find(records: Sequence[Record], place: Place, method: str) -> bool:
-    wanted = {**place, "method": method}.items()
-    return any(wanted <= {key: record[key] for key in (*place, "method")}.items() for record in records)
+def _exists(records: Sequence[Record], place: Place, method: str) -> bool:
+    key = {**place, "method": method}
+    return any(all(record[name] == value for name, value in key.items()) for record in records)
 
 
 def _missing(plan: Plan, records: Sequence[Record], place: Place) -> list[str]:
-    """``full`` and the methods that have no record there, or nothing."""
-    missing = [name for name in plan.names if not _find(records, place, name)]
+    """Return ``full`` and the methods without a record at ``place``; nothing where all have one."""
+    missing = [name for name in plan.names if not _exists(records, place, name)]
     return list(dict.fromkeys([FULL, *missing])) if missing else []
 
 
 def _prompt_tokens(loaded: LoadedModel, plan: Plan, place: Place) -> int:
-    """Tokens of each prompt: the context, less where the steps after it would pass the model's limit."""
+    """Return the tokens of each prompt: the context, or less where the steps after it would exceed the model's limit.
+
+    Raises InputError for a context that is longer than the model allows.
+    """
     limit = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
     context = place["context"]
     if isinstance(limit, int) and context > limit:
-        raise InputError(f"context {context:,}: the model's limit is {limit:,} tokens", hint="use a shorter one")
+        raise InputError(f"context {context:,}: the model's limit is {limit:,} tokens", hint="use a shorter context")
     return min(context, limit - plan.steps) if isinstance(limit, int) else context
 
 
@@ -223,7 +238,7 @@ def _read_test(config: Config, on_notice: Callable[[str], None]) -> ReadTest:
 
 
 def _content(loaded: LoadedModel, config: Config, plan: Plan, file: Path) -> dict[str, Any]:
-    """What the results file holds already, for this plan."""
+    """Read the results file, or begin its content. Raises ConfigError for results of another benchmark."""
     identity = _identity(loaded, config, plan)
     empty = {"format": FORMAT, "identity": identity, "environment": [], "results": [], "records": []}
     content = read_results(file, empty, kind="a benchmark", older={"config": _settings(Config())})
@@ -232,7 +247,7 @@ def _content(loaded: LoadedModel, config: Config, plan: Plan, file: Path) -> dic
 
 
 def _identity(loaded: LoadedModel, config: Config, plan: Plan) -> dict[str, Any]:
-    """What must be the same for results to stand in one file."""
+    """Return what must be equal for results to share one file."""
     return {
         "model": loaded.short_name,
         "dtype": str(loaded.model.dtype).removeprefix("torch."),
@@ -250,27 +265,27 @@ def _settings(config: Config) -> dict[str, Any]:
 
 
 def _add_variants(loaded: LoadedModel, identity: dict[str, Any], variants: Sequence[Variant], file: Path) -> None:
-    """Put the variants into the identity of a file. Raises ConfigError where a name stands for something else there."""
+    """Add the variants to the identity of a file. Raises ConfigError where a name has another configuration there."""
     known = dict(identity.get("variants", {}))
     for variant in variants:
         variant.check_model(attention_fingerprint(inspect(loaded.model)))
         if known.setdefault(variant.name, variant.identity()) != variant.identity():
             raise ConfigError(
                 f"results file {file}: its {variant.name} had another configuration",
-                hint="rename the configuration's file, or give another --json file",
+                hint="rename the configuration file, or give another --json file",
             )
     if known:
         identity["variants"] = known
 
 
 def _own(plan: Plan, name: str, place: Place) -> dict[str, Any]:
-    """What a record of a variant says about its configuration: the keys that are not the defaults."""
+    """Return what a variant's record says about its configuration: the keys with other values than the defaults."""
     variant = plan.variant(name)
     return {} if variant is None else {"config": changed(variant.config(place))}
 
 
 def _environment(config: Config, test: ReadTest) -> dict[str, Any]:
-    """The machine, the folder and what the disk can do, as they are now."""
+    """Describe the machine, the folder's file system and the result of the read test."""
     values = dataclasses.asdict(test)
     for name, rate in (("small", test.small), ("large", test.large), ("single", test.single)):
         values[name] |= {"bytes_per_s": rate.bytes_per_s, "reads_per_s": rate.reads_per_s}

@@ -1,7 +1,7 @@
-"""How a decode step grows with the context, without a model: synthetic K, V in a model's geometry.
+"""Measure how a decode step grows with the context, without a model: synthetic K, V in a model's geometry.
 
-Store, sketch, prediction, planning, reads, slots and attention are the real ones, through the path that a model takes;
-what is left out are the model's own layers. Queries drift from step to step, as those of text do. One thread.
+Store, sketch, prediction, planning, reads, slots and attention are the real ones; only the model's own layers are left
+out. Queries change gradually from step to step, as those of a text do. ``benchmarks/scale.py`` calls this. One thread.
 """
 
 from __future__ import annotations
@@ -38,19 +38,22 @@ SMOLLM2 = Shape(
     device=torch.device("cpu"),
 )
 FILL_TILE_TOKENS = 8192
-SPARE_BYTES = 2 << 30  # left free on the disk
-DRIFT = 0.3  # share of a query that is new in each step
-WARM_STEPS = 3  # the last writes of the fill end, memory is touched
+SPARE_BYTES = 2 << 30
+"""Disk space that stays free."""
+DRIFT = 0.3
+"""Share of a query that is new in each step."""
+WARM_STEPS = 3
+"""Steps that are not counted: they let the last writes finish and touch memory."""
 PARTS = ("predict_s", "slots_s", "submit_s")
 
 
 def kv_bytes(tokens: int, shape: Shape = SMOLLM2) -> int:
-    """What the context takes on disk, without padding."""
+    """Return the bytes of the context on disk, without padding."""
     return tokens * shape.layers * 2 * shape.kv_heads * shape.head_dim * shape.store_dtype.itemsize
 
 
 def fits(tokens: int, config: Config, shape: Shape = SMOLLM2) -> bool:
-    """Whether there is room for such a context on the disk, and something to spare."""
+    """Return whether the disk has room for such a context and SPARE_BYTES more."""
     folder = prepare_dir(kv_folder(config.kv_dir))
     return kv_bytes(tokens, shape) + SPARE_BYTES <= free_bytes(folder)
 
@@ -63,12 +66,16 @@ def measure_scale(
     shape: Shape = SMOLLM2,
     on_progress: Callable[[str, int, int], None],
 ) -> dict[str, Any]:
-    """Fill a context of ``tokens`` (a multiple of G), then decode ``steps`` steps.
+    """Fill a context of ``tokens`` tokens (a multiple of G), then decode ``steps`` steps.
 
     Returns
     -------
-    ``step_s``: every step. ``parts_s``: mean time of a step by part, ``attention_s`` and ``io_wait_s`` among them; the
-    rest is ``other_s``. Memory as the ledger has it. Raises MemoryBudgetError, StorageError.
+    Results ready for JSON. ``step_s`` has the seconds of every step. ``parts_s`` has the mean seconds of each part of a
+    step; ``other_s`` is the rest. Memory is that of the ledger.
+
+    Raises
+    ------
+    MemoryBudgetError, StorageError
     """
     folder = prepare_dir(kv_folder(config.kv_dir))
     generator = torch.Generator().manual_seed(0)
@@ -108,7 +115,7 @@ def measure_scale(
 
 
 def decode_steps(state: BatchState, steps: int, generator: torch.Generator) -> tuple[list[float], float]:
-    """Seconds of each step, and those of attention in all of them."""
+    """Decode ``steps`` steps; return the seconds of each step, and the seconds of attention in all of them."""
     shape, decode = state.shape, Decode(state)
     queries = torch.randn(shape.layers, 1, shape.query_heads, shape.head_dim, generator=generator)
     times, attention_s = [], 0.0
@@ -134,30 +141,8 @@ def decode_steps(state: BatchState, steps: int, generator: torch.Generator) -> t
     return times, attention_s
 
 
-def plot_scale(rows: list[dict[str, Any]], target: Path) -> None:
-    """Step time by part and memory per token, over the length of the context. Needs matplotlib."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    steps, memory = figure.subplots(1, 2)
-    names = [f"{row['tokens'] >> 10}K" for row in rows]
-    for axes, values, factor in (
-        (steps, [row["parts_s"] for row in rows], 1e3),
-        (memory, [{k: v / row["tokens"] for k, v in row["memory_parts"].items()} for row in rows], 1.0),
-    ):
-        bottom = [0.0] * len(rows)
-        for part in values[0]:
-            heights = [factor * row[part] for row in values]
-            axes.bar(names, heights, bottom=bottom, label=part.removesuffix("_s").replace("_", " "))
-            bottom = [low + height for low, height in zip(bottom, heights, strict=True)]
-        axes.set_xlabel("context, tokens")
-        axes.legend(fontsize=7)
-    steps.set_ylabel("a decode step without the model, ms")
-    memory.set_ylabel("memory, bytes a token")
-    figure.savefig(target, dpi=150)
-
-
 def _open(tokens: int, config: Config, folder: Path, shape: Shape, generator: torch.Generator) -> BatchState:
+    """Open the state of an empty context, with a basis from random keys and queries."""
     method = kvswap_method()
     config = method.configure(config)
     covariances = []
@@ -191,7 +176,7 @@ def _open(tokens: int, config: Config, folder: Path, shape: Shape, generator: to
 
 
 def _fill(state: BatchState, layer: int, tokens: int, generator: torch.Generator) -> None:
-    """Random K, V for a layer; tiles differ by a shift, so that groups do not repeat."""
+    """Append random K, V to a layer. Tiles are rotated and shifted copies of one, so that groups do not repeat."""
     group_tokens = state.window.group_tokens
     tile = _tile(min(tokens, FILL_TILE_TOKENS // group_tokens * group_tokens), state.shape, generator)
     start = 0
@@ -208,7 +193,7 @@ def _fill(state: BatchState, layer: int, tokens: int, generator: torch.Generator
 
 
 def _tile(tokens: int, shape: Shape, generator: torch.Generator) -> torch.Tensor:
-    """K, V ``[2, H_kv, n, d]``; the elements of K have unequal variance, as those of models do."""
+    """Random K, V float32 ``[2, H_kv, n, d]``. The elements of K have unequal variance, as in real models."""
     kv = torch.randn(2, shape.kv_heads, tokens, shape.head_dim, generator=generator)
     kv[0] *= torch.linspace(2.0, 0.2, shape.head_dim)
     return kv

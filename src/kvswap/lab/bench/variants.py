@@ -1,4 +1,8 @@
-"""A method with a configuration of its own, ``kvswap@tuned.json``, to stand beside others in one benchmark."""
+"""Variants: methods with their own configuration, such as ``kvswap@tuned.json``, beside others in one benchmark.
+
+A variant is written ``METHOD@FILE``; the file is a configuration or a result of ``kvswap tune``. In results it is named
+``METHOD@STEM`` after the file name without its extension.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +21,10 @@ MARK = "@"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Variant:
-    """``name`` is ``method@stem``. ``source``: what its file holds; ``overrides`` come from the command line."""
+    """A method with its own configuration.
+
+    ``name`` is ``method@stem``. ``source`` is the content of ``file``; ``overrides`` come from the command line.
+    """
 
     name: str
     method: str
@@ -27,18 +34,18 @@ class Variant:
 
     @property
     def stem(self) -> str:
-        """What the file is called."""
+        """Name of the file without its extension."""
         return self.name.partition(MARK)[2]
 
     def config(self, place: dict[str, int]) -> Config:
-        """The configuration for ``batch`` sequences of ``context`` tokens."""
+        """Return the configuration for ``place["batch"]`` sequences of ``place["context"]`` tokens."""
         source = self.source
         if isinstance(source, TunedConfig):
             source = source.config(batch=place["batch"], context_tokens=place["context"])
         return source.replace(**self.overrides)
 
     def check_model(self, fingerprint: str) -> None:
-        """Raise ConfigError where the file was tuned for a model of another fingerprint."""
+        """Raise ConfigError if the file was tuned for another model."""
         if isinstance(self.source, TunedConfig):
             try:
                 self.source.check_model(fingerprint)
@@ -46,7 +53,7 @@ class Variant:
                 raise ConfigError(f"{self.name}: {error.message}", hint=error.hint) from error
 
     def identity(self) -> Any:
-        """What must be the same for results under this name to stand in one file."""
+        """Return what must be equal for results under this name to share one file, ready for JSON."""
         if isinstance(self.source, Config):
             return changed(self.source.replace(**self.overrides))
         return [
@@ -60,7 +67,7 @@ class Variant:
 
 
 def changed(config: Config) -> dict[str, Any]:
-    """Keys whose values are not the defaults, as JSON has them; the folder apart, which is the same for all methods."""
+    """Return the keys with other values than the defaults, ready for JSON. ``kv_dir`` is left out."""
     plain = Config().to_dict()
     values = {key: value for key, value in config.to_dict().items() if key != "kv_dir" and value != plain[key]}
     return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
@@ -69,10 +76,10 @@ def changed(config: Config) -> dict[str, Any]:
 def read_variants(
     methods: Iterable[str], *, kv_memory: str | None, kv_dir: str | None
 ) -> tuple[list[str], list[Variant]]:
-    """Names of the methods as results have them, and the variants among them.
+    """Return the names that methods have in results, and the variants among them.
 
-    ``kv_memory`` holds for all where it is given. Raises ConfigError for an unknown method, a file that is no
-    configuration, or two files that would go by one name.
+    ``methods`` are names or ``METHOD@FILE``. ``kv_memory``, where given, overrides the limit of every file. Raises
+    ConfigError for an unknown method, a file that is no configuration, and two files with the same stem.
     """
     names: list[str] = []
     variants: list[Variant] = []
@@ -87,7 +94,7 @@ def read_variants(
         other = next((each for each in variants if each.stem == found.stem), None)
         if other is not None and other.file != found.file:
             raise ConfigError(
-                f"--methods: {other.file} and {found.file} would both be called {found.stem}",
+                f"--methods: {other.file} and {found.file} would both be called {found.stem} in the results",
                 hint="rename one of the files",
             )
         if found.name not in names:
@@ -98,7 +105,7 @@ def read_variants(
 
 def _read(text: str, method: str, path: str, overrides: dict[str, Any]) -> Variant:
     if method not in DISK:
-        raise ConfigError(f"--methods {text}: {method} has no settings", hint=f"use one of {', '.join(DISK)}")
+        raise ConfigError(f"--methods {text}: {method} has no configuration", hint=f"use one of {', '.join(DISK)}")
     if not path:
         raise ConfigError(f"--methods {text}: no file after {MARK}", hint=f"write for example {method}@tuned.json")
     file = Path(path).expanduser()
@@ -106,7 +113,7 @@ def _read(text: str, method: str, path: str, overrides: dict[str, Any]) -> Varia
     try:
         source = load_tuned(file) if is_tuned(file) else Config.from_file(file)
         found = Variant(name=name, method=method, file=file.resolve(), source=source, overrides=overrides)
-        found.identity()  # raises where the options do not go with the file
+        found.identity()  # raises where the command line's options contradict the file
     except ConfigError as error:
         raise ConfigError(f"--methods {text}: {error.message}", hint=error.hint) from error
     return found

@@ -1,0 +1,1 @@
+"""Evaluations (``kvswap eval``): answers and next-token distributions of methods, compared with full attention."""

@@ -1,7 +1,9 @@
-"""One sample through several methods at once: the prompt is computed once, then all take the same forced tokens.
+"""Measure one sample with several variants: one shared prompt, then the same forced tokens for all variants.
 
-Where answers are looked for, every method also answers greedily. A method that would have said every forced token
-itself has given its answer with that; the others answer from a second cache of the same prompt.
+Where the sample has answers, every variant also answers greedily. If a variant's most likely token was the forced one
+at every step, the forced text is its greedy answer. The others answer from a second cache with the same prompt.
+
+``evals.run`` calls this. One thread, which must be the one that runs the model.
 """
 
 from __future__ import annotations
@@ -20,48 +22,26 @@ from kvswap.core.cache import KVSwapCache
 from kvswap.core.layer_major import Progress
 from kvswap.core.trace import CacheStats
 from kvswap.errors import UnsupportedError
-from kvswap.lab.evals.forced import ForcedRun
-from kvswap.lab.evals.panel import force_together, greedy_together
-from kvswap.lab.evals.prompts import PromptShelf
+from kvswap.lab.evals.cache_batch import force_batched, greedy_batched
+from kvswap.lab.evals.prompt_cache import PromptCache
 from kvswap.lab.evals.samples import Outcome, Sample
-from kvswap.lab.evals.settings import Setting
+from kvswap.lab.evals.teacher_forcing import ForcedRun
+from kvswap.lab.evals.variants import FULL, Variant
 from kvswap.lab.rivals.registry import with_methods
 from kvswap.models.adapter import inspect
 from kvswap.models.loading import LoadedModel
 from kvswap.models.streaming import end_tokens
 
 Fraction = Callable[[float], None]
-PROMPT_SHARE, STEPS_SHARE = 0.6, 0.2  # of a sample's progress; the rest is its answers
-
-
-@dataclass(frozen=True, slots=True)
-class Variant:
-    """A method under a memory limit, with a setting of its sketch; ``full`` has neither."""
-
-    method: str
-    kv_memory: str | None = None
-    setting: Setting | None = None
-
-    @property
-    def key(self) -> tuple[str, str | None, str | None]:
-        """What tells records of variants apart."""
-        return self.method, self.kv_memory, None if self.setting is None else str(self.setting)
-
-    def configure(self, config: Config, elements: int) -> Config:
-        """Its configuration, for keys of ``elements`` elements (D)."""
-        if self.kv_memory is not None:
-            config = config.replace(kv_memory=self.kv_memory)
-        return config if self.setting is None else self.setting.apply(config, elements)
-
-
-FULL = Variant("full")
+PROMPT_SHARE, STEPS_SHARE = 0.6, 0.2
+"""Shares of a sample's progress for its prompt and its forced steps; its answers are the rest."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measured:
-    """What one variant did on one sample. KL and nll are means over tokens, in nats.
+    """Results of one variant on one sample. ``kl`` is the mean over steps, in nats.
 
-    ``mass``: the share of attention mass that the last forced step kept; None where that cannot be told.
+    ``mass`` is the share of attention mass that the last forced step kept, or None where it cannot be measured.
     """
 
     outcome: Outcome
@@ -79,21 +59,27 @@ def measure(
     variants: Sequence[Variant],
     sample: Sample,
     *,
-    shelf: PromptShelf,
+    prompts: PromptCache,
     settled: Callable[[str], bool],
     on_fraction: Fraction,
     on_progress: Progress,
     on_notice: Callable[[str], None],
 ) -> dict[Variant, Measured]:
-    """Run a sample; the first variant is ``FULL``, which the others are compared with.
+    """Run one sample with all variants. The first variant must be ``FULL``; the others are compared with it.
 
-    ``settled(text)`` says whether an answer that begins with ``text`` need not go on. ``on_progress`` hears of what
-    comes before the first sample, the calibration.
+    Parameters
+    ----------
+    settled
+        ``settled(text)`` returns whether the score of an answer that begins with ``text`` is certain already.
+    on_fraction
+        Called with the completed share of the sample, 0 to 1.
+    on_progress
+        Called with the stages that come before a sample, such as ``"calibrate"``.
     """
     assert variants[0] == FULL
     parts = inspect(loaded.model)
     elements = parts.kv_heads * parts.head_dim
-    wanted: list[Any] = [(each.method, each.configure(config, elements)) for each in variants]
+    methods: list[Any] = [(each.method, each.configure(config, elements)) for each in variants]
 
     def on_stage(stage: str, done: int, total: int) -> None:
         if stage == "prefill":
@@ -103,12 +89,12 @@ def measure(
 
     with attach_each(
         loaded.model,
-        with_methods([("full", config), *wanted, *(wanted if sample.answers else ())]),
+        with_methods([("full", config), *methods, *(methods if sample.answers else ())]),
         tokenizer=loaded.tokenizer,
         on_progress=on_stage,
         on_notice=on_notice,
     ) as (full, *caches):
-        row = shelf.fill(loaded.model, full, sample.prompt)
+        row = prompts.fill(loaded.model, full, sample.prompt)
         forced = dict(zip(variants, caches, strict=False))
         for cache in forced.values():
             cache.adopt(full)
@@ -125,16 +111,16 @@ def measure(
 def _force(
     model: Any, caches: Mapping[Variant, Any], ids: Sequence[int], row: torch.Tensor, on_fraction: Fraction
 ) -> tuple[dict[Variant, ForcedRun], dict[Variant, float | None]]:
-    """All caches take ``ids``; with what each did, the share of attention mass that its last step kept."""
+    """Feed ``ids`` to all caches; return their runs, and the share of attention mass that the last step kept."""
     meters = {each: _meter(model, cache) for each, cache in caches.items()}
 
     def on_step(done: int, total: int) -> None:
         if done == total - 1:
-            _remember(meters)  # the last step's mass is measured
+            _remember(meters)  # the mass of the last step is measured after it
         on_fraction(PROMPT_SHARE + STEPS_SHARE * done / total)
 
     _remember(meters)
-    runs = force_together(model, caches, ids, row, on_step=on_step)
+    runs = force_batched(model, caches, ids, row, on_step=on_step)
     masses: dict[Variant, float | None] = {
         each: None if meter is None else meter.mass(ids[-1]) for each, meter in meters.items()
     }
@@ -150,7 +136,7 @@ def _answers(
     row: torch.Tensor,
     settled: Callable[[str], bool],
 ) -> dict[Variant, str]:
-    """What each variant answers; ``fresh`` are empty caches for those that have not said it while they were forced."""
+    """Return each variant's greedy answer. ``fresh`` are empty caches for those whose answer is not known yet."""
     ends = set(end_tokens(loaded.model, loaded.tokenizer) or [])
 
     def text_of(ids: Sequence[int]) -> str:
@@ -159,13 +145,13 @@ def _answers(
     def stops(ids: list[int]) -> bool:
         return ids[-1] in ends or settled(text_of(ids))
 
-    right = text_of(sample.forced)
-    found = {each: right for each, run in runs.items() if all(run.expected) and settled(right)}
+    forced = text_of(sample.forced)
+    found = {each: forced for each, run in runs.items() if all(run.expected) and settled(forced)}
     rest = {each: cache for each, cache in fresh.items() if each not in found}
     for cache in rest.values():
         cache.adopt(full)
     if rest:
-        answers = greedy_together(loaded.model, list(rest.values()), row, sample.max_new_tokens, stops=stops)
+        answers = greedy_batched(loaded.model, list(rest.values()), row, sample.max_new_tokens, stops=stops)
         found |= {each: text_of(ids) for each, ids in zip(rest, answers, strict=True)}
     return found
 
@@ -183,7 +169,7 @@ def _measured(variant: Variant, run: ForcedRun, text: str | None, mass: float | 
 
 
 def _meter(model: Any, cache: Any) -> QualityMeter | None:
-    """A meter of what selection costs, where the method allows one."""
+    """Return a meter of the attention mass that a cache keeps, or None where its method allows none."""
     if not isinstance(cache, KVSwapCache):
         return None
     try:

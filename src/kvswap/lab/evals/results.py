@@ -1,8 +1,10 @@
-"""Records of samples, and what they add up to: one row for each task, method, context, memory limit and setting.
+"""Summarise the records of an evaluation: one row for each task, method, context, memory limit and setting.
 
-A record is a plain dictionary, as it stands in the results file. Rows compare every method with ``full`` on the same
-samples. Scores are better when higher; KL and nll are in nats a token. Samples about one text are not independent, so
-standard errors are those of the texts (a cluster-robust error; where every text has one sample, the ordinary one).
+A record is one sample with one variant, as a plain dictionary of the results file. Rows compare every variant with
+``full`` on the same samples. Higher scores are better; KL and nll are in nats per token.
+
+Samples about one text are not independent. Standard errors are therefore cluster-robust, with texts as clusters. Where
+every text has one sample, this is the ordinary standard error. Values in, values out.
 """
 
 from __future__ import annotations
@@ -14,11 +16,12 @@ from typing import Any
 
 Record = dict[str, Any]
 FEW_TEXTS = 8
+"""With fewer texts than this, a row gets a note that its standard error is uncertain."""
 ROW = ("task", "method", "context", "kv_memory", "setting")
 
 
 def summarise(records: Iterable[Record]) -> list[Record]:
-    """Rows in the order in which their first samples came."""
+    """Return one row for each combination of the keys in ROW, in the order of their first records."""
     groups: dict[tuple[Any, ...], list[Record]] = {}
     full: dict[tuple[Any, ...], Record] = {}
     for record in records:
@@ -29,10 +32,12 @@ def summarise(records: Iterable[Record]) -> list[Record]:
 
 
 def _place(record: Record) -> tuple[Any, ...]:
+    """What identifies a sample of a task, whatever the variant."""
     return record["task"], record["context"], record["index"], record["prompt_hash"]
 
 
 def _row(rows: Sequence[Record], full: Sequence[Record]) -> Record:
+    """Summarise the records of one row; ``full`` are the records of full attention on the same samples."""
     first, count = rows[0], len(rows)
     score, full_score = _mean(rows, "score"), _mean(full, "score")
     texts = len({each["text_number"] for each in rows})
@@ -85,7 +90,7 @@ def _largest(rows: Sequence[Record], key: str) -> int | None:
 
 
 def _error(rows: Sequence[Record], values: Sequence[float]) -> float | None:
-    """Standard error of the mean of ``values``, one a row, by texts; None for a single text."""
+    """Cluster-robust standard error of the mean of ``values``, with texts as clusters; None for a single text."""
     mean = statistics.fmean(values)
     sums: dict[int, float] = collections.defaultdict(float)
     for row, value in zip(rows, values, strict=True):

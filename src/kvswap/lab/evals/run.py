@@ -1,6 +1,7 @@
-"""A whole evaluation: every sample of every task through all methods, into a results file that can be continued.
+"""Run an evaluation: measure every sample of every task with all variants, into a results file.
 
-The file is replaced in one move after each sample, so that whatever ends a run costs one sample. One thread.
+The file is replaced atomically after each sample. An interrupted run loses at most one sample; the same command
+continues it. ``kvswap eval`` calls ``evaluate``. One thread.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import itertools
+import logging
 import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -21,33 +23,36 @@ from kvswap.config import Config
 from kvswap.core.layer_major import Progress
 from kvswap.disk.json_files import read_results, write_json
 from kvswap.errors import InputError
-from kvswap.lab.evals.measure import FULL, Measured, Variant, measure
-from kvswap.lab.evals.prompts import PromptShelf
+from kvswap.lab.evals.measure import Measured, measure
+from kvswap.lab.evals.prompt_cache import PromptCache
 from kvswap.lab.evals.results import Record, summarise
 from kvswap.lab.evals.samples import Outcome, Sample, Source, Task
-from kvswap.lab.evals.settings import Setting
+from kvswap.lab.evals.variants import FULL, SketchSetting, Variant
 from kvswap.models.loading import LoadedModel
 
 FORMAT = 2
-UNITS = 100  # of progress, a sample
+UNITS = 100
+"""Units of progress for each sample."""
 MACHINE_SETTINGS = ("kv_memory", "kv_dir", "backend", "read_depth", "read_gap_bytes")
-"""These change no result, or are told apart in records."""
+"""Settings that may differ between runs into one file: they change no result, or records have them as a key."""
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """What to evaluate. ``samples`` of each task and context; every method under each limit, with each setting."""
+    """What to evaluate: ``samples`` samples of each task and context, with every method, memory limit and setting."""
 
     tasks: Sequence[Task]
     methods: Sequence[str]
     contexts: Sequence[int]
     kv_memory: Sequence[str]
     samples: int
-    settings: Sequence[Setting | None] = (None,)
+    settings: Sequence[SketchSetting | None] = (None,)
 
     @property
     def variants(self) -> list[Variant]:
-        """``full`` first, which all are compared with."""
+        """All variants. ``full`` comes first, because the others are compared with it."""
         others = [method for method in self.methods if method != FULL.method]
         each = itertools.product(self.kv_memory, self.settings, others)
         return [FULL, *(Variant(method, limit, setting) for limit, setting, method in each)]
@@ -55,16 +60,18 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class _Work:
+    """One sample, and the tasks that score it, each with the variants whose records are missing."""
+
     sample: Sample
-    tasks: list[tuple[Task, list[Variant]]]  # with the variants whose records are missing
+    tasks: list[tuple[Task, list[Variant]]]
 
     @property
     def variants(self) -> list[Variant]:
-        """``full`` first, whether its record is missing or not."""
+        """The variants to run. ``full`` comes first, whether or not its record is missing."""
         return list(dict.fromkeys([FULL, *(variant for _, missing in self.tasks for variant in missing)]))
 
     def settled(self, text: str) -> bool:
-        """Whether no task gives an answer that begins with ``text`` another score."""
+        """Return whether the score of an answer that begins with ``text`` is certain in every task."""
         outcome = Outcome(nll=0.0, same=0.0, text=text)
         return all(task.settled and task.score(self.sample, outcome) == 1 for task, _ in self.tasks)
 
@@ -76,19 +83,21 @@ def evaluate(
     source: Source,
     *,
     file: Path,
-    shelf: PromptShelf,
+    prompts: PromptCache,
     limit_s: float | None = None,
     on_progress: Progress,
     on_notice: Callable[[str], None],
 ) -> list[Record]:
-    """Evaluate what ``file`` lacks, up to the sample during which ``limit_s`` passes; returns the rows of all in it.
+    """Measure what is missing in ``file``; return the rows of everything in it.
+
+    After ``limit_s`` seconds the run stops at the end of the current sample.
 
     Raises
     ------
     ConfigError
-        When ``file`` holds results of another model, configuration or text.
+        When ``file`` contains results of another model, configuration or text.
     InputError
-        When a context is longer than the model's, or the text is too short.
+        When a context is longer than the model allows, or the text is too short.
     """
     longest = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
     for context in plan.contexts:
@@ -98,6 +107,7 @@ def evaluate(
     records: list[Record] = read_results(file, empty, kind="a results file of kvswap eval")["samples"]
     started_s = time.monotonic()
     work = list(_missing(plan, source, records))
+    logger.debug("%d samples to measure, %d records in %s", len(work), len(records), file)
     for each in work:
         follows = max(len(each.sample.forced), each.sample.max_new_tokens)
         _check_length(each.sample.context, len(each.sample.prompt) + follows, longest)
@@ -111,7 +121,7 @@ def evaluate(
             config,
             each.variants,
             each.sample,
-            shelf=shelf,
+            prompts=prompts,
             settled=each.settled,
             on_fraction=on_fraction,
             on_progress=on_progress,
@@ -122,31 +132,36 @@ def evaluate(
         ]
         _write(file, identity, records)
         if limit_s is not None and time.monotonic() - started_s >= limit_s and number + 1 < len(work):
-            on_notice(f"stopped after {limit_s / 60:g} min; {len(work) - number - 1} samples are left")
+            on_notice(
+                f"stopped after {limit_s / 60:g} min; {len(work) - number - 1} samples are left: run the same command "
+                "again to continue"
+            )
             break
     return summarise(records)
 
 
 def _missing(plan: Plan, source: Source, records: list[Record]) -> Iterator[_Work]:
-    """Samples with variants that are not in the records; tasks that share a sample are done together.
+    """Yield the samples with variants that are not in the records. Tasks that share a sample share the work.
 
-    All tasks' first texts come before any second one. Prompts that begin alike follow each other.
+    Samples are ordered by context, then by text number, then by prompt, so that prompts with the same beginning follow
+    each other.
     """
     done = {tuple(each[key] for key in ("task", "method", "kv_memory", "setting", "prompt_hash")) for each in records}
     for context in plan.contexts:
-        made: dict[str, _Work] = {}
+        found: dict[str, _Work] = {}
         for task in plan.tasks:
             for sample in task.make(source, context, plan.samples):
                 key = sample.prompt_hash
                 missing = [variant for variant in plan.variants if (task.name, *variant.key, key) not in done]
                 if missing:
-                    made.setdefault(key, _Work(sample, [])).tasks.append((task, missing))
-        yield from sorted(made.values(), key=lambda work: (work.sample.text, work.sample.prompt))
+                    found.setdefault(key, _Work(sample, [])).tasks.append((task, missing))
+        yield from sorted(found.values(), key=lambda work: (work.sample.text, work.sample.prompt))
 
 
 def _check_length(context: int, needed: int, longest: int | None) -> None:
+    """Raise InputError where ``needed`` tokens are more than the model allows."""
     if isinstance(longest, int) and needed > longest:
-        follows = f": {needed:,} tokens with what follows" if needed > context else ""
+        follows = f": {needed:,} tokens with the answer or forced steps" if needed > context else ""
         raise InputError(
             f"context {context:,}{follows}, the model's limit is {longest:,}",
             hint=f"use a context of at most {longest - needed + context:,}",
@@ -181,7 +196,7 @@ def _record(task: Task, sample: Sample, variant: Variant, measured: Measured) ->
 
 
 def _identity(loaded: LoadedModel, config: Config, source: Source) -> dict[str, Any]:
-    """What must be the same for results to stand in one file."""
+    """Return what must be equal for results to share one file."""
     text = hashlib.sha256("\0".join(text for _, text in source.passages).encode()).hexdigest()[:16]
     settings = {key: value for key, value in config.to_dict().items() if key not in MACHINE_SETTINGS}
     return {

@@ -1,6 +1,7 @@
-"""What a task is made of: samples with a prompt and what is judged after it, and how an outcome is scored.
+"""The parts of an evaluation task: samples, their source, outcomes and scores; and helpers to build prompts.
 
-A prompt is computed exactly by every method (prefill is exact), so what is judged are the decode steps after it.
+Prefill is exact, so every method computes a prompt exactly. What a task scores are the decode steps after it. Tasks in
+``evals.tasks`` use this module. Any thread may call; nothing here changes state.
 """
 
 from __future__ import annotations
@@ -20,22 +21,22 @@ Prompt = tuple[int, ...]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
-    """One prompt.
+    """One prompt, with the tokens and answers that follow it.
 
     Parameters
     ----------
     prompt
         Token ids, at most ``context`` of them.
     forced
-        Token ids that follow the prompt and are fed one by one (teacher-forced): the text itself, or the right answer.
+        Token ids after the prompt that are fed one by one (teacher forcing): the text's own, or the correct answer.
     answers
-        What a generated answer must contain; empty where nothing is generated.
+        Strings that a generated answer must contain; empty where no answer is generated.
     max_new_tokens
-        Longest generated answer.
+        Length limit of a generated answer in tokens.
     text
-        Number of the text it asks about. Samples may share one, so that most of their prompts is computed once.
+        Number of the text that it asks about. Samples may share a text; most of their prompts is then computed once.
     labels
-        Where in a task's grid this is, such as ``{"depth": 0.5}``.
+        Further keys of its record, such as ``{"depth": 0.5}``.
     """
 
     context: int
@@ -49,7 +50,7 @@ class Sample:
 
     @property
     def prompt_hash(self) -> str:
-        """SHA-256 of the token ids of prompt and forced tokens, its first 16 hexadecimal digits."""
+        """First 16 hexadecimal digits of the SHA-256 of the prompt's and the forced token ids."""
         digest = hashlib.sha256(struct.pack(f"<q{len(self.prompt)}q", len(self.prompt), *self.prompt))
         digest.update(struct.pack(f"<{len(self.forced)}q", *self.forced))
         return digest.hexdigest()[:16]
@@ -57,7 +58,11 @@ class Sample:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
-    """What samples are made from. ``passages``: names and texts to evaluate on; ``steps``: forced steps on text."""
+    """What samples are built from.
+
+    ``passages`` are names and texts to evaluate on. ``steps`` is the number of forced steps of plain-text tasks.
+    ``datasets`` are files for tasks that need some.
+    """
 
     tokenizer: Any
     passages: Sequence[tuple[str, str]]
@@ -66,13 +71,17 @@ class Source:
     datasets: Sequence[Path] = ()
 
     def count_tokens(self, text: str) -> int:
-        """Tokens of a piece of text."""
+        """Count the tokens of a text."""
         return len(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """What one method made of one sample: ``nll`` and ``same`` of the forced tokens, and the generated ``text``."""
+    """What one variant did on one sample.
+
+    ``nll`` is the mean over forced tokens in nats. ``same`` is the share of steps whose most likely token is that of
+    full attention. ``text`` is the generated answer, None where there is none.
+    """
 
     nll: float
     same: float
@@ -81,9 +90,10 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
-    """A kind of sample. ``make(source, context, count)`` gives samples; ``score`` is better when higher, 0 to 1.
+    """A kind of sample and its score.
 
-    ``settled``: whether words after an answer of score 1 change nothing, so that it need not go on.
+    ``make(source, context, count)`` yields samples. ``score`` is from 0 to 1; higher is better. ``settled``: whether
+    an answer keeps a score of 1 whatever follows, so that generation may stop there.
     """
 
     name: str
@@ -94,7 +104,7 @@ class Task:
 
 
 def ask(source: Source, context_text: str, question: str, prefix: str) -> Prompt:
-    """Token ids of a question about a text, up to the first words of its answer, ``prefix``."""
+    """Return the token ids of a question about a text; ``prefix`` is the beginning of the answer."""
     text = render(source.tokenizer, [], Request(context_text, question)) + prefix
     return tuple(encode(source.tokenizer, text, first=True))
 
@@ -102,10 +112,10 @@ def ask(source: Source, context_text: str, question: str, prefix: str) -> Prompt
 def fit(
     context: int, build: Callable[[int], list[Prompt]], most: int, least: int = 0, piece_tokens: int = 16
 ) -> list[Prompt]:
-    """The prompts that ``build(n)`` makes from the most pieces of text, ``least <= n <= most``, that fit ``context``.
+    """Return ``build(n)`` for the largest n from ``least`` to ``most`` whose prompts all fit ``context`` tokens.
 
-    They are questions about one text, so they begin alike; the longest of them decides. ``piece_tokens`` is a first
-    guess. Raises InputError where not even the least text fits.
+    ``build(n)`` builds prompts with several questions about one text of n pieces. ``piece_tokens`` is a first guess of
+    the tokens per piece. Raises InputError when ``build(least)`` does not fit.
     """
     low, high = least, most
     best = build(least)
@@ -119,7 +129,7 @@ def fit(
             low, best = guess, prompts
         else:
             high = guess - 1
-        # the next guess by the tokens a piece takes: two or three rounds instead of a bisection
+        # The next guess follows from the tokens per piece. This takes two or three rounds, fewer than a bisection.
         by_rate = int(guess * context / max(1, _longest(prompts)))
         guess = min(high, max(low + 1, by_rate)) if low < high else low
     return best
@@ -130,23 +140,23 @@ def _longest(prompts: list[Prompt]) -> int:
 
 
 def forced_answer(source: Source, text: str) -> tuple[int, ...]:
-    """Token ids of an answer that follows a prompt."""
+    """Return the token ids of an answer that follows a prompt."""
     ids: list[int] = source.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     return tuple(ids)
 
 
 def listed(values: Sequence[str]) -> str:
-    """``1, 2, and 3``."""
+    """Join values as in ``1, 2, and 3``."""
     return values[0] if len(values) == 1 else f"{', '.join(values[:-1])}, and {values[-1]}"
 
 
 def contains_all(sample: Sample, outcome: Outcome) -> float:
-    """Share of the answers that the generated text contains, letter case aside (RULER's ``string_match_all``)."""
+    """Return the share of the answers that the text contains, ignoring case (RULER's ``string_match_all``)."""
     text = (outcome.text or "").lower()
     return sum(answer.lower() in text for answer in sample.answers) / len(sample.answers)
 
 
 def contains_any(sample: Sample, outcome: Outcome) -> float:
-    """1 where the generated text contains one of the answers (RULER's ``string_match_part``)."""
+    """Return 1 if the text contains one of the answers, ignoring case (RULER's ``string_match_part``)."""
     text = (outcome.text or "").lower()
     return float(any(answer.lower() in text for answer in sample.answers))

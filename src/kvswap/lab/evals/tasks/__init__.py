@@ -1,4 +1,4 @@
-"""The tasks by name, as import paths: naming them loads nothing. One file a kind of task."""
+"""The evaluation tasks by name. They are import paths, so that listing them loads nothing."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ if TYPE_CHECKING:
     from kvswap.lab.evals.samples import Task
 
 TASKS = {
-    "agreement": "kvswap.lab.evals.tasks.text:AGREEMENT",
-    "perplexity": "kvswap.lab.evals.tasks.text:PERPLEXITY",
-    "needle": "kvswap.lab.evals.tasks.needle:NEEDLE",
+    "agreement": "kvswap.lab.evals.tasks.next_token:AGREEMENT",
+    "perplexity": "kvswap.lab.evals.tasks.next_token:PERPLEXITY",
+    "needle": "kvswap.lab.evals.tasks.ruler:GRID",
     "ruler-s1": "kvswap.lab.evals.tasks.ruler:S1",
     "ruler-s2": "kvswap.lab.evals.tasks.ruler:S2",
     "ruler-mk1": "kvswap.lab.evals.tasks.ruler:MK1",
@@ -28,7 +28,7 @@ TASKS = {
 
 
 def find_task(name: str) -> Task:
-    """The task of this name. Raises ConfigError with the names there are."""
+    """Return the task of this name. Raises ConfigError, with the known names, for any other."""
     if name not in TASKS:
         raise ConfigError(f"task: got {name!r}", hint=f"use one of {', '.join(TASKS)}")
     module, _, attribute = TASKS[name].partition(":")

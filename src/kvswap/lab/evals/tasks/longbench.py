@@ -1,8 +1,9 @@
-"""LongBench (Bai et al., arXiv 2308.14508) from the public JSONL files, if the user has them: ``--dataset FILE``.
+"""LongBench (Bai et al., arXiv 2308.14508), from public JSONL files that the user gives with ``--dataset FILE``.
 
-One JSON object a line with ``input``, ``context``, ``answers`` and ``all_classes``, as published. Contexts that are too
-long lose their middle, as there. Scores: classification by the class named, everything else by the overlap of words
-(F1) with the best answer; summaries and code are better served by the official metrics.
+Each line of a file is one JSON object with ``input``, ``context``, ``answers`` and ``all_classes``, as published.
+Contexts that are too long lose their middle, as in LongBench. Classification is scored by the class that the answer
+names, everything else by word overlap (F1) with the best answer. For summaries and code the official metrics are
+better.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ FIELDS = {"input": str, "context": str, "answers": list}
 
 
 def read_dataset(path: Path) -> list[dict[str, Any]]:
-    """Rows of a file. Raises InputError with the number of the line that is wrong."""
+    """Read the rows of a file. Raises InputError with the number of the wrong line."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -34,10 +35,12 @@ def read_dataset(path: Path) -> list[dict[str, Any]]:
         try:
             row = json.loads(line)
         except ValueError as error:
-            raise InputError(f"dataset {path}, line {number}: not JSON: {error}", hint="one object a line") from error
+            raise InputError(
+                f"dataset {path}, line {number}: not JSON: {error}", hint="each line must be one JSON object"
+            ) from error
         wrong = _wrong(row)
         if wrong:
-            raise InputError(f"dataset {path}, line {number}: {wrong}", hint=f"it needs {', '.join(FIELDS)}")
+            raise InputError(f"dataset {path}, line {number}: {wrong}", hint=f"each line needs {', '.join(FIELDS)}")
         rows.append(row)
     if not rows:
         raise InputError(f"dataset {path}: empty", hint="give a LongBench JSONL file")
@@ -45,21 +48,22 @@ def read_dataset(path: Path) -> list[dict[str, Any]]:
 
 
 def _wrong(row: Any) -> str:
+    """Describe what is wrong with a row; empty where nothing is."""
     if not isinstance(row, dict):
         return "not an object"
     for name, kind in FIELDS.items():
         if not isinstance(row.get(name), kind):
-            return f"{name!r} is missing or no {kind.__name__}"
+            return f"{name!r} is missing or not a {kind.__name__}"
     if not row["answers"] or not all(isinstance(answer, str) for answer in row["answers"]):
-        return "'answers' is not a list of texts"
+        return "'answers' is not a list of strings with at least one entry"
     classes = row.get("all_classes")
     if classes is not None and not (isinstance(classes, list) and all(isinstance(each, str) for each in classes)):
-        return "'all_classes' is not a list of texts"
+        return "'all_classes' is not a list of strings"
     return ""
 
 
 def samples(source: Source, context: int, count: int) -> Iterator[Sample]:
-    """The first ``count`` rows of every file."""
+    """Yield samples from the first ``count`` rows of every file. Raises InputError where no file was given."""
     if not source.datasets:
         raise InputError("task longbench: no data", hint="give one or more JSONL files with --dataset")
     index = 0
@@ -85,7 +89,7 @@ def samples(source: Source, context: int, count: int) -> Iterator[Sample]:
 
 
 def score(sample: Sample, outcome: Outcome) -> float:
-    """F1 of words with the best answer, or 1 for the right one of several classes."""
+    """Score an answer: word F1 with the best answer, or for classification 1 / (classes named) if it is correct."""
     text, classes = outcome.text or "", sample.labels.get("classes")
     if classes:
         named = [each for each in classes if each in text]
@@ -94,10 +98,10 @@ def score(sample: Sample, outcome: Outcome) -> float:
 
 
 def f1(text: str, answer: str) -> float:
-    """Overlap of words, articles and punctuation aside."""
-    found, wanted = _words(text), _words(answer)
-    same = sum((collections.Counter(found) & collections.Counter(wanted)).values())
-    return 2 * same / (len(found) + len(wanted)) if same else 0.0
+    """F1 of the words of two texts, ignoring case, articles and punctuation."""
+    found, expected = _words(text), _words(answer)
+    same = sum((collections.Counter(found) & collections.Counter(expected)).values())
+    return 2 * same / (len(found) + len(expected)) if same else 0.0
 
 
 def _words(text: str) -> list[str]:

@@ -1,9 +1,8 @@
-"""Questions over documents, made from passages of the evaluation text: the places of QA1 and QA2 in RULER's list.
+"""Questions about documents, in the place of RULER's QA1 and QA2. They are built from the text, without a data set.
 
-QA1: a sentence of one of the documents is given with a word left out, which is asked for. QA2: a sentence is given, and
-the title of the document it stands in is asked for, which takes two looks: where it is, and what stands above it. Both
-are made from the text alone, so that they need no data set. Four questions of each kind are asked about the same
-documents.
+The evaluation text is cut into documents with titles. QA1 shows a sentence with a word left out and asks for the word.
+QA2 shows a sentence and asks for the title of its document; this needs two look-ups, the sentence and the title above
+it. Four questions of each kind share the same documents.
 """
 
 from __future__ import annotations
@@ -21,7 +20,8 @@ from kvswap.lab.evals.samples import Prompt, Sample, Source, Task, ask, contains
 PIECE_CHARACTERS = 900
 NEW_TOKENS = 24
 SENTENCE_WORDS = range(9, 30)
-QUESTIONS = 4  # of each kind, about the same documents
+QUESTIONS = 4
+"""Questions of each kind about the same documents."""
 LEAST_PIECES, PIECE_TOKENS = 4, 250
 
 
@@ -35,7 +35,7 @@ class _Piece:
 
 
 def _pieces(source: Source, dice: random.Random) -> list[_Piece]:
-    """The text cut into documents of some hundred tokens each, in an order that ``dice`` decides."""
+    """Cut the text into documents of a few hundred tokens each, in random order."""
     found = []
     for name, text in source.passages:
         body = " ".join(text.split())
@@ -50,7 +50,7 @@ def _pieces(source: Source, dice: random.Random) -> list[_Piece]:
 
 @dataclass(frozen=True, slots=True)
 class _Asked:
-    """A question about documents: how the answer begins, and what it is."""
+    """A question about documents. ``prefix`` is the beginning of the answer; ``answer`` completes it."""
 
     question: str
     prefix: str
@@ -58,22 +58,25 @@ class _Asked:
 
 
 def _asked(pieces: list[_Piece], dice: random.Random) -> list[_Asked]:
-    """QUESTIONS of each kind, the gaps first, about documents spread over ``pieces``. Raises InputError."""
+    """Build QUESTIONS questions of each kind, QA1 first, about documents that are spread over ``pieces``.
+
+    Raises InputError when the text has no usable sentence.
+    """
     found: list[_Asked] = []
-    for ask_about in (_missing_word, _next_title):
+    for ask_about in (_missing_word, _document_title):
         for number in range(QUESTIONS):
             start = int((number + dice.random()) / QUESTIONS * len(pieces))
             order = [*range(start, len(pieces)), *range(start)]
             able = (each for place in order if (each := ask_about(pieces, place, dice)) is not None)
             first = next(able, None)
             if first is None:
-                raise InputError("the text has no sentences to ask about", hint="evaluate on more text")
+                raise InputError("the text has no sentences to ask about", hint="add more text with --document")
             found.append(next((each for each in itertools.chain([first], able) if each not in found), first))
     return found
 
 
 def _samples(kind: int, source: Source, context: int, count: int) -> Iterator[Sample]:
-    """Samples of one kind, 0 or 1: both ask about the same documents."""
+    """Yield ``count`` samples of one kind: 0 is QA1, 1 is QA2. Both kinds ask about the same documents."""
     for text in range(-(-count // QUESTIONS)):
         pieces = _pieces(source, random.Random(f"documents/{source.seed}/{text}"))
         asked: dict[Prompt, _Asked] = {}
@@ -106,6 +109,7 @@ def _sample(source: Source, context: int, index: int, text: int, prompt: Prompt,
 
 
 def _missing_word(pieces: list[_Piece], place: int, dice: random.Random) -> _Asked | None:
+    """A QA1 question about document ``place``, or None where no sentence is usable."""
     for sentence in pieces[place].sentences:
         words = sentence.split()
         long = [n for n, word in enumerate(words) if 3 < n < len(words) - 1 and re.fullmatch(r"[a-z]{7,}", word)]
@@ -117,7 +121,8 @@ def _missing_word(pieces: list[_Piece], place: int, dice: random.Random) -> _Ask
     return None
 
 
-def _next_title(pieces: list[_Piece], place: int, dice: random.Random) -> _Asked | None:
+def _document_title(pieces: list[_Piece], place: int, dice: random.Random) -> _Asked | None:
+    """A QA2 question about document ``place``, or None where no sentence is usable."""
     for sentence in pieces[place].sentences:
         if len(sentence.split()) in SENTENCE_WORDS:
             question = f'One document has this sentence:\n"{sentence}"\nWhat is the title of that document?'
@@ -127,14 +132,14 @@ def _next_title(pieces: list[_Piece], place: int, dice: random.Random) -> _Asked
 
 QA1 = Task(
     name="ruler-qa1",
-    summary="a word of a sentence in one of many documents",
+    summary="the missing word of a sentence in one of many documents",
     make=partial(_samples, 0),
     score=contains_any,
     settled=True,
 )
 QA2 = Task(
     name="ruler-qa2",
-    summary="the title of the document that a sentence stands in",
+    summary="the title of the document that contains a sentence",
     make=partial(_samples, 1),
     score=contains_any,
     settled=True,

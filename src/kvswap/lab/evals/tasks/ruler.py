@@ -1,9 +1,15 @@
-"""Synthetic long-context tasks after RULER (Hsieh et al., arXiv 2404.06654), in its wording: needles and variables.
+"""Needles in a haystack and variable tracking, after RULER (Hsieh et al., arXiv 2404.06654) and in its wording.
 
-S1: one needle in repeated noise. S2: one in real text. MK1: four keys, one asked for. MV: one key with four values.
-MQ: four keys, all asked for. VT: a chain of variable assignments in noise. The score is the share of the answers that
-the generated text contains; small models fail some of them with full attention too, so look at retention. A text with
-four keys is asked four times by MK1 and once by MQ, so that its prompt is computed once.
+A *needle* is a sentence that gives a key a value. A question asks for the value of a key.
+
+* S1 hides one needle in repeated noise, S2 one in real text.
+* MK1 hides four keys and asks for one; MQ asks for all four; MV hides one key with four values.
+* VT hides a chain of variable assignments in noise.
+* GRID (task ``needle``, Kamradt 2023) hides one needle in real text at five depths.
+
+The score is the share of the answers that the generated text contains. Small models fail some of these tasks with full
+attention too, so compare scores with those of full attention (retention). MK1 and MQ ask five questions about the same
+text, so that most of its prompt is computed once.
 """
 
 from __future__ import annotations
@@ -27,8 +33,10 @@ MANY = (
 )
 ONE = MANY.replace("Some special magic numbers are", "A special magic number is").replace("the numbers", "the number")
 DEPTHS = 40
+"""Number of possible depths of a needle, evenly spread from the beginning to the end of the text."""
+GRID_DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 CHAIN = 5
-NEW_TOKENS, MANY_NEW_TOKENS = 64, 128  # as RULER; small models say a sentence with each of several numbers
+NEW_TOKENS, MANY_NEW_TOKENS = 64, 128  # as in RULER; small models write a sentence around each of several numbers
 # fmt: off
 FIRST = (
     "able", "ancient", "bold", "brave", "bright", "calm", "clever", "curious", "damp", "eager", "early", "fancy",
@@ -50,7 +58,7 @@ SECOND = (
 
 @dataclass(frozen=True, slots=True)
 class Needles:
-    """What is hidden in a text: ``keys`` with ``values`` each."""
+    """What is hidden in a text: ``keys`` keys with ``values`` values each. ``noise``: in noise, not in real text."""
 
     keys: int = 1
     values: int = 1
@@ -58,19 +66,19 @@ class Needles:
 
     @property
     def questions(self) -> list[list[int]]:
-        """The keys that can be asked for: each alone, then all at once where there are several."""
+        """Indices of the keys that each question asks for: each key alone, then all keys where there are several."""
         each = [[key] for key in range(self.keys)]
         return each if self.keys == 1 else [*each, list(range(self.keys))]
 
 
 def names(dice: random.Random, count: int) -> list[str]:
-    """Different made-up names such as ``quiet-otter``."""
+    """Return ``count`` different invented names such as ``quiet-otter``."""
     pairs = dice.sample(range(len(FIRST) * len(SECOND)), count)
     return [f"{FIRST[pair % len(FIRST)]}-{SECOND[pair // len(FIRST)]}" for pair in pairs]
 
 
 def sentences(source: Source, dice: random.Random) -> list[str]:
-    """The text to hide things in, from a passage chosen by ``dice`` on, without end."""
+    """Return sentences of real text, starting at a random passage."""
     start = dice.randrange(len(source.passages))
     order = [*source.passages[start:], *source.passages[:start]]
     found: list[str] = []
@@ -82,7 +90,7 @@ def sentences(source: Source, dice: random.Random) -> list[str]:
 
 
 def hidden(pieces: list[str], needles: list[str], depths: list[float]) -> str:
-    """``pieces`` joined, each needle put in between two of them at its depth, a share of all characters."""
+    """Join ``pieces`` with each needle inserted between two of them at its depth, a share of all characters."""
     whole, ends = list(pieces), list(itertools.accumulate(map(len, pieces), initial=0))
     for depth, needle in sorted(zip(depths, needles, strict=True), reverse=True):
         whole.insert(bisect.bisect_left(ends, depth * ends[-1]), needle)
@@ -92,7 +100,10 @@ def hidden(pieces: list[str], needles: list[str], depths: list[float]) -> str:
 def needle_samples(
     kind: Needles, asked: slice, name: str, source: Source, context: int, count: int
 ) -> Iterator[Sample]:
-    """Samples that ask the questions ``asked`` about texts with needles at random depths."""
+    """Yield ``count`` samples that ask the questions ``asked`` about texts with needles at random depths.
+
+    ``name`` seeds the random choices; tasks with the same name share their texts.
+    """
     questions = range(len(kind.questions))[asked]
     for text in range(-(-count // len(questions))):
         dice = random.Random(f"{name}/{source.seed}/{text}")
@@ -105,7 +116,7 @@ def needle_samples(
 
 
 def text_samples(kind: Needles, source: Source, context: int, dice: random.Random, depths: list[float]) -> list[Sample]:
-    """One text with needles at ``depths``, 0 to 1 and ascending: a sample for each question that it allows."""
+    """Build one text with needles at ``depths`` (0 to 1, ascending) and return a sample for each of its questions."""
     keys = names(dice, kind.keys)
     values = [[str(dice.randint(10**6, 10**7 - 1)) for _ in range(kind.values)] for _ in keys]
     lines = [NEEDLE.format(key=key, value=value) for key, own in zip(keys, values, strict=True) for value in own]
@@ -135,15 +146,24 @@ def text_samples(kind: Needles, source: Source, context: int, dice: random.Rando
 
 
 def _question(keys: list[str], *, several: bool) -> tuple[str, str]:
-    """What is asked, and how the answer begins."""
+    """Return a question and the beginning of its answer."""
     what = "are all the special magic numbers" if several else "is the special magic number"
     number, verb = ("numbers", "are") if several else ("number", "is")
     place = f"for {listed(keys)} mentioned in the provided text"
     return f"What {what} {place}?", f" The special magic {number} {place} {verb}"
 
 
+def grid_samples(source: Source, context: int, count: int) -> Iterator[Sample]:
+    """Yield ``count`` samples with one needle. Sample i asks about text i // 5 with the needle at depth i % 5."""
+    for index in range(count):
+        text, place = divmod(index, len(GRID_DEPTHS))
+        dice = random.Random(f"needle/{source.seed}/{text}")
+        (sample,) = text_samples(Needles(), source, context, dice, [GRID_DEPTHS[place]])
+        yield replace(sample, index=index, text=text, labels={"depth": GRID_DEPTHS[place]})
+
+
 def variable_samples(source: Source, context: int, count: int) -> Iterator[Sample]:
-    """Variable tracking: a chain of five variables, with one solved example before it as in RULER."""
+    """Yield samples of variable tracking: a chain of five variables, after one solved example as in RULER."""
     for index in range(count):
         dice = random.Random(f"vt/{source.seed}/{index}")
         example, solution = _Chain.roll(dice), _Chain.roll(dice)
@@ -165,7 +185,7 @@ def variable_samples(source: Source, context: int, count: int) -> Iterator[Sampl
 
 @dataclass(frozen=True, slots=True)
 class _Chain:
-    """Variables that all get one value, each from the one before, and where in the noise their lines stand."""
+    """Variables that all get one value, each from the one before, and the depths of their lines in the noise."""
 
     variables: list[str]
     value: str
@@ -206,3 +226,4 @@ MK1 = _task("ruler-mk1", "four keys, one asked for", partial(needle_samples, KEY
 MQ = _task("ruler-mq", "four keys, all asked for", partial(needle_samples, KEYS, LAST, "keys"))
 MV = _task("ruler-mv", "one key with four values", partial(needle_samples, Needles(values=4), LAST, "mv"))
 VT = _task("ruler-vt", "a chain of variables in noise", variable_samples)
+GRID = _task("needle", "a needle at five depths", grid_samples)

@@ -1,7 +1,8 @@
-"""Many look-ups in one answer, after the Text2JSON of Bocharnikov et al. (arXiv 2604.08426): facts into a JSON object.
+"""Many look-ups in one answer: collect facts into a JSON object.
 
-Codes of sixteen names lie about in real text; a JSON object with the codes of eight of them is asked for, and in the
-next sample of the same text with those of the others. The score is the share of the eight that the answer has right.
+The task follows Text2JSON (Bocharnikov et al., arXiv 2604.08426). The codes of sixteen names are hidden in
+real text. One sample asks for a JSON object with the codes of eight names, the next sample of the same text for the
+other eight. The score is the share of the eight codes that are correct.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ QUESTION = (
 
 
 def samples(source: Source, context: int, count: int) -> Iterator[Sample]:
-    """A different text, other names and codes for every two of them."""
+    """Yield ``count`` samples; every two share a text with its names and codes."""
     for text in range(-(-count // 2)):
         for half, sample in enumerate(text_samples(source, context, text)):
             if 2 * text + half < count:
@@ -33,7 +34,7 @@ def samples(source: Source, context: int, count: int) -> Iterator[Sample]:
 
 
 def text_samples(source: Source, context: int, text: int) -> list[Sample]:
-    """The two samples of one text."""
+    """Return the two samples of text number ``text``."""
     dice = random.Random(f"text2json/{source.seed}/{text}")
     codes = {name: str(dice.randint(1000, 9999)) for name in names(dice, NAMES)}
     facts = [FACT.format(name=name, code=code) for name, code in codes.items()]
@@ -60,12 +61,12 @@ def text_samples(source: Source, context: int, text: int) -> list[Sample]:
 
 
 def right_entries(sample: Sample, outcome: Outcome) -> float:
-    """Share of the entries asked for that the answer has, whether or not it is valid JSON to its end."""
+    """Return the share of correct entries. The answer need not be valid JSON to its end."""
     first = sample.answers[0].split()[0]
     found: dict[str, str] = dict(re.findall(r'"([\w-]+)":\s*"?(\w+)"?', f'"{first}":{outcome.text or ""}'))
-    wanted = dict(answer.split() for answer in sample.answers)
-    right = [name for name, code in wanted.items() if found.get(name) == code]
-    return len(right) / len(wanted)
+    expected = dict(answer.split() for answer in sample.answers)
+    correct = [name for name, code in expected.items() if found.get(name) == code]
+    return len(correct) / len(expected)
 
 
 TEXT2JSON = Task(

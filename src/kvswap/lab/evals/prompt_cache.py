@@ -1,8 +1,11 @@
-"""Computed prompts: what the last one had in common with the next is not computed again, and all may be kept on disk.
+"""Cache computed prompts, so that an evaluation computes each prompt, and each shared beginning, only once.
 
-Prefill is exact and goes in whole chunks, so a prompt that goes on from the chunks of another is what it would be if it
-were computed from its start. On disk it is one safetensors file a prompt and model: K and V of every layer as method
-``full`` holds them, and what the prompt predicts. Files of another version or model have other names.
+The last prompt stays in memory, and the next one reuses the beginning that both share, in whole chunks. Prefill is
+exact and works in whole chunks, so the result is the same as a computation from the start.
+
+With a folder, every prompt is also stored there, as one safetensors file for each prompt and model: K and V of every
+layer as method ``full`` stores them, and the prediction after the prompt. The file name depends on this module's
+version, the model and the token ids. One thread.
 """
 
 from __future__ import annotations
@@ -20,14 +23,14 @@ from safetensors.torch import save_file
 
 from kvswap.core.layer_major import FullCache
 from kvswap.disk.atomic import atomic_file
-from kvswap.lab.evals.forced import share_prompt
+from kvswap.lab.evals.teacher_forcing import share_prompt
 from kvswap.models.identity import attention_fingerprint
 
 VERSION = "1"
 
 
-class PromptShelf:
-    """Prompts of one model; in ``folder`` all of them, else the last one alone, in memory."""
+class PromptCache:
+    """Computed prompts of one model: the last one in memory and, where ``folder`` is given, all of them on disk."""
 
     def __init__(self, folder: Path | None = None) -> None:
         if folder is not None:
@@ -37,28 +40,28 @@ class PromptShelf:
         self._layers: list[Any] = []
 
     def fill(self, model: Any, full: FullCache, ids: Sequence[int]) -> torch.Tensor:
-        """Give an empty cache the prompt ``ids``.
+        """Fill the empty cache ``full`` with the prompt ``ids``, computing only what is not cached.
 
         Returns
         -------
-        Log-probabilities ``[V]`` float32 of the token after the prompt.
+        Log-probabilities of the token after the prompt, float32 ``[V]``.
         """
         path = None if self._folder is None else self._path(self._folder, full, ids)
         row = None if path is None else _read(path, full)
         if row is None:
-            known = self._begin(full, ids)
-            self._ids, self._layers = (), []  # two prompts in memory would be one too many
+            known = self._reuse_beginning(full, ids)
+            self._ids, self._layers = (), []  # free the last prompt: memory is planned for one
             row = share_prompt(model, [full], ids[known:])
             if path is not None:
                 _write(path, full, row)
         self._ids, self._layers = ids, [copy.copy(layer) for layer in full.layers]
         return row
 
-    def _begin(self, full: FullCache, ids: Sequence[int]) -> int:
-        """Give ``full`` the chunks that the last prompt shares with ``ids``; how many tokens that is."""
+    def _reuse_beginning(self, full: FullCache, ids: Sequence[int]) -> int:
+        """Put the chunks that the last prompt shares with ``ids`` into ``full``; return their number of tokens."""
         pairs = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(self._ids, ids[:-1], strict=False))
         known = sum(1 for _ in pairs) // full.chunk_tokens * full.chunk_tokens
-        if not known or any(layer.is_sliding for layer in self._layers):  # a window has dropped its beginning
+        if not known or any(layer.is_sliding for layer in self._layers):  # a sliding window lost its beginning
             return 0
         for index, layer in enumerate(self._layers):
             part = full.layers[index] = copy.copy(layer)
@@ -81,7 +84,7 @@ def _write(path: Path, full: FullCache, row: torch.Tensor) -> None:
 
 
 def _read(path: Path, full: FullCache) -> torch.Tensor | None:
-    """Fill ``full`` from a file; None where there is none that can be read."""
+    """Fill ``full`` from a file and return the prediction ``[V]``, or None where no readable file exists."""
     if not path.exists():
         return None
     try:

@@ -1,8 +1,8 @@
-"""Steps of several caches in one forward: every cache is a row of the batch, with a token of its own.
+"""Decode steps of several caches in one forward: each cache is one row of the batch and takes its own token.
 
-A step of one token reads all weights, which on a small machine is most of its time; a panel reads them once for all
-caches. Each cache predicts, reads and attends as it does alone, so what differs is rounding. For comparing answers, not
-times: those are taken in turns (``kvswap.lab.evals.forced``). One thread.
+A decode step reads all weights, which takes most of its time on a small machine. A batch reads them once for all
+caches. Each cache selects, reads and attends as it does alone, so results differ by rounding only. Use this to compare
+predictions and answers; ``teacher_forcing`` measures times. One thread.
 """
 
 from __future__ import annotations
@@ -13,48 +13,52 @@ from typing import Any, TypeVar
 import torch
 
 from kvswap.core.layer_major import LayerForward, LayerMajorCache, OffloadedLayer
-from kvswap.lab.evals.forced import ForcedRun, judge
+from kvswap.lab.evals.teacher_forcing import ForcedRun, compare
 from kvswap.models.adapter import LayerParts, cache_keyword
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 Key = TypeVar("Key")
 
 
-class Panel(LayerMajorCache):
-    """Caches of one sequence each and of the same length, as one cache of a batch, for steps of one token."""
+class CacheBatch(LayerMajorCache):
+    """Several caches as one cache of a batch, for steps of one token.
+
+    Each of ``caches`` holds one sequence, and all sequences have the same length.
+    """
 
     def __init__(self, caches: Sequence[LayerMajorCache]) -> None:
         first = self._first = caches[0]
         self._caches = list(caches)
-        layers = [_PanelLayer(self, part.index, first.layers[part.index]) for part in first.parts.layers]
+        layers = [_BatchLayer(self, part.index, first.layers[part.index]) for part in first.parts.layers]
         super().__init__(first.parts, first.implementation, layers, chunk_tokens=first.chunk_tokens, on_progress=None)
-        self._pairs: list[Pair] = []  # K, V that each cache gave back for its newest token in this layer
+        self._pairs: list[Pair] = []  # what each cache's ``update`` returned in the running layer
 
     @property
     def padded_tokens(self) -> int:
-        """Tokens seen, by each."""
+        """Length of each sequence in tokens."""
         return int(self._first.get_seq_length())
 
     def run_layer(self, part: LayerParts, forward: LayerForward, hidden: torch.Tensor, kwargs: dict[str, Any]) -> Any:
-        """Run one layer once, ``hidden`` ``[B, 1, E]``, within what every cache does before and after it."""
-        assert hidden.shape[1] == 1, "a panel takes steps of one token"
+        """Run one layer on ``hidden`` ``[B, 1, E]``, nested in what every cache does before and after a layer."""
+        assert hidden.shape[1] == 1, "a batch of caches takes steps of one token"
 
         def within(row: int) -> Any:
             if row == len(self._caches):
-                return forward(hidden, **{**kwargs, "attention_mask": None})  # one query, no padding: sees everything
+                # No mask is needed: there is one query and no padding.
+                return forward(hidden, **{**kwargs, "attention_mask": None})
             own = hidden[row : row + 1]
             return self._caches[row].run_layer(part, lambda *_, **__: within(row + 1), own, kwargs)
 
         return within(0)
 
     def extend(self, order: int, keys: torch.Tensor, values: torch.Tensor) -> Pair:
-        """Give every cache its row of new K, V ``[B, H_kv, 1, d]`` of the layer of index ``order``."""
+        """Give every cache its row of the new K, V ``[B, H_kv, 1, d]`` of layer ``order``."""
         rows = zip(self._caches, keys.split(1), values.split(1), strict=True)
         self._pairs = [cache.layers[order].update(*pair) for cache, *pair in rows]
         if not self._first.layers[order].is_sliding:
             return keys, values
         keys, values = (torch.cat(tensors) for tensors in zip(*self._pairs, strict=True))
-        return keys, values  # the model attends to a window by itself
+        return keys, values  # sliding-window layers use the model's own attention
 
     def attention(
         self,
@@ -66,29 +70,29 @@ class Panel(LayerMajorCache):
         mask: Any,
         kwargs: dict[str, Any],
     ) -> torch.Tensor:
-        """Every cache's own attention to what it holds: ``[B, H_q, 1, d]`` to ``[B, 1, H_q, d]``."""
+        """Let every cache attend for its row: ``query`` ``[B, H_q, 1, d]`` to output ``[B, 1, H_q, d]``."""
         rows = zip(self._caches, query.split(1), self._pairs, strict=True)
         return torch.cat([cache.attention(part, stock, own, *pair, mask, kwargs) for cache, own, pair in rows])
 
     def mask_tokens(self, query_length: int) -> int:
-        """Length of K in a mask."""
+        """Length of K, which a mask must have."""
         return self.padded_tokens + query_length
 
 
-class _PanelLayer(OffloadedLayer):
-    """One layer of all caches; ``first`` is that of the first."""
+class _BatchLayer(OffloadedLayer):
+    """One layer of all caches; ``first`` is the layer of the first cache."""
 
-    def __init__(self, panel: Panel, index: int, first: Any) -> None:
-        super().__init__(panel, index)
+    def __init__(self, batch: CacheBatch, index: int, first: Any) -> None:
+        super().__init__(batch, index)
         self.is_sliding, self._first = first.is_sliding, first
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Length and offset of K in a mask."""
+        """Length and offset of K, which a mask must have."""
         sizes: tuple[int, int] = self._first.get_mask_sizes(query_length)
         return sizes
 
 
-def force_together(
+def force_batched(
     model: Any,
     caches: Mapping[Key, Any],
     ids: Sequence[int],
@@ -96,21 +100,22 @@ def force_together(
     *,
     on_step: Callable[[int, int], None] | None = None,
 ) -> dict[Key, ForcedRun]:
-    """Feed ``ids`` one by one to caches that hold the same prompt, after which it goes on as ``row`` ``[V]`` tells.
+    """Feed ``ids`` one by one to caches that hold the same prompt, as one batch.
 
-    The first cache is the reference. ``on_step`` is called with ``(steps done, steps in all)``. No times are taken.
+    ``row`` are the log-probabilities ``[V]`` after the prompt. The first cache is the reference. ``on_step`` is called
+    with (steps done, steps in all). No times are measured.
     """
     runs = {name: ForcedRun(first_nll=-float(row[ids[0]]), expected=[int(row.argmax()) == ids[0]]) for name in caches}
-    panel = Panel(list(caches.values()))
+    batch = CacheBatch(list(caches.values()))
     for number, token in enumerate(ids):
-        rows = _step(model, panel, [token] * len(runs))
-        judge(runs, dict(zip(runs, rows, strict=True)), ids[number + 1] if number + 1 < len(ids) else None)
+        rows = _step(model, batch, [token] * len(runs))
+        compare(runs, dict(zip(runs, rows, strict=True)), ids[number + 1] if number + 1 < len(ids) else None)
         if on_step is not None:
             on_step(number + 1, len(ids))
     return runs
 
 
-def greedy_together(
+def greedy_batched(
     model: Any,
     caches: Sequence[Any],
     row: torch.Tensor,
@@ -118,9 +123,10 @@ def greedy_together(
     *,
     stops: Callable[[list[int]], bool],
 ) -> list[list[int]]:
-    """Up to ``count`` likeliest tokens from each cache, all of which hold the same prompt, after which comes ``row``.
+    """Decode greedily up to ``count`` tokens with each cache, as one batch.
 
-    ``stops(found)`` is asked after every token; the token that it says yes to is the last.
+    All caches hold the same prompt; ``row`` are the log-probabilities ``[V]`` after it. A sequence ends with the token
+    after which ``stops(tokens so far)`` is true.
     """
     found: list[list[int]] = [[] for _ in caches]
     going, rows = list(range(len(caches))), row.expand(len(caches), -1)
@@ -131,13 +137,13 @@ def greedy_together(
         if not kept or len(found[kept[0]]) == count:
             break
         going = kept
-        rows = _step(model, Panel([caches[number] for number in going]), [found[number][-1] for number in going])
+        rows = _step(model, CacheBatch([caches[number] for number in going]), [found[number][-1] for number in going])
     return found
 
 
 @torch.no_grad()
-def _step(model: Any, panel: Panel, tokens: list[int]) -> torch.Tensor:
-    """Log-probabilities ``[B, V]`` float32 after a token for each cache."""
+def _step(model: Any, batch: CacheBatch, tokens: list[int]) -> torch.Tensor:
+    """Log-probabilities after one token for each cache, float32 ``[B, V]``."""
     ids = torch.tensor(tokens, device=model.device)[:, None]
-    output = model(input_ids=ids, use_cache=True, logits_to_keep=1, **{cache_keyword(model): panel})
+    output = model(input_ids=ids, use_cache=True, logits_to_keep=1, **{cache_keyword(model): batch})
     return output.logits[:, -1].float().cpu().log_softmax(-1)  # type: ignore[no-any-return]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from kvswap.lab.evals.results import summarise
-from kvswap.lab.evals.tables import question_table
+from kvswap.lab.tables import question_table
 from tests.lab.test_eval_results import record
 
 SCORES = {"ruler-mk1": [1.0, 1.0, 0.5, 1.0], "ruler-mq": [0.5, 0.5, 0.0, 1.0], "ruler-s1": [1.0, 1.0, 1.0, 1.0]}

@@ -8,7 +8,7 @@ from transformers import DynamicCache
 
 from kvswap.config import Config
 from kvswap.core.attach import attach, attach_each
-from kvswap.lab.evals.forced import run_forced
+from kvswap.lab.evals.teacher_forcing import run_forced
 from kvswap.lab.rivals.registry import with_methods
 from tests.helpers.families import tiny_model, tokens
 

@@ -7,7 +7,7 @@ import pytest
 from kvswap.app.documents import Document
 from kvswap.core.corpus import LARGEST_OVERLAP, calibration_topics, lines, overlap
 from kvswap.errors import InputError
-from kvswap.lab.evals.text import evaluation_text, module_docstrings
+from kvswap.lab.evals.evaluation_text import evaluation_text, module_docstrings
 
 
 def test_no_text_overlaps_what_was_calibrated_on():

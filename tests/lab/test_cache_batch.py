@@ -7,8 +7,8 @@ import torch
 
 from kvswap.config import Config
 from kvswap.core.attach import attach_each
-from kvswap.lab.evals.forced import ForcedRun, force, share_prompt
-from kvswap.lab.evals.panel import force_together, greedy_together
+from kvswap.lab.evals.cache_batch import force_batched, greedy_batched
+from kvswap.lab.evals.teacher_forcing import ForcedRun, force, share_prompt
 from kvswap.lab.rivals.registry import with_methods
 from tests.helpers.families import tiny_model, tokens
 
@@ -31,7 +31,7 @@ def test_steps_together_are_steps_alone(family, tmp_path):
     with attach_each(model, with_methods(wanted * 2), tokenizer=_Tokenizer()) as caches:
         row = share_prompt(model, caches, ids[:680])
         together, alone = ({name: c for (name, _), c in zip(wanted, part, strict=True)} for part in halves(caches))
-        found = force_together(model, together, ids[680:], row, on_step=lambda *each: calls.append(each))
+        found = force_batched(model, together, ids[680:], row, on_step=lambda *each: calls.append(each))
         expected = {name: ForcedRun() for name in alone}
         force(model, alone, ids[680:], dict.fromkeys(alone, row), expected)
         assert [cache.get_seq_length() for cache in caches] == [700] * len(caches)
@@ -51,10 +51,10 @@ def test_rows_answer_as_generate_does_and_stop_apart(tmp_path):
     wanted = [("full", config), ("full", config), ("kvswap", config)]
     with attach_each(model, with_methods(wanted)) as (holder, *caches):
         row = share_prompt(model, [holder, *caches], ids)
-        assert greedy_together(model, caches, row, 9, stops=lambda found: False) == [expected] * 2
+        assert greedy_batched(model, caches, row, 9, stops=lambda found: False) == [expected] * 2
     with attach_each(model, with_methods(wanted)) as (holder, *caches):
         row = share_prompt(model, [holder, *caches], ids)
-        found = greedy_together(model, caches, row, 9, stops=lambda found: found[-1] == stop)
+        found = greedy_batched(model, caches, row, 9, stops=lambda found: found[-1] == stop)
     assert found == [expected[: expected.index(stop) + 1]] * 2
 
 

@@ -1,8 +1,10 @@
-"""Several caches of one model beside each other, fed the same tokens in turns.
+"""Feed the same tokens to several caches of one model (teacher forcing), interleaved token by token.
 
-Every cache takes the same prompt and then the same tokens one by one (teacher-forced), each token by all of them before
-the next, in an order that turns from step to step: a machine that slows down does so for all. The first cache is what
-the others are compared with, as a rule ``DynamicCache`` or method ``full``. One thread.
+Every cache gets the same prompt, then the same tokens one by one. All caches take a token before any takes the next,
+and their order rotates from step to step, so that a machine that slows down does so for all. The first cache is the
+reference that the others are compared with, usually ``DynamicCache`` or method ``full``.
+
+Use this to measure times. ``cache_batch`` is faster where only predictions matter. One thread.
 """
 
 from __future__ import annotations
@@ -23,12 +25,22 @@ Key = TypeVar("Key")
 
 @dataclass(slots=True, kw_only=True)
 class ForcedRun:
-    """What one cache did on one text of S steps.
+    """What one cache predicted, and how long it took, over S forced steps.
 
-    ``kl[s]`` is KL(reference || this) of the next-token distribution in nats, ``same[s]`` whether both think the same
-    token likeliest, ``nll[s]`` the negative log-likelihood of the text's next token (one entry fewer). ``first_nll`` is
-    that of the first forced token, which the prompt predicts. ``expected``: for each forced token, the first one
-    included, whether it was this cache's likeliest.
+    Parameters
+    ----------
+    first_nll
+        Negative log-likelihood of the first forced token, which the prompt predicts, in nats.
+    step_s
+        Seconds of each step.
+    kl
+        KL(reference || this) of the next-token distribution after each step, in nats.
+    same
+        Whether this cache and the reference have the same most likely token, after each step.
+    nll
+        Negative log-likelihood of the text's next token after each step but the last, in nats.
+    expected
+        For each forced token, the first included: whether it was this cache's most likely token.
     """
 
     prefill_s: float = 0.0
@@ -41,7 +53,7 @@ class ForcedRun:
 
     @property
     def median_step_s(self) -> float:
-        """Median time of a step."""
+        """Median seconds of a step."""
         return statistics.median(self.step_s)
 
 
@@ -53,14 +65,14 @@ def run_forced(
     *,
     on_step: Callable[[int, int], None] | None = None,
 ) -> dict[str, ForcedRun]:
-    """Feed ``ids`` to each cache: all but the last ``steps`` at once, those one by one.
+    """Feed ``ids`` to each cache: all but the last ``steps`` tokens in one call, then those one by one.
 
     Parameters
     ----------
     caches
-        Caches by name, as ``attach_each`` or transformers give them, all empty; the first is the reference.
+        Empty caches by name, from ``attach_each`` or transformers; the first is the reference.
     on_step
-        Called with ``(calls done, calls in all)``.
+        Called with (calls done, calls in all).
 
     Returns
     -------
@@ -77,11 +89,11 @@ def run_forced(
 
 
 def share_prompt(model: Any, caches: Sequence[Any], ids: Sequence[int]) -> torch.Tensor:
-    """Compute a prompt once, with the first cache (of method ``full``); the others adopt it.
+    """Compute a prompt once, with the first cache (of method ``full``); the other caches adopt it.
 
     Returns
     -------
-    Log-probabilities ``[V]`` float32 of the token after the prompt. Prefill is exact, so they are those of all caches.
+    Log-probabilities of the token after the prompt, float32 ``[V]``. Prefill is exact, so they hold for all caches.
     """
     row, _ = _timed_call(model, list(ids), caches[0])
     for cache in caches[1:]:
@@ -98,32 +110,38 @@ def force(
     *,
     on_step: Callable[[int, int], None] | None = None,
 ) -> None:
-    """Feed ``ids`` one by one to caches that hold the prompt; ``rows`` are what they predict after it."""
+    """Feed ``ids`` one by one to caches that hold the prompt, and record the steps in ``runs``.
+
+    ``rows`` are the log-probabilities ``[V]`` that each cache predicts after the prompt.
+    """
     names = list(caches)
     for name, run in runs.items():
         run.first_nll, run.expected = -float(rows[name][ids[0]]), [int(rows[name].argmax()) == ids[0]]
     for number, token in enumerate(ids):
-        turn, after = (number + 1) % len(names), {}
-        for name in names[turn:] + names[:turn]:
+        shift, after = (number + 1) % len(names), {}
+        for name in names[shift:] + names[:shift]:
             after[name], took_s = _timed_call(model, [token], caches[name])
             runs[name].step_s.append(took_s)
-        judge(runs, after, ids[number + 1] if number + 1 < len(ids) else None)
+        compare(runs, after, ids[number + 1] if number + 1 < len(ids) else None)
         if on_step is not None:
             on_step(number + 2, len(ids) + 1)
 
 
 @torch.no_grad()
 def _timed_call(model: Any, ids: list[int], cache: Any) -> tuple[torch.Tensor, float]:
-    """Log-probabilities ``[V]`` float32 after the last of ``ids``, and the seconds of the forward."""
+    """Log-probabilities after the last of ``ids``, float32 ``[V]``, and the seconds of the forward."""
     tokens = torch.tensor([ids], device=model.device)
     start_s = time.perf_counter()
     output = model(input_ids=tokens, use_cache=True, logits_to_keep=1, **{cache_keyword(model): cache})
-    row = output.logits[0, -1].float().cpu()  # waits for a device
+    row = output.logits[0, -1].float().cpu()  # the copy waits until the device has finished
     return row.log_softmax(-1), time.perf_counter() - start_s
 
 
-def judge(runs: Mapping[Key, ForcedRun], rows: Mapping[Key, torch.Tensor], following: int | None) -> None:
-    """Note what each predicts after a step, log-probabilities ``[V]``; ``following`` is the text's next token."""
+def compare(runs: Mapping[Key, ForcedRun], rows: Mapping[Key, torch.Tensor], following: int | None) -> None:
+    """Compare the predictions after a step with the reference's, and append the results to ``runs``.
+
+    ``rows`` are log-probabilities ``[V]``. ``following`` is the text's next token, None after the last step.
+    """
     reference = rows[next(iter(runs))]
     for name, run in runs.items():
         kl = functional.kl_div(rows[name], reference, log_target=True, reduction="sum")

@@ -1,7 +1,8 @@
-"""Text to evaluate on, all of it on every machine: Python's language reference and library docstrings, and documents.
+"""The text that evaluations and benchmarks run on: Python's language reference, library docstrings, user's documents.
 
-Nothing here was calibrated on: a passage with more than 5 % of its lines in the calibration half of ``core.corpus``
-is left out, and a document with as much is refused.
+Every installation of Python has the first two, so no download is needed. No text here was calibrated on: docstrings
+with more than 5 % of their lines in the calibration half of ``core.corpus`` are left out, and such documents are
+refused.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from kvswap.app.documents import Document
 from kvswap.core.corpus import LARGEST_OVERLAP, calibration_topics, evaluation_topics, lines, overlap
 from kvswap.errors import InputError
 
-# Modules of the standard library with much prose in their docstrings.
+# Modules of the standard library with long docstrings.
 # fmt: off
 MODULES = (
     "argparse", "abc", "ast", "asyncio/base_events", "asyncio/events", "bdb", "calendar", "cmd", "code", "codecs",
@@ -36,12 +37,13 @@ MODULES = (
 )
 # fmt: on
 SHORTEST_DOCSTRING = 200
+"""Characters; shorter docstrings are left out."""
 
 
 def evaluation_text(documents: Sequence[Document] = (), seed: int = 0) -> list[tuple[str, str]]:
-    """Names and texts: documents first as given, then topics and docstrings in an order that ``seed`` decides.
+    """Return names and texts: the documents in their order, then topics and docstrings shuffled by ``seed``.
 
-    Raises InputError for a document that was calibrated on.
+    Raises InputError for a document that overlaps the calibration text.
     """
     seen = _calibrated()
     for document in documents:
@@ -49,7 +51,7 @@ def evaluation_text(documents: Sequence[Document] = (), seed: int = 0) -> list[t
         if share > LARGEST_OVERLAP:
             raise InputError(
                 f"document {document.name}: {share:.0%} of its lines are in the calibration text",
-                hint="evaluate on text that was not calibrated on",
+                hint="give a document that is not part of the calibration text",
             )
     rest = evaluation_topics() + docstrings()
     random.Random(seed).shuffle(rest)
@@ -58,7 +60,7 @@ def evaluation_text(documents: Sequence[Document] = (), seed: int = 0) -> list[t
 
 @cache
 def docstrings() -> list[tuple[str, str]]:
-    """Docstrings of the standard library, one text a module that this Python has, less what was calibrated on."""
+    """Return names and docstrings of the standard library's modules, without text that was calibrated on."""
     library, seen = Path(sysconfig.get_path("stdlib")), _calibrated()
     found = []
     for name in MODULES:
@@ -71,12 +73,13 @@ def docstrings() -> list[tuple[str, str]]:
 
 
 def module_docstrings(source: str) -> list[str]:
-    """The longer docstrings of a module, its classes and functions, outer ones first, without repeats."""
-    wanted = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
-    texts = [ast.get_docstring(node) or "" for node in ast.walk(ast.parse(source)) if isinstance(node, wanted)]
+    """Return the longer docstrings of a module, its classes and functions, outer ones first, without duplicates."""
+    documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+    texts = [ast.get_docstring(node) or "" for node in ast.walk(ast.parse(source)) if isinstance(node, documented)]
     return list(dict.fromkeys(text for text in texts if len(text) >= SHORTEST_DOCSTRING))
 
 
 @cache
 def _calibrated() -> set[str]:
+    """Lines of the calibration text."""
     return {line for _, text in calibration_topics() for line in lines(text)}
