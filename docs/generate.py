@@ -1,4 +1,4 @@
-"""Write docs/command-line.md from the commands of ``kvswap``; ``make docs`` and ``make tables`` run it.
+"""Write docs/command-line.md from the commands of ``kvswap``; ``make docs`` runs it.
 
     python docs/generate.py
 

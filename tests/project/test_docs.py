@@ -207,6 +207,10 @@ def test_picture_needs_nothing_from_elsewhere() -> None:
 
 def test_api_page_follows_what_is_exported() -> None:
     assert "\n::: kvswap\n" in text("api.md")
+    overview = {
+        name for _, names in table("api.md", "| to do what | names |") for name in re.findall(r"`(\w+)`", names)
+    }
+    assert set(kvswap.__all__) <= overview
     for name in kvswap.__all__:
         assert inspect.getdoc(getattr(kvswap, name)), f"{name} has no docstring"
 
