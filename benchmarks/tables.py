@@ -1,4 +1,7 @@
-"""Make the tables in docs/benchmarks.md and docs/evaluation.md anew from benchmarks/results; ``make tables``."""
+"""Update the tables in docs/benchmarks.md and docs/evaluation.md from the files in benchmarks/results.
+
+python benchmarks/tables.py          (or: make tables)
+"""
 
 from __future__ import annotations
 
