@@ -1,11 +1,11 @@
-"""kvswap beside full attention on real text: quality, speed, memory, in turns within one run.
+"""Measure quality, speed and memory of kvswap against full attention on real text.
 
     python benchmarks/agreement.py --model smollm2-135m --texts 8 --tokens 7000 --steps 48 --json out.json
 
-Texts are evaluation topics of Python's own reference, never calibrated on. For every text: the plain transformers
-forward with a DynamicCache and kvswap take the same prompt, then the same ``--steps`` tokens of the text one by one
-(teacher-forced), each token by both in turns, so that a machine that slows down does so for both. KL is
-KL(full || kvswap) of the next-token distribution, natural logarithm, mean over steps.
+The texts are topics of Python's language reference that were never calibrated on. For every text, stock transformers
+with a DynamicCache and kvswap take the same prompt. Then both take the same ``--steps`` tokens one by one (teacher
+forcing), interleaved, so that a machine that slows down does so for both. KL is KL(full || kvswap) of the next-token
+distribution in nats, as the mean over steps.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from kvswap.models.loading import load_model
 
 
 def texts(tokenizer: Any, count: int, tokens: int) -> list[list[int]]:
-    """``count`` stretches of ``tokens`` token ids: evaluation topics joined in order, cut one after another."""
+    """Cut ``count`` texts of ``tokens`` token ids, evenly spread, from the joined evaluation topics."""
     joined: list[int] = []
     for _, text in evaluation_topics():
         joined += tokenizer(text + "\n\n", add_special_tokens=False)["input_ids"]
@@ -36,7 +36,7 @@ def texts(tokenizer: Any, count: int, tokens: int) -> list[list[int]]:
 
 
 def run_text(model: Any, tokenizer: Any, ids: list[int], steps: int, config: kvswap.Config) -> dict[str, Any]:
-    """One text through both methods."""
+    """Run one text with both methods; return the result ready for JSON."""
     with kvswap.attach(model, config, tokenizer=tokenizer) as ours:
         runs = run_forced(model, {"full": DynamicCache(config=model.config), "kvswap": ours}, ids, steps)
         stats = ours.stats
@@ -64,7 +64,7 @@ def run_text(model: Any, tokenizer: Any, ids: list[int], steps: int, config: kvs
 
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Means over texts, with standard errors over texts, and ratios to full attention."""
+    """Return means over texts with their standard errors, and ratios to full attention."""
     kl = [statistics.mean(row["kl"]) for row in rows]
     same = [statistics.mean(row["same"]) for row in rows]
     error = (lambda values: statistics.stdev(values) / len(values) ** 0.5) if len(rows) > 1 else (lambda values: None)
@@ -85,7 +85,7 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Command line."""
+    """Parse the command line, run, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--texts", type=int, default=8)

@@ -1,9 +1,10 @@
-"""The cost model beside the engine: decode steps of several settings, in turns, part by part.
+"""Compare the cost model's predictions with measured decode steps, part by part, for several settings.
 
     python benchmarks/cost_model.py --model smollm2-135m --profile p.json [--json out.json]
 
-Settings differ in group size, selection, room for reuse and context. Each runs 50 teacher-forced steps over evaluation
-text; its time is the median of five blocks' medians.
+Settings differ in group size, selection, reuse memory and context. Each runs 50 steps over evaluation text with teacher
+forcing, interleaved with the others. Its time is the median of the medians of five blocks of steps. The profile comes
+from ``kvswap profile``, the tables from the cache of ``kvswap tune``.
 """
 
 from __future__ import annotations
@@ -25,12 +26,12 @@ from kvswap.tuning.search import Candidate, Pricing, Request
 from kvswap.tuning.tables import cached_tables, load_tables, sketch_sizes
 from kvswap.units import MIB
 
-# group_tokens, select_tokens, room for reuse in MiB
+# group_tokens, select_tokens, reuse memory in MiB
 SETTINGS = ((1, 400, 0), (2, 400, 4), (4, 400, 0), (4, 400, 12), (8, 400, 2), (16, 400, 6), (4, 200, 1), (4, 800, 4))
 
 
 def priced(pricing: Pricing, config: kvswap.Config, tokens: int) -> Candidate:
-    """The price of a configuration whose memory is a limit in bytes."""
+    """Price a configuration whose ``kv_memory`` is a number of bytes."""
     request = Request(
         limit_bytes=int(config.kv_memory), context_tokens=tokens, batch=1, select_tokens=config.select_tokens
     )
@@ -40,19 +41,19 @@ def priced(pricing: Pricing, config: kvswap.Config, tokens: int) -> Candidate:
 
 
 def settings(pricing: Pricing, contexts: list[int]) -> Iterator[tuple[int, list[kvswap.Config]]]:
-    """Contexts in turn, each with its share of the settings."""
+    """Yield each context with its share of the settings."""
     rank = sketch_sizes(pricing.facts.key_elements)[0].rank
     for number, tokens in enumerate(contexts):
         configs = []
-        for group, select, room in SETTINGS[number :: len(contexts)]:
+        for group, select, reuse_mib in SETTINGS[number :: len(contexts)]:
             config = kvswap.Config(group_tokens=group, select_tokens=select, sketch_rank=rank)
             least = pricing.needs(config, 1).minimum_bytes(tokens)
-            configs.append(config.replace(kv_memory=least + room * MIB))
+            configs.append(config.replace(kv_memory=least + reuse_mib * MIB))
         yield tokens, configs
 
 
 def row(config: kvswap.Config, tokens: int, price: Candidate, found: Measured) -> dict[str, Any]:
-    """Predicted and measured of one setting."""
+    """Return predicted and measured values of one setting, as pairs."""
     cost = price.cost
     return {
         "tokens": tokens,
@@ -72,7 +73,7 @@ def row(config: kvswap.Config, tokens: int, price: Candidate, found: Measured) -
 
 
 def show(each: dict[str, Any]) -> None:
-    """One line."""
+    """Print one line for a setting, as predicted/measured."""
     ratio = each["step_ms"][1] / each["step_ms"][0]
     text = " ".join(
         f"{name.removesuffix('_s')} {each[name][0]:.1f}/{each[name][1]:.1f}"
@@ -86,7 +87,7 @@ def show(each: dict[str, Any]) -> None:
 
 
 def runs(loaded: LoadedModel, pricing: Pricing, contexts: list[int], steps: int) -> Iterator[dict[str, Any]]:
-    """All settings, measured."""
+    """Measure all settings and yield their rows."""
     for tokens, configs in settings(pricing, contexts):
         found = measure_steps(loaded, configs, tokens=tokens, steps=steps)
         for config, measured in zip(configs, found, strict=True):
@@ -94,7 +95,7 @@ def runs(loaded: LoadedModel, pricing: Pricing, contexts: list[int], steps: int)
 
 
 def main() -> None:
-    """Command line."""
+    """Parse the command line, run, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--profile", required=True)

@@ -1,10 +1,13 @@
-"""What the defaults without tuning rest on: quality tables of several models, side by side.
+"""Compare the default parameters with alternatives, from the quality tables of several models.
 
-    python benchmarks/defaults.py --model ~/models/a --model ~/models/b        from the tables that `kvswap tune` keeps
+    python benchmarks/defaults.py [--model ~/models/a --model ~/models/b]
 
-Writes ``results/tables-NAME.json`` for each model, what was measured without the rankings, and prints the table of
-docs/settings.md from these files. KL to full attention on calibration text, relative to the defaults, geometric means
-over texts and contexts; what is compared differs from the defaults in one thing. Below it stands how steady ratios are.
+With ``--model`` it first reads the model's tables from the cache of ``kvswap tune`` and writes their qualities to
+``results/tables-NAME.json``. Then it prints the table of docs/settings.md from all these files. No model decodes here.
+
+A value is the KL to full attention on calibration text relative to the defaults, as the geometric mean over texts and
+contexts. Each alternative differs from the defaults in one parameter. The last lines say how much such ratios differ
+between two halves of the texts.
 """
 
 from __future__ import annotations
@@ -32,10 +35,10 @@ Choice = Callable[[dict[str, Any]], bool]
 
 
 def ratio(facts: dict[str, Any], choice: Choice, than: Choice) -> float:
-    """KL of one choice over another's, geometric mean over texts, contexts and what else both were measured at."""
+    """Return KL of ``choice`` / KL of ``than``, as the geometric mean over all places where both were measured."""
 
-    def kl(wanted: Choice) -> dict[tuple[int, int, int], float]:
-        found = [each for each in facts["qualities"] if wanted(each)]
+    def kl(matches: Choice) -> dict[tuple[int, int, int], float]:
+        found = [each for each in facts["qualities"] if matches(each)]
         return {
             (each["tokens"], each["group_tokens"] if free else 0, text): kl
             for each in found
@@ -50,14 +53,17 @@ def ratio(facts: dict[str, Any], choice: Choice, than: Choice) -> float:
 
 
 def setting(facts: dict[str, Any], **changes: Any) -> Choice:
-    """The defaults (sketch of D/8 x 2 bytes in 4 bit, M = 400, no budgets by layer) with changes; None: any value."""
+    """Match the default setting with changes; None matches any value.
+
+    The default is a sketch of D/8 x 2 bytes in 4 bit, M = 400, and the same number of groups in every layer.
+    """
     first = facts["qualities"][0]
-    wanted = {"rank": first["rank"], "bits": first["bits"], "select_tokens": 400, "by_layer": False, **changes}
-    return lambda each: all(value is None or each[name] == value for name, value in wanted.items())
+    values = {"rank": first["rank"], "bits": first["bits"], "select_tokens": 400, "by_layer": False, **changes}
+    return lambda each: all(value is None or each[name] == value for name, value in values.items())
 
 
 def comparisons(facts: dict[str, Any]) -> dict[str, float]:
-    """Ratios of KL by what is changed."""
+    """Return the ratio of KL to the defaults' for each alternative, by its name in the table."""
     rank = facts["qualities"][0]["rank"]
     found = {
         f"G = {group}": ratio(facts, setting(facts, group_tokens=group), setting(facts, group_tokens=4))
@@ -80,10 +86,10 @@ def comparisons(facts: dict[str, Any]) -> dict[str, float]:
 
 
 def unsteadiness(facts: dict[str, Any]) -> tuple[float, float]:
-    """How far two halves of the texts differ in what a setting's KL is beside the reference's, as standard deviations.
+    """Return how much the ratio of a setting's KL to the default's differs between two halves of the texts.
 
-    Of the logarithm of the ratio, over all ways to halve the texts and all settings: as a quotient of mean KLs, and as
-    the geometric mean of the texts' own ratios, which is what the tuner uses.
+    Two standard deviations of the difference of log ratios, over all settings and all ways to halve the texts: for the
+    ratio of mean KLs, and for the geometric mean of the texts' own ratios. The tuner uses the latter.
     """
     kl = {tuple(each[name] for name in KEY): np.array(each["kl_by_text"]) for each in facts["qualities"]}
     first = facts["qualities"][0]
@@ -102,12 +108,12 @@ def unsteadiness(facts: dict[str, Any]) -> tuple[float, float]:
 
 
 def load_results() -> list[dict[str, Any]]:
-    """The committed tables, in the order of their names."""
+    """Return the committed tables in the order of their names."""
     return [json.loads(path.read_text()) for path in sorted(RESULTS.glob("tables-*.json"))]
 
 
 def markdown(models: Sequence[dict[str, Any]]) -> list[str]:
-    """One row for each change, one column for each model."""
+    """Lines of a Markdown table with one row for each alternative and one column for each model."""
     names = [each["model"] for each in models]
     columns = [comparisons(each) for each in models]
     lines = [f"| changed | {' | '.join(names)} | mean |", f"|---|{'---|' * (len(names) + 1)}"]
@@ -119,9 +125,9 @@ def markdown(models: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def main() -> None:
-    """Command line."""
+    """Parse the command line, write tables, and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", action="append", default=[], help="read its tables again")
+    parser.add_argument("--model", action="append", default=[], help="read this model's cached tables first")
     for name in parser.parse_args().model:
         loaded = load_model(name)
         facts = model_facts(loaded, inspect(loaded.model))

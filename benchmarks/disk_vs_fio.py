@@ -1,10 +1,11 @@
-"""Our io_uring reads against fio's own io_uring engine: same file, same run, direct, random, in alternating turns.
+"""Compare the rate of kvswap's io_uring reads with that of fio's io_uring engine, on the same file.
 
     python benchmarks/disk_vs_fio.py [--dir FOLDER] [--json FILE]
 
-Both read ``--size`` bytes of a file of random data for ``--seconds`` a turn, at depth 64. Turns alternate (fio, ours,
-fio, ours, ...), so that a drifting disk drifts for both. Reported: the median rate of each and ours / fio; CPU is
-the share of one core that the reading process used. Also measured: what Python adds to one ``submit``.
+Both read a file of ``--size`` random bytes with direct random reads at depth 64, for ``--seconds`` per turn. Turns
+alternate (fio, kvswap, fio, kvswap, ...), so that a disk that drifts does so for both. The table has the median rate of
+each, their ratio, and the share of one core that the reading process used. The last lines have the time that Python
+adds to one ``submit``. Needs fio and Linux.
 """
 
 from __future__ import annotations
@@ -31,8 +32,10 @@ from kvswap.units import KIB, MIB, format_rate, parse_bytes
 
 DEPTH = 64
 TICKETS = 16
-"""Tickets in flight, DEPTH / TICKETS reads each: as many buffers as fio has. With more memory as the target the same
-disk is slower (virtual disks copy through the processor's cache), which says nothing about the engine."""
+"""Submissions in flight, each with DEPTH / TICKETS reads, so that there are as many buffers as fio has.
+
+With more target memory the same disk is slower, because virtual disks copy through the processor's cache.
+"""
 
 
 def fio_turn(path: Path, read_bytes: int, seconds: float, seed: int) -> tuple[float, float]:
@@ -48,7 +51,7 @@ def fio_turn(path: Path, read_bytes: int, seconds: float, seed: int) -> tuple[fl
 def our_turn(
     backend: UringBackend, slab: Slab, file: int, units: int, read_bytes: int, seconds: float
 ) -> tuple[float, float]:
-    """Bytes per second and CPU share of our backend with TICKETS tickets in flight."""
+    """Bytes per second and CPU share of kvswap's backend with TICKETS submissions in flight."""
     rng = np.random.default_rng()
     count = DEPTH // TICKETS
     files, lengths = np.full(count, file, dtype=np.int64), np.full(count, read_bytes, dtype=np.int64)

@@ -1,11 +1,12 @@
-"""What is stated beside the kernel's count: growth of anonymous memory in prefill and in decode.
+"""Compare the memory that kvswap reports with the kernel's count of anonymous memory, in prefill and in decode.
 
     python benchmarks/memory.py --model smollm2-135m --tokens 4000,7000 --steps 200 [--json out.json]
 
-Weights are copied into memory first (as with --no-mmap) and a short prompt is run in a cache of its own, so that what
-grows afterwards is the cache (its basis included), prefill's passing needs and nothing else. The allocator is told to
-give large blocks back at once and does so with the rest before the start: what a process has freed and kept would hide
-as much of what it takes next. RssAnon is sampled every millisecond by a second thread. Linux with glibc only.
+Weights are first copied into memory (as with --no-mmap), and a short prompt runs in another cache. Growth after that
+comes from the measured cache, including its basis, and from transient memory of prefill.
+
+The allocator is set to return freed memory to the kernel. Freed memory that a process keeps would hide the same amount
+of later growth. A second thread samples RssAnon every millisecond. Linux with glibc only.
 """
 
 from __future__ import annotations
@@ -32,15 +33,15 @@ OWN_BLOCK_BYTES = 64 << 10
 
 
 def rss_anon_bytes() -> int:
-    """Anonymous memory of this process that is resident now."""
+    """Return the resident anonymous memory of this process."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("RssAnon:"):
             return int(line.split()[1]) * 1024
-    raise SystemExit("the kernel tells no RssAnon")
+    raise SystemExit("/proc/self/status has no RssAnon: this benchmark needs Linux 4.5 or newer")
 
 
 def give_back() -> None:
-    """Have freed memory returned to the kernel: large blocks from now on, all others now."""
+    """Return freed memory to the kernel now, and freed large blocks immediately from now on."""
     libc = ctypes.CDLL(None)
     libc.mallopt(M_MMAP_THRESHOLD, OWN_BLOCK_BYTES)
     libc.mallopt(M_TRIM_THRESHOLD, OWN_BLOCK_BYTES)
@@ -48,7 +49,7 @@ def give_back() -> None:
 
 
 class Peak:
-    """Largest RssAnon while the block runs."""
+    """Records the largest RssAnon while the block runs."""
 
     def __enter__(self) -> Peak:
         self.bytes, self._stop = rss_anon_bytes(), threading.Event()
@@ -70,10 +71,10 @@ class Peak:
 def measure(
     model: Any, ids: list[int], steps: int, tokenizer: Any, config: kvswap.Config, append: int = 0
 ) -> dict[str, int]:
-    """Bytes by the kernel and by the ledger: all but the last ``steps`` of ``ids`` are the prompt.
+    """Measure one prompt (all but the last ``steps`` of ``ids``) and ``steps`` decode steps; return bytes by name.
 
-    With ``append`` so many of its tokens come as a second prompt; then the peak is that of both. ``decode_held_bytes``
-    is what is there between steps when the allocator keeps nothing back.
+    With ``append``, the last ``append`` tokens of the prompt come as a second prompt, and the peak is that of both.
+    ``decode_held_bytes`` is the growth between steps, after the allocator has returned everything it freed.
     """
     keyword = cache_keyword(model)
 
@@ -94,7 +95,7 @@ def measure(
             if append:
                 feed(cache, prompt[len(prompt) - append :])
         after_prefill = rss_anon_bytes()
-        give_back()  # of small blocks the allocator keeps some MiB
+        give_back()  # the allocator keeps a few MiB of small blocks
         held_bytes = rss_anon_bytes()
         with Peak() as decode:
             for number, token in enumerate(ids[-steps:]):
@@ -124,17 +125,17 @@ def measure(
 
 
 def show(result: dict[str, int]) -> None:
-    """One line for each number, and how far the statements are off."""
+    """Print one line for each number, and the difference between reported and measured memory."""
     for name, count in result.items():
         text = f"{count / MIB:9.1f} MiB" if name.endswith("_bytes") else f"{count:9}"
         print(f"{name:28} {text}")
     prefill = result["prefill_peak_bytes"] / result["prefill_growth_bytes"] - 1
     decode = result["kv_memory_peak_bytes"] + result["sliding_kv_bytes"] - result["decode_growth_bytes"]
-    print(f"stated - grown: prefill {prefill:+.1%}, decode {decode / MIB:+.1f} MiB\n")
+    print(f"reported - measured: prefill {prefill:+.1%}, decode {decode / MIB:+.1f} MiB\n")
 
 
 def main() -> None:
-    """Command line."""
+    """Parse the command line, run, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--tokens", default="7000", help="lengths of prompts, one run each")

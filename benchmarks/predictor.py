@@ -1,14 +1,17 @@
-"""kvswap beside the published scheme in the same memory: relaxed and tight, G = 4 and G = 8, in turns in one run.
+"""Compare the quality of kvswap's predictor with the published scheme in the same memory.
 
     python benchmarks/predictor.py --model smollm2-135m --context 7000 --texts 8 --steps 64 --json FILE [--prompts DIR]
 
-Texts are those of ``kvswap eval --task agreement --samples 8``: never calibrated on. For every text the prompt is
-computed once, then full attention and all variants take the same tokens of the text one by one, as rows of one batch.
-Relaxed is a sketch of D/8 x 2 bytes a token and layer, tight D/32 x 2, for both methods, with everything that grows
-with tokens counted; one memory limit for all. ``--tuned FILE`` takes instead what ``kvswap tune`` found for this
-context, beside both methods' tight setting with G = 8 in the same memory. A file that is there is continued; texts are
-taken from both ends inwards, so that a run that is broken off has spread them too. KL is KL(full || variant) of the
-next-token distribution, in nats.
+Variants are both methods with the relaxed sketch (D/8 x 2 bytes per token and layer) and the tight one (D/32 x 2), with
+G = 4 and G = 8, under one memory limit. Everything that grows with tokens counts as sketch. With ``--tuned FILE`` the
+variants are the solution of ``kvswap tune`` for this context, and both methods' tight setting with G = 8 under the same
+limit.
+
+Texts are those of ``kvswap eval --task agreement --samples 8``, which were never calibrated on. Each prompt is computed
+once. Then full attention and all variants take the same tokens one by one, as rows of one batch. KL is KL(full ||
+variant) of the next-token distribution in nats.
+
+An existing file is continued. Texts are taken from both ends inwards, so that an interrupted run has spread texts, too.
 """
 
 from __future__ import annotations
@@ -35,11 +38,12 @@ from kvswap.models.loading import load_model
 from kvswap.tuning.solution import Solution, load_tuned
 
 METHODS = ("kvswap", "kvswap-paper")
-TEXTS, MOST_STEPS = 8, 64  # texts are cut for these, whatever part of them is used
+TEXTS, MOST_STEPS = 8, 64
+"""Texts are cut for these numbers, even if fewer are used."""
 
 
 def variants(elements: int, kv_memory: str) -> dict[str, tuple[str, Config]]:
-    """Methods and configurations by name, for keys of ``elements`` elements."""
+    """Return methods and configurations by name, for keys of ``elements`` elements (D)."""
     config, found = Config(kv_memory=kv_memory), {}
     for group_tokens in (4, 8):
         for setting in PUBLISHED:
@@ -50,24 +54,23 @@ def variants(elements: int, kv_memory: str) -> dict[str, tuple[str, Config]]:
 
 
 def beside_tuned(elements: int, solution: Solution) -> dict[str, tuple[str, Config]]:
-    """A tuned configuration, then both methods' tight setting with G = 8 under its limit."""
+    """Return a tuned configuration, and both methods' tight setting with G = 8 under its limit, by name."""
     tuned = solution.config
     tight = SketchSetting("tight", 8).apply(Config(kv_memory=tuned.kv_memory), elements)
     return {"kvswap tuned": ("kvswap", tuned), **{f"{method} tight G8": (method, tight) for method in METHODS}}
 
 
 def run_text(
-    loaded: Any, sample: Sample, steps: int, wanted: dict[str, tuple[str, Config]], prompts: PromptCache
+    loaded: Any, sample: Sample, steps: int, methods: dict[str, tuple[str, Config]], prompts: PromptCache
 ) -> dict[str, Any]:
-    """One text through full attention and all variants."""
-    first = next(iter(wanted.values()))[1]
-    with attach_each(
-        loaded.model, with_methods([("full", first), *wanted.values()]), tokenizer=loaded.tokenizer
-    ) as caches:
+    """Run one text with full attention and all variants; return the row for the file."""
+    first = next(iter(methods.values()))[1]
+    variants = with_methods([("full", first), *methods.values()])
+    with attach_each(loaded.model, variants, tokenizer=loaded.tokenizer) as caches:
         row = prompts.fill(loaded.model, caches[0], sample.prompt)
         for cache in caches[1:]:
             cache.adopt(caches[0])
-        named = dict(zip(("full", *wanted), caches, strict=True))
+        named = dict(zip(("full", *methods), caches, strict=True))
         runs = force_batched(loaded.model, named, sample.forced[:steps], row)
         stats = {name: cache.stats for name, cache in named.items()}
     return {
@@ -91,7 +94,7 @@ def run_text(
 
 
 def table(rows: list[dict[str, Any]]) -> list[str]:
-    """One line a variant: KL with its standard error over texts, top-1 agreement, sketch."""
+    """Format one line per variant: KL with its standard error over texts, top-1 agreement, sketch."""
     lines = []
     for name in rows[0]["methods"]:
         kl = [statistics.fmean(row["methods"][name]["kl"]) for row in rows]
@@ -103,7 +106,7 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def main() -> None:
-    """Command line."""
+    """Parse the command line, run, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--context", type=int, default=7000)
@@ -117,11 +120,11 @@ def main() -> None:
     loaded = load_model(args.model, dtype="float32")
     parts = inspect(loaded.model)
     elements = parts.kv_heads * parts.head_dim
-    wanted = variants(elements, args.kv_memory)
+    methods = variants(elements, args.kv_memory)
     if args.tuned is not None:
         tuned = load_tuned(args.tuned)
         tuned.check_model(attention_fingerprint(parts))
-        wanted = beside_tuned(elements, tuned.nearest(context_tokens=args.context))
+        methods = beside_tuned(elements, tuned.nearest(context_tokens=args.context))
     source = Source(tokenizer=loaded.tokenizer, passages=evaluation_text(), seed=0, steps=MOST_STEPS)
     prompts = PromptCache(args.prompts)
     rows = json.loads(args.json.read_text()) if args.json.exists() else []
@@ -130,7 +133,7 @@ def main() -> None:
     inwards = [samples[each // 2 if each % 2 == 0 else -1 - each // 2] for each in range(TEXTS)]
     for sample in inwards[: args.texts]:
         if sample.prompt_hash not in done:
-            rows.append(run_text(loaded, sample, args.steps, wanted, prompts))
+            rows.append(run_text(loaded, sample, args.steps, methods, prompts))
             write_json(args.json, rows)
     print("\n".join(table(rows)))
 

@@ -1,18 +1,19 @@
-"""Sessions: the first token of a resumed one against prefilling it, forks, checksums and encryption.
+"""Measure sessions: resuming against prefill, forks, and the cost of checksums and encryption.
 
     python benchmarks/resume.py --model smollm2-135m --tokens 7000 --json out.json
 
-One session is prefilled from text that nothing was calibrated on, once in plain form and once encrypted, and closed.
-What is measured then, all in one process with the model loaded:
+One session is prefilled with text that was never calibrated on, once unencrypted and once encrypted, and closed. Then
+three things are measured in one process with the model loaded:
 
-* first token: from opening the session (reading it, comparing the model with it, attaching) to a token, with nothing
-  new and with --question new tokens that attend to all that is stored. Prefilling is timed to its first token as well.
-* fork: seconds and bytes of new disk.
-* decode: --turns turns of forced steps on fresh forks, so that all begin alike: in the plain session every other step
-  compares groups with their checksums, --steps of each kind; then --steps in the encrypted one. Beside the medians
-  stands the time that unsealing itself took, which the noise of a shared machine does not hide.
+* First token: the time from opening the session (reading it, checking the model, attaching) to one token, without new
+  tokens and with --question new tokens that attend to the stored context. For prefill, the time to its first token.
+* Fork: seconds, and bytes of new disk space.
+* Decode: --turns turns of forced steps, each on a fresh fork, so that all begin equally. In the unencrypted session,
+  steps with and without verification of checksums alternate, --steps of each; then come --steps in the encrypted
+  session. The time of verifying and decrypting alone is also measured, because the noise of a shared machine could hide
+  it in the step times.
 
-The files lie below --kv-dir and are removed.
+The files lie below --kv-dir and are removed at the end.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ KINDS = ("unverified", "checksums", "encrypted")
 
 
 class Meter:
-    """Seconds spent in ``PersistentGroupStore.unseal`` since ``reset``, and groups that went through it."""
+    """Measures the seconds in ``PersistentGroupStore.unseal`` since ``reset``, and the groups that it processed."""
 
     def __init__(self) -> None:
         self.seconds, self.groups = 0.0, 0
@@ -61,36 +62,36 @@ class Meter:
         PersistentGroupStore.unseal = timed  # type: ignore[method-assign]
 
     def reset(self) -> None:
-        """Begin anew."""
+        """Set the counters to zero."""
         self.seconds, self.groups = 0.0, 0
 
     def close(self) -> None:
-        """Take the meter off."""
+        """Restore the original function."""
         PersistentGroupStore.unseal = self._unseal  # type: ignore[method-assign]
 
 
 def prompt_ids(loaded: LoadedModel, tokens: int) -> list[int]:
-    """So many tokens of text that was not calibrated on. Raises SystemExit where there is less."""
+    """Return ``tokens`` tokens of evaluation text. Raises SystemExit when the text is too short."""
     ids: list[int] = []
     for _, text in evaluation_text():
         ids += loaded.tokenizer(text, verbose=False)["input_ids"]
         if len(ids) >= tokens:
             return ids[:tokens]
-    raise SystemExit(f"there are {len(ids):,} tokens of text here, {tokens:,} are wanted")
+    raise SystemExit(f"the evaluation text has {len(ids):,} tokens, {tokens:,} are needed: use fewer --tokens")
 
 
 def evict(folder: Path) -> None:
-    """See that what is read of a session's files comes from the disk: they were written a moment ago."""
+    """Remove a session's files from the page cache, so that reads of them come from the disk."""
     for path in folder.rglob("*"):
         if path.is_file():
             fd = os.open(path, os.O_RDONLY)
-            os.fsync(fd)  # what is not on the disk yet stays in memory
+            os.fsync(fd)  # only written pages can be dropped
             os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
             os.close(fd)
 
 
 def first_token_s(session: Session, new: list[int], started_s: float) -> float:
-    """Seconds from ``started_s`` until a token is there, after appending ``new``."""
+    """Append ``new`` and generate one token; return the seconds from ``started_s`` until the token exists."""
     if new:
         session.append(new)
     stream = session.generate(max_new_tokens=1)
@@ -102,16 +103,16 @@ def first_token_s(session: Session, new: list[int], started_s: float) -> float:
 
 
 def measure_first_tokens(loaded: LoadedModel, config: kvswap.Config, ids: list[int], args: Any) -> dict[str, Any]:
-    """Prefilled and resumed, plain and encrypted."""
+    """Measure first tokens of prefill and of the resumed session, unencrypted and encrypted."""
     from kvswap.sessions.catalog import session_path
 
     found: dict[str, Any] = {}
     context, question = ids[: args.tokens], ids[args.tokens : args.tokens + args.question]
     for kind, encrypt in (("plain", False), ("secret", True)):
         with Session.create(kind, loaded, config, encrypt=encrypt) as session:
-            assert session.cache is not None  # calibrates, outside of what is timed
+            assert session.cache is not None  # calibrates before the time is measured
             prefill_s = first_token_s(session, context, time.perf_counter())
-            session.undo()  # takes the token back: the context alone is what the others begin with
+            session.undo()  # removes the token again, so that the session is the context alone
         resumed: dict[str, list[float]] = {"resume_s": [], "question_s": []}
         for _ in range(args.repeat):
             for name, new in (("resume_s", []), ("question_s", question)):
@@ -126,7 +127,7 @@ def measure_first_tokens(loaded: LoadedModel, config: kvswap.Config, ids: list[i
 
 
 def measure_forks(config: kvswap.Config, repeat: int) -> dict[str, Any]:
-    """Seconds of a fork on an open session, and bytes of new disk by the session's own count and by the disk's."""
+    """Measure the seconds of a fork, and its new disk space as the session and as the disk count it."""
     from kvswap.sessions.catalog import open_store, session_path, used_bytes
     from kvswap.sessions.sharing import fork as fork_store
 
@@ -143,7 +144,7 @@ def measure_forks(config: kvswap.Config, repeat: int) -> dict[str, Any]:
 
 
 def measure_decode(loaded: LoadedModel, config: kvswap.Config, ids: list[int], args: Any) -> dict[str, Any]:
-    """Step times of each kind, turn by turn, and what unsealing took of them."""
+    """Measure the step times of each kind by turn, and the share of verification and decryption in them."""
     meter = Meter()
     found: dict[str, Any] = {kind: {"step_s": [], "unseal_s": [], "unsealed_groups": []} for kind in KINDS}
     plain = ("unverified", "checksums")
@@ -171,7 +172,7 @@ def measure_decode(loaded: LoadedModel, config: kvswap.Config, ids: list[int], a
 def decode(
     loaded: LoadedModel, session: Session, forced: list[int], kinds: tuple[str, ...], meter: Meter
 ) -> list[dict[str, Any]]:
-    """One record of each step after the warm ones; the kinds take turns step by step."""
+    """Decode forced tokens, alternating the kinds; return one record for each step after the warm-up."""
     model, records = loaded.model, []
     for number, token in enumerate(forced):
         kind = kinds[number % len(kinds)]
@@ -187,7 +188,7 @@ def decode(
 
 
 def fork(config: kvswap.Config, name: str, new: str) -> None:
-    """A fork of a closed session."""
+    """Fork a closed session."""
     from kvswap.sessions.catalog import open_store, session_path
     from kvswap.sessions.sharing import fork as fork_store
 
@@ -204,7 +205,7 @@ def remove(config: kvswap.Config, name: str) -> None:
 
 
 def summarise(first: dict[str, Any], forks: dict[str, Any], steps: dict[str, Any]) -> dict[str, Any]:
-    """The few numbers that the docs show."""
+    """Return the numbers that the docs show."""
     medians = {kind: [statistics.median(turn) for turn in each["step_s"]] for kind, each in steps.items()}
     shares = {kind: sum(each["unseal_s"]) / sum(sum(turn) for turn in each["step_s"]) for kind, each in steps.items()}
     plain, secret = first["plain"], first["secret"]
@@ -228,7 +229,7 @@ def summarise(first: dict[str, Any], forks: dict[str, Any], steps: dict[str, Any
 
 
 def main() -> None:
-    """Command line."""
+    """Parse the command line, run, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
     parser.add_argument("--tokens", type=int, default=7000, help="tokens of the session")

@@ -1,9 +1,9 @@
-"""Memory and step time from 32K to 1M tokens, without a model: synthetic K, V in SmolLM2-135M's geometry.
+"""Measure memory and step time from 32K to 1M tokens without a model: synthetic K, V in SmolLM2-135M's geometry.
 
     python benchmarks/scale.py --tokens 32768,131072,524288,1048576 --steps 40 --json out.json --plot out.png
 
-Each size is filled, measured and dropped before the next; 1M tokens take 23 GB of disk. Sizes that do not fit what is
-free are said and left out.
+Each size is filled, measured and removed before the next; 1M tokens take 23 GB of disk. Sizes that do not fit the free
+disk space are left out with a notice.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from kvswap.units import format_bytes
 
 
 def main() -> None:
-    """Command line."""
+    """Parse the command line, run, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", default="32768,131072,524288,1048576", metavar="N,...")
     parser.add_argument("--steps", type=int, default=40)
@@ -39,7 +39,7 @@ def main() -> None:
     for tokens in map(int, args.tokens.split(",")):
         if not fits(tokens, config):
             display.notice(
-                f"{tokens:,} tokens take {format_bytes(kv_bytes(tokens))} of disk, which is not free: left out"
+                f"{tokens:,} tokens are left out: they take {format_bytes(kv_bytes(tokens))} of disk, which is not free"
             )
             skipped.append(tokens)
             continue
@@ -47,7 +47,7 @@ def main() -> None:
         rows.append(row)
         parts = ", ".join(f"{name.removesuffix('_s')} {1e3 * value:.1f}" for name, value in row["parts_s"].items())
         print(f"{tokens:>9,} tokens: step {1e3 * row['median_step_s']:.1f} ms ({parts}); "
-              f"{row['memory_bytes_per_token']:,.0f} bytes a token", flush=True)  # fmt: skip
+              f"{row['memory_bytes_per_token']:,.0f} bytes per token", flush=True)  # fmt: skip
         if args.json:
             environment = {"machine": dataclasses.asdict(describe_machine()), "threads": torch.get_num_threads()}
             write_json(args.json, {"environment": environment, "results": rows, "skipped_tokens": skipped})

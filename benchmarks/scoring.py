@@ -1,8 +1,8 @@
-"""What scoring and choosing costs in one layer, over the length of the context.
+"""Measure the time to score a sketch and choose groups in one layer, over the length of the context.
 
     python benchmarks/scoring.py --tokens 8192,32768,131072,1048576 --json out.json
 
-Keys are random; one thread, the fastest of some calls.
+Keys are random. One thread; the result is the fastest of twelve calls.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from kvswap.selection.transform import TransformSketch, transform_basis
 SHAPES = {"SmolLM2-135M": (3, 64, 9), "Qwen2.5-Coder-0.5B": (2, 64, 14), "Llama-3.1-8B": (8, 128, 32)}
 """KV heads, head_dim, query heads."""
 SETTINGS = ((2, 4), (4, 2))
-"""Elements of a key a digit, and bits of a digit: D / 8 x 2 bytes a token, and half of it."""
+"""Elements of a key per number of the sketch, and bits of a number: D/8 x 2 bytes per token, and half of that."""
 GROUP_TOKENS, CHOSEN, TURNS = 4, 88, 12
 
 
 def measure(shape: tuple[int, int, int], tokens: int, elements_a_digit: int, bits: int) -> float:
-    """Fastest of some calls, in seconds."""
+    """Return the seconds of the fastest call."""
     kv_heads, head_dim, query_heads = shape
     generator = torch.Generator().manual_seed(0)
     statistics = KeyCovariance(kv_heads, head_dim)

@@ -1,12 +1,12 @@
-"""Run a command with the disk slowed down by the kernel, to see what a slower disk would give (Linux, as root).
+"""Run a command with a disk that the kernel slows down, to measure what a slower disk would give (Linux, as root).
 
     python benchmarks/throttle.py --emmc -- kvswap bench ...       250 MB/s, 8,000 reads/s
     python benchmarks/throttle.py --sd -- kvswap bench ...          90 MB/s, 3,000 reads/s
     python benchmarks/throttle.py --read-mbps 500 --read-iops 20000 --dir /data -- COMMAND
 
-The limits hold for direct reads of the disk under --dir (default: the current folder) by the command and all it starts;
-reads that the page cache serves are not slowed. MB is 10^6 bytes. Control groups of version 2 (io.max) and version 1
-(blkio) are used, whichever the system has. The exit code is the command's.
+The limits apply to direct reads of the disk under --dir (default: the current folder), by the command and all processes
+it starts. Reads from the page cache are not slowed. MB is 10^6 bytes. The script uses control groups of version 2
+(io.max) or version 1 (blkio), whichever the system has. The exit code is the command's.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ ROOT = Path("/sys/fs/cgroup")
 
 
 def disk_of(folder: str) -> str:
-    """``major:minor`` of the whole disk that holds a folder; a limit on a partition is refused by the kernel."""
+    """Return ``major:minor`` of the whole disk of a folder, because the kernel refuses limits on partitions."""
     number = os.stat(folder).st_dev
     entry = Path(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}")
     if not entry.exists():
@@ -33,7 +33,7 @@ def disk_of(folder: str) -> str:
 
 
 def make_group(device: str, read_bytes_per_s: int, reads_per_s: int) -> Path:
-    """A control group with the limits set; returns its folder."""
+    """Create a control group with the limits; return its folder."""
     name = f"kvswap-throttle-{os.getpid()}"
     if (ROOT / "cgroup.controllers").exists():
         if "io" not in (ROOT / "cgroup.controllers").read_text().split():

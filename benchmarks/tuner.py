@@ -1,11 +1,13 @@
-"""The tuned configuration beside an exhaustive sweep over the group size in the same memory.
+"""Compare the tuned configuration with a sweep over all group sizes in the same memory.
 
     python benchmarks/tuner.py --model smollm2-135m --kv-memory 16MiB --context 4096 --profile p.json --json FILE
 
-The configuration that ``kvswap tune`` finds, and G = 1, 2, 4, 8, 16 with the default sketch and M = 400 in every layer
-under the same limit, take the same tokens of evaluation text in turns within one process, beside full attention. A time
-is the median over texts of the median of five blocks' medians. KL is expected in the mean over texts, promised of nine
-of ten texts, and measured of each. Under ``benchmarks/throttle.py`` give a profile that was measured under it too.
+The sweep has G = 1, 2, 4, 8, 16 with the default sketch and M = 400 in every layer. All configurations and full
+attention take the same tokens of evaluation text, interleaved within one process. A time is the median over texts; that
+of one text is the median of the medians of five blocks of steps. KL is shown as expected (mean over texts), as the
+bound that nine of ten texts are expected to stay below, and as measured.
+
+Under ``benchmarks/throttle.py``, give a profile that was measured under it, too.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ from kvswap.units import parse_bytes
 
 
 def sweep(pricing: Pricing, solution: Solution, limit_bytes: int) -> dict[str, Config]:
-    """The tuned configuration, then every group size that fits the limit; the tuned one may leave some of it unused."""
+    """Return the tuned configuration and every group size that fits the limit, by name."""
     rank = sketch_sizes(pricing.facts.key_elements)[0].rank
     found = {"tuned": solution.config}
     for group_tokens in GROUPS:
@@ -44,7 +46,7 @@ def sweep(pricing: Pricing, solution: Solution, limit_bytes: int) -> dict[str, C
 
 
 def expected(pricing: Pricing, config: Config, tokens: int) -> dict[str, float]:
-    """What the cost model and the tables say of a configuration."""
+    """Return the predictions of the cost model and the tables for a configuration."""
     request = Request(
         limit_bytes=int(config.kv_memory), context_tokens=tokens, batch=1, select_tokens=config.select_tokens
     )
@@ -58,8 +60,11 @@ def expected(pricing: Pricing, config: Config, tokens: int) -> dict[str, float]:
     }
 
 
-def row(name: str, config: Config, promised: dict[str, float], found: list[Measured]) -> dict[str, Any]:
-    """Promised and measured of one configuration; ``kl`` is the measured mean over texts, ``kl_by_text`` of each."""
+def row(name: str, config: Config, predicted: dict[str, float], found: list[Measured]) -> dict[str, Any]:
+    """Return predicted and measured values of one configuration. ``kl`` is the mean of ``kl_by_text``.
+
+    ``promised_kl`` is the bound, under the key that earlier results files have.
+    """
     by_text = [each.kl for each in found if each.kl is not None]
     return {
         "name": name,
@@ -67,20 +72,20 @@ def row(name: str, config: Config, promised: dict[str, float], found: list[Measu
         "sketch": [config.sketch_rank, config.sketch_bits],
         "by_layer": config.layer_select_tokens is not None,
         "reuse_slots": found[0].reuse_slots,
-        "step_ms": [promised["step_ms"], 1e3 * statistics.median(each.step_s for each in found)],
-        "expected_kl": promised["expected_kl"],
-        "promised_kl": promised["promised_kl"],
+        "step_ms": [predicted["step_ms"], 1e3 * statistics.median(each.step_s for each in found)],
+        "expected_kl": predicted["expected_kl"],
+        "promised_kl": predicted["promised_kl"],
         "kl": statistics.fmean(by_text),
         "kl_by_text": by_text,
-        "texts_kept": sum(each <= promised["promised_kl"] for each in by_text),
-        "reuse_rate": [promised["reuse_rate"], statistics.fmean(each.reuse_rate for each in found)],
+        "texts_kept": sum(each <= predicted["promised_kl"] for each in by_text),
+        "reuse_rate": [predicted["reuse_rate"], statistics.fmean(each.reuse_rate for each in found)],
         "reads": statistics.fmean(each.reads for each in found),
         "peak_bytes": max(each.kv_memory_peak_bytes for each in found),
     }
 
 
 def show(rows: list[dict[str, Any]]) -> None:
-    """A table, and the ratios that matter."""
+    """Print a table, and the tuned configuration relative to the best of the sweep."""
     for each in rows:
         rank, bits = each["sketch"]
         text = (
@@ -88,21 +93,21 @@ def show(rows: list[dict[str, Any]]) -> None:
         )
         print(
             f"{text:36} slots {each['reuse_slots']:5} step {each['step_ms'][0]:.1f}/{each['step_ms'][1]:.1f} ms  "
-            f"KL expected {each['expected_kl']:.4f} promised {each['promised_kl']:.4f} measured {each['kl']:.4f}  "
+            f"KL expected {each['expected_kl']:.4f} bound {each['promised_kl']:.4f} measured {each['kl']:.4f}  "
             f"reuse {each['reuse_rate'][0]:.2f}/{each['reuse_rate'][1]:.2f}"
         )
     tuned, *others = rows
     best = min(others, key=lambda each: each["step_ms"][1])
     print(
         f"tuned / best of the sweep ({best['name']}): time {tuned['step_ms'][1] / best['step_ms'][1]:.3f}, "
-        f"KL {tuned['kl'] / best['kl']:.2f}; measured / promised KL {tuned['kl'] / tuned['promised_kl']:.2f}, "
+        f"KL {tuned['kl'] / best['kl']:.2f}; measured / bound KL {tuned['kl'] / tuned['promised_kl']:.2f}, "
         f"measured / expected {tuned['kl'] / tuned['expected_kl']:.2f}; "
-        f"{tuned['texts_kept']} of {len(tuned['kl_by_text'])} texts below the promise"
+        f"{tuned['texts_kept']} of {len(tuned['kl_by_text'])} texts below the bound"
     )
 
 
 def main() -> None:
-    """Command line."""
+    """Parse the command line, run, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--kv-memory", default="16MiB")
@@ -111,7 +116,7 @@ def main() -> None:
     parser.add_argument("--profile", required=True)
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--texts", type=int, default=1)
-    parser.add_argument("--label", default="", help="what is remarkable about the disk")
+    parser.add_argument("--label", default="", help="what is special about the disk")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     loaded = load_model(args.model)

@@ -46,7 +46,7 @@ def test_pdf_without_text_and_damaged_pdf(tmp_path: Path) -> None:
     pytest.importorskip("pypdf")
     file = tmp_path / "a.pdf"
     file.write_bytes(pdf(""))
-    with pytest.raises(InputError, match="a PDF of pictures"):
+    with pytest.raises(InputError, match="pictures only and no text"):
         read_document(file)
     file.write_bytes(pdf("x")[:60])
     with pytest.raises(InputError, match="the PDF cannot be read"):

@@ -1,4 +1,7 @@
-"""Documents as text: plain text, Markdown, source code (UTF-8), and PDF through the extra ``pdf``."""
+"""Read documents as text: plain text, Markdown and source code in UTF-8, and PDF with the extra ``pdf``.
+
+Commands and the engine call ``read_document``. Any thread may call.
+"""
 
 from __future__ import annotations
 
@@ -10,14 +13,14 @@ from kvswap.errors import InputError
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """Text with a name that the model sees."""
+    """A text and its name; the model sees both."""
 
     name: str
     text: str
 
 
 def read_document(path: str | Path) -> Document:
-    """Read one document. Raises InputError where that cannot be done or nothing is in it."""
+    """Read one document. Raises InputError when it cannot be read or has no text."""
     file = Path(path).expanduser()
     try:
         data = file.read_bytes()
@@ -30,7 +33,7 @@ def read_document(path: str | Path) -> Document:
         raise InputError(f"document {path}: cannot be read: {error.strerror}", hint=hint) from error
     text = _pdf_text(path, file) if data.startswith(b"%PDF-") else _plain_text(path, data)
     if not text.strip():
-        raise InputError(f"document {path}: there is no text in it", hint="give a document with text")
+        raise InputError(f"document {path}: the file has no text", hint="give a document with text")
     return Document(file.name, text)
 
 
@@ -49,7 +52,9 @@ def _pdf_text(path: str | Path, file: Path) -> str:
         from pypdf import PdfReader
         from pypdf.errors import PyPdfError
     except ImportError as error:
-        raise InputError(f"document {path}: PDF needs pypdf", hint="run: pip install 'kvswap[pdf]'") from error
+        raise InputError(
+            f"document {path}: reading PDF needs pypdf, which is not installed", hint="run: pip install 'kvswap[pdf]'"
+        ) from error
     try:
         reader = PdfReader(file)
         pages = [page.extract_text() for page in reader.pages]
@@ -57,5 +62,7 @@ def _pdf_text(path: str | Path, file: Path) -> str:
         raise InputError(f"document {path}: the PDF cannot be read: {error}", hint="convert it to text") from error
     text = "\n\n".join(page.strip() for page in pages)
     if not text.strip():
-        raise InputError(f"document {path}: a PDF of pictures, without text", hint="run text recognition on it first")
+        raise InputError(
+            f"document {path}: the PDF has pictures only and no text", hint="run text recognition (OCR) on it first"
+        )
     return text

@@ -1,9 +1,11 @@
-"""A meter of what selection costs: now and then a step is done over again with exact attention, and compared.
+"""Measure the quality of selection during a run: repeat some steps with exact attention and compare.
 
-``QualityMeter`` is called with the logits of every step, as ``generate`` calls a logits processor. When it checks, the
-step's token goes through the model once more; every offloaded layer then attends to all of its K, V, streamed from disk
-in tiles. Nothing is changed: logits pass through as they are. What earlier steps left behind stays as it is, so a check
-tells what selection did in this one step. The tiles, about 2,000 tokens of one layer, are held beside the memory limit.
+``generate`` calls ``QualityMeter`` as a logits processor, with the logits of every step. For a check, the step's token
+goes through the model once more, and every offloaded layer attends to all of its K, V, which stream from disk in tiles.
+Logits pass through unchanged, and the cache stays as it is. Hidden states of earlier steps are those of the run, so a
+check measures the effect of selection in this one step.
+
+The tiles (about 2,000 tokens of one layer) take memory outside the limit. One thread: the one that runs the model.
 """
 
 from __future__ import annotations
@@ -25,14 +27,18 @@ from kvswap.errors import UnsupportedError
 from kvswap.models.adapter import LayerParts, cache_keyword
 
 COST_SHARE = 0.05
+"""Checks may take this share of the decode time."""
 
 
 class QualityMeter:
-    """Checks the first step, then as often as ``COST_SHARE`` of the time of decoding allows. One sequence."""
+    """Checks the first step, then as many as ``COST_SHARE`` allows. For caches of one sequence.
+
+    Raises UnsupportedError for methods that select by head, stream, or rebuild keys.
+    """
 
     def __init__(self, model: Any, cache: KVSwapCache) -> None:
         if not cache.shared_selection:
-            raise UnsupportedError(f"checking the quality of method {cache.method.name}", hint="use kvswap")
+            raise UnsupportedError(f"checking the quality of method {cache.method.name}", hint="use method kvswap")
         self._model, self._cache = model, cache
         self._checks: list[tuple[float, float, bool]] = []
         self._check_s = self._decode_s = 0.0
@@ -40,7 +46,10 @@ class QualityMeter:
         self._sliding: dict[int, Any] = {}
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Take the logits ``[1, V]`` after ``input_ids`` ``[1, T]``; gives them back as they are."""
+        """Check the last step if it is time to. Takes the logits ``[1, V]`` after ``input_ids`` ``[1, T]``.
+
+        Returns the logits unchanged.
+        """
         now_s = time.perf_counter()
         if self._last_s is not None:
             self._decode_s += now_s - self._last_s
@@ -52,20 +61,24 @@ class QualityMeter:
         return scores
 
     def remember(self) -> None:
-        """Keep what layers with a sliding window hold before a step that may be checked (no copy of tensors)."""
+        """Remember the state of sliding-window layers before a step that may be checked. Tensors are not copied."""
         layers = enumerate(self._cache.layers)
         self._sliding = {index: copy.copy(layer) for index, layer in layers if layer.is_sliding}
 
     def mass(self, token: int) -> float:
-        """The share of attention mass that the last step, of ``token``, kept; mean over heads and layers."""
+        """Return the share of attention mass that the last step kept, as the mean over heads and layers.
+
+        ``token`` is the token of that step.
+        """
         return self._exact(token)[1]
 
     def check(self, token: int, logits: torch.Tensor) -> tuple[float, float]:
-        """Do the last step over again; ``logits`` ``[V]`` are what it gave.
+        """Repeat the last step, of ``token``, exactly; ``logits`` ``[V]`` are its result in the run.
 
         Returns
         -------
-        The share of attention mass that the selection kept, mean over heads and layers, and KL(exact || selected).
+        The share of attention mass that the selection kept, as the mean over heads and layers, and KL(exact ||
+        selected) in nats.
         """
         start_s = time.perf_counter()
         exact, kept = self._exact(token)
@@ -77,7 +90,7 @@ class QualityMeter:
 
     @torch.no_grad()
     def _exact(self, token: int) -> tuple[torch.Tensor, float]:
-        """Log-probabilities ``[V]`` of the last step done exactly, and the mass that it kept."""
+        """Log-probabilities ``[V]`` of the last step with exact attention, and the mass that the selection kept."""
         view = _ExactView(self._cache, self._sliding)
         tokens = torch.tensor([[token]], device=self._model.device)
         output = self._model(input_ids=tokens, use_cache=True, logits_to_keep=1, **{cache_keyword(self._model): view})
@@ -85,7 +98,7 @@ class QualityMeter:
 
     @property
     def stats(self) -> QualityStats | None:
-        """Means over the checks; None where there was none."""
+        """Means over the checked steps; None before the first check."""
         if not self._checks:
             return None
         kept, kl, same = (float(np.mean(values)) for values in zip(*self._checks, strict=True))
@@ -100,7 +113,7 @@ class QualityMeter:
 
 
 class _ExactView(LayerMajorCache):
-    """The context of a cache without its last token, attended to exactly; for one forward of that token."""
+    """The context of a cache without its last token, with exact attention, for one forward of that token."""
 
     def __init__(self, cache: KVSwapCache, sliding: dict[int, Any]) -> None:
         assert cache.decode is not None
@@ -128,7 +141,7 @@ class _ExactView(LayerMajorCache):
         mask: Any,
         kwargs: dict[str, Any],
     ) -> torch.Tensor:
-        """Exact attention of one token, and how much of its mass the step before attended to."""
+        """Compute exact attention of one token, and record how much of its mass the selection had attended to."""
         if special(kwargs):
             raise UnsupportedError("checking quality with softcap or attention sinks", hint="leave --check-quality out")
         assert part.order is not None
@@ -145,7 +158,7 @@ class _ExactView(LayerMajorCache):
         return whole.result()[None].to(query.dtype)
 
     def _attended(self, order: int) -> np.ndarray[Any, np.dtype[np.bool_]]:
-        """Which of the tokens before the last one the last step attended to, ``[T - 1]``."""
+        """Which tokens before the last one the last step attended to: bool ``[T - 1]``."""
         window, fetch = self._state.window, self._decode.latest[order]
         current = self.padded_tokens // window.group_tokens
         groups = np.zeros(current + 1, bool)

@@ -1,4 +1,7 @@
-"""The numbers of one answer, as ``Engine.stats`` and ``kvswap run --stats-json`` give them."""
+"""Statistics of one answer, as ``Engine.stats`` and ``kvswap run --stats-json`` return them. Values only.
+
+The field names are the keys of the JSON, so they stay as they are.
+"""
 
 from __future__ import annotations
 
@@ -20,11 +23,22 @@ import numpy as np
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QualityStats:
-    """Means over steps that were done over again with exact attention.
+    """Means over the checked steps: steps that were computed again with exact attention.
 
-    ``mass_kept``: share of attention mass on what was attended to, over heads and layers; ``mass_kept_least``: in the
-    worst checked step. ``kl``: KL(exact || selected) of the next-token distribution in nats; ``same``: share of checks
-    where both think the same token likeliest. ``check_s``: time that the checks took.
+    Parameters
+    ----------
+    checks
+        Number of checked steps.
+    mass_kept
+        Share of the attention mass that fell on attended tokens, as the mean over heads and layers.
+    mass_kept_least
+        The same in the worst checked step.
+    kl
+        KL(exact || selected) of the next-token distribution, in nats.
+    same
+        Share of checked steps where both have the same most likely token.
+    check_s
+        Seconds that all checks took.
     """
 
     checks: int
@@ -37,17 +51,36 @@ class QualityStats:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunStats:
-    """One answer. Sizes describe the whole stored context, times and counts this answer alone.
+    """Statistics of one answer. Sizes describe the whole stored context; times and counts describe this answer alone.
 
-    Rates and latencies exclude the first token; ``ttft_s`` counts from the end of model loading, idle time and
-    calibration excluded. ``kv_full_bytes`` is K and V of the offloaded layers for all tokens at the stored dtype;
-    ``kv_memory_*`` is what the limit covers (None without a limit); ``disk_read_bytes`` as submitted, with padding and
-    gaps; ``reuse_rate`` is hits over selected groups, pinned ones excluded; ``io_wait_s`` is time blocked on reads.
-    ``stored_tokens`` of the prompt were in the cache before and were not computed again; in a named session,
-    ``resumed_tokens`` of them came from it and ``computed_tokens`` were computed now; with ``computed_again`` all were,
-    because reading those that it held was expected to take ``load_expected_s``, computing them
-    ``recompute_expected_s`` (None: not measured yet). ``session_written_bytes`` is
-    everything written for the session in its whole life, ``sessions_written_bytes`` for all of the folder.
+    Rates and latencies exclude the first token.
+
+    Parameters
+    ----------
+    stored_tokens
+        Prompt tokens that were in the cache before and were not computed again.
+    resumed_tokens, computed_tokens
+        In a named session: prompt tokens that came from the session, and those that were computed now.
+    computed_again
+        Whether the session's tokens were recomputed, because that was expected to be faster than loading them.
+    load_expected_s, recompute_expected_s
+        The two times that were compared for it. None: not measured yet.
+    session_written_bytes, sessions_written_bytes
+        Bytes written to disk since creation: for this session, and for all sessions of the folder.
+    ttft_s
+        Seconds to the first token after the model was loaded, without idle time and calibration.
+    kv_full_bytes
+        K and V of the offloaded layers for all tokens, at the stored dtype.
+    kv_memory_limit_bytes, kv_memory_peak_bytes, memory_parts
+        The memory limit (None: no limit), the peak of the memory that it covers, and the parts of that memory.
+    sliding_kv_bytes
+        KV cache of sliding-window layers; it is in memory outside the limit.
+    disk_read_bytes
+        Bytes of submitted reads, including padding and gaps.
+    reuse_rate
+        Share of the selected groups that were in memory already, without pinned groups.
+    io_wait_s
+        Seconds spent waiting for reads.
     """
 
     model: str
@@ -93,7 +126,7 @@ class RunStats:
     transformers_version: str = ""
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields, ready for JSON."""
+        """Return all fields, ready for JSON."""
         return dataclasses.asdict(self)
 
 
@@ -120,19 +153,19 @@ def resolved_config(config: Config, model: Any, cache: CacheStats | None) -> dic
 
 
 def latency_percentiles_ms(times_s: list[float]) -> dict[str, float] | None:
-    """p50, p90 and p99 of the gaps between ``times_s`` in milliseconds; None when there is no gap."""
+    """Return p50, p90 and p99 of the differences between successive ``times_s``, in milliseconds; None without any."""
     return percentiles([1e3 * (after - before) for before, after in itertools.pairwise(times_s)])
 
 
 def percentiles(values: list[float]) -> dict[str, float] | None:
-    """p50, p90 and p99, interpolated; None for no values."""
+    """Return p50, p90 and p99, interpolated; None without values."""
     if not values:
         return None
     return {f"p{share}": float(np.percentile(values, share)) for share in (50, 90, 99)}
 
 
 def tokens_per_s(times_s: list[float]) -> float | None:
-    """Rate after the first token; None for fewer than two tokens."""
+    """Return the rate of tokens after the first one; None for fewer than two tokens."""
     if len(times_s) < 2 or times_s[-1] <= times_s[0]:
         return None
     return (len(times_s) - 1) / (times_s[-1] - times_s[0])

@@ -110,9 +110,7 @@ Row = dict[str, Any]
     show_default=True,
     help="Compute dtype. auto takes the checkpoint's, or float32 on a CPU without bfloat16 instructions.",
 )
-@click.option(
-    "--config", "config_file", metavar="FILE", help="JSON file with further settings (docs/configuration.md)."
-)
+@click.option("--config", "config_file", metavar="FILE", help="JSON file with further settings (docs/settings.md).")
 def bench(
     model: str,
     contexts: str,

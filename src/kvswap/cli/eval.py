@@ -122,9 +122,7 @@ if TYPE_CHECKING:
     show_default=True,
     help="Compute dtype. auto takes the checkpoint's, or float32 on a CPU without bfloat16 instructions.",
 )
-@click.option(
-    "--config", "config_file", metavar="FILE", help="JSON file with further settings (docs/configuration.md)."
-)
+@click.option("--config", "config_file", metavar="FILE", help="JSON file with further settings (docs/settings.md).")
 def evaluate(
     model: str,
     tasks: str,
@@ -171,7 +169,6 @@ def evaluate(
     passages = evaluation_text([read_document(path) for path in documents], seed)
     files = [Path(name) for name in datasets if read_dataset(Path(name))]
     prepare_dir(kv_folder(config.kv_dir))
-
     from kvswap.cli.display import Display
     from kvswap.cli.loading import load_weights
     from kvswap.lab.evals.samples import Source

@@ -114,10 +114,8 @@ def bench(
     logger.debug("%d batches of prompts to measure, %d records in %s", len(work), len(records), file)
     ids = encode(loaded.tokenizer, passages)
     lengths = [_prompt_tokens(loaded, plan, place) for place, _ in work]
-    batches = [
-        stretch(ids, place, prompt_tokens, plan.steps, plan.prompts)
-        for (place, _), prompt_tokens in zip(work, lengths, strict=True)
-    ]
+    pairs = zip(work, lengths, strict=True)
+    batches = [stretch(ids, place, tokens, plan.steps, plan.prompts) for (place, _), tokens in pairs]
     if work:
         content["environment"].append(_environment(config, _read_test(config, on_notice)))
     for number, ((place, missing), prompt_tokens, batch) in enumerate(zip(work, lengths, batches, strict=True)):
@@ -130,10 +128,8 @@ def bench(
             done += 1
             on_progress("bench", number * 100 + 100 * done // total, len(work) * 100)
 
-        methods = [plan.choose(name, config, place) for name in missing]
-        with attach_each(
-            loaded.model, with_methods(methods), tokenizer=loaded.tokenizer, on_notice=on_notice
-        ) as caches:
+        methods = with_methods(plan.choose(name, config, place) for name in missing)
+        with attach_each(loaded.model, methods, tokenizer=loaded.tokenizer, on_notice=on_notice) as caches:
             runs = run_interleaved(
                 loaded.model,
                 dict(zip(missing, caches, strict=True)),

@@ -127,15 +127,12 @@ def evaluate(
             on_progress=on_progress,
             on_notice=on_notice,
         )
-        records += [
-            _record(task, each.sample, variant, found[variant]) for task, missing in each.tasks for variant in missing
-        ]
+        pairs = [(task, variant) for task, missing in each.tasks for variant in missing]
+        records += [_record(task, each.sample, variant, found[variant]) for task, variant in pairs]
         _write(file, identity, records)
         if limit_s is not None and time.monotonic() - started_s >= limit_s and number + 1 < len(work):
-            on_notice(
-                f"stopped after {limit_s / 60:g} min; {len(work) - number - 1} samples are left: run the same command "
-                "again to continue"
-            )
+            left = f"{len(work) - number - 1} samples are left: run the same command again to continue"
+            on_notice(f"stopped after {limit_s / 60:g} min; {left}")
             break
     return summarise(records)
 
