@@ -1,0 +1,1 @@
+"""Measuring and comparing: benchmarks, evaluation, and the published methods (rivals)."""

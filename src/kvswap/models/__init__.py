@@ -1,0 +1,1 @@
+"""From a name to a model: loading, GGUF, the hub, the adapter that finds layers, masks, sampling."""

@@ -1,0 +1,1 @@
+"""Groups on disk: their layout, files and segments, and plans of reads."""
