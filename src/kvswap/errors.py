@@ -23,7 +23,7 @@ class KVSwapError(Exception):
 
 
 class UserError(KVSwapError):
-    """Something the caller can put right."""
+    """Something the caller can correct."""
 
     exit_code = 2
 
@@ -93,4 +93,4 @@ class DiskFullError(DiskWriteError):
 
 
 class DamagedError(DiskReadError):
-    """Stored bytes are not what was written, or were hurt on their way to memory. Nothing is deleted."""
+    """Stored bytes are not what was written, or were damaged on their way to memory. Nothing is deleted."""

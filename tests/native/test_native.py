@@ -282,9 +282,13 @@ def test_where_there_is_a_compiler_the_loops_are_compiled() -> None:
     assert loops.available()
 
 
-def test_without_the_library_nothing_is_scored_here(reloaded: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_library_nothing_is_scored_here(
+    reloaded: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert not loops.available()
+    with caplog.at_level("DEBUG", logger="kvswap"):
+        assert not loops.available()
+    assert "compiled loops are missing" in caplog.text
     assert not loops.scores_here(4, 4, torch.device("cpu"))
     for call in (library.required_library, threads.threaded_library):
         with pytest.raises(RuntimeError, match="compiled loops are missing"):
