@@ -37,15 +37,15 @@ class _Fields:
 
 
 class Config(_Fields):
-    """How a KV cache on disk is kept and searched. Immutable; unknown names are refused.
+    """How a KV cache on disk is stored and searched. Immutable; unknown names are refused.
 
     Parameters
     ----------
     kv_memory
-        Limit for everything that lives through decode, in bytes or as text (``"24MiB"``). ``"auto"`` is an eighth of
-        the full 16-bit KV of the request, at least the workable minimum.
+        Limit for everything that stays in memory during decode, in bytes or as text (``"24MiB"``). ``"auto"`` is an
+        eighth of the full 16-bit KV of the request, at least the workable minimum.
     kv_dir
-        Folder for the KV files; ``None`` is the user's cache folder.
+        Folder for the KV files; ``None`` is the one below ``KVSWAP_HOME`` or the user's cache folder.
     select_tokens
         M: tokens attended to at each step, sinks and recent window included.
     layer_select_tokens
@@ -65,9 +65,9 @@ class Config(_Fields):
     chunk_tokens
         Tokens that prefill takes through a layer at a time, a multiple of 512.
     read_depth
-        Most reads in flight at a time. Those beyond it wait until a layer waits for them.
+        Most reads in flight at a time. Further reads start when a layer waits for them.
     read_gap_bytes
-        Longest gap of groups nobody asked for that is read through, so that two reads become one.
+        Longest gap between two requested groups that is read as well, so that two reads become one.
     """
 
     __slots__ = ()

@@ -1,7 +1,7 @@
-"""Where a model keeps what the engine needs: decoder layers, their norm, query projection and RoPE.
+"""Finds the parts of a model that kvswap needs: decoder layers, their norm, query projection and RoPE.
 
 One generic adapter serves every family whose decoder layers have ``input_layernorm`` and ``self_attn`` with
-``q_proj`` (Llama, Mistral, Qwen2, Qwen3, Gemma 3 and their kin). Modules are called, never taken apart: ``q_proj`` may
+``q_proj`` (Llama, Mistral, Qwen2, Qwen3, Gemma 3 and their kin). Modules are called as they are: ``q_proj`` may
 be quantised or offloaded. Predictions use fused norms and RoPE (``fused``). ``inspect`` raises ModelError that names
 what is missing.
 """
@@ -40,8 +40,8 @@ class LayerParts:
     ) -> torch.Tensor:
         """The query this layer would compute from ``hidden``, the input of this layer or of the one before.
 
-        This layer's own input norm, projection, query norm and RoPE are used; ``norm`` is another input norm in the
-        first one's place (the published artifact takes the previous layer's).
+        This layer's own input norm, projection, query norm and RoPE are used. ``norm`` replaces the input norm: the
+        published artifact takes that of the previous layer.
 
         Parameters
         ----------

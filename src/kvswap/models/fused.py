@@ -24,7 +24,7 @@ TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
 @torch.no_grad()
 def fused_norm(norm: Any) -> Norm:
-    """A fused root-mean-square norm with the weight of ``norm``, or one plus it, where that equals ``norm``, else it."""
+    """A fused root-mean-square norm with the weight of ``norm``, or one plus it, where that equals ``norm``."""
     weight, eps = getattr(norm, "weight", None), getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
     hooked = isinstance(norm, nn.Module) and (norm._forward_hooks or norm._forward_pre_hooks or "forward" in vars(norm))
     if (
