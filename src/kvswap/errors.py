@@ -1,7 +1,7 @@
-"""One tree of errors. A message says what, got and allowed; ``hint`` says what to do next.
+"""All errors of kvswap. The message says what happened and why; ``hint`` says what to do next.
 
-``exit_code`` is what the command line ends with: 2 for the user's errors, 1 for faults at run time.
-``retryable`` tells a caller whether the same call may succeed later without a change.
+``exit_code`` is that of the command line: 2 for mistakes of the user, 1 for faults at run time.
+``retryable`` says whether the same call may succeed later without a change.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class KVSwapError(Exception):
 
 
 class UserError(KVSwapError):
-    """Something the caller can put right."""
+    """Something the caller can correct."""
 
     exit_code = 2
 

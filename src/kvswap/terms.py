@@ -1,4 +1,4 @@
-"""The glossary as code: one word, one letter for one thing, everywhere in this project.
+"""The glossary as code: one word and one letter for each thing, the same everywhere in this project.
 
 ========  ==================================================================================
 letter    meaning

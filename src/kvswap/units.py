@@ -49,7 +49,7 @@ def format_bytes(count_bytes: float) -> str:
 
 
 def format_parts(parts: Mapping[str, int]) -> str:
-    """What is made of parts, for people, largest first: ``sketch 10.2 MiB, write queue 1.0 MiB``."""
+    """Named parts and their sizes for people, largest first: ``sketch 10.2 MiB, write queue 1.0 MiB``."""
     largest = sorted(parts.items(), key=lambda part: -part[1])
     return ", ".join(f"{name.replace('_', ' ')} {format_bytes(size)}" for name, size in largest if size)
 

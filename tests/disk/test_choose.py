@@ -1,4 +1,4 @@
-"""Every step down from the best backend is said, and asking for the impossible is an error."""
+"""Every fallback from the fastest backend is a notice and a log entry, and asking for the impossible is an error."""
 
 from __future__ import annotations
 
@@ -52,9 +52,12 @@ def test_no_uring_falls_back_to_threads(tmp_path: Path, no_uring: None) -> None:
         create_backend("uring", tmp_path, 8, on_notice=notices.append)
 
 
-def test_no_direct_falls_back_to_buffered(tmp_path: Path, no_direct: None) -> None:
+def test_no_direct_falls_back_to_buffered(tmp_path: Path, no_direct: None, caplog: pytest.LogCaptureFixture) -> None:
     notices: list[str] = []
-    backend = create_backend("auto", tmp_path, 8, on_notice=notices.append)
+    with caplog.at_level("DEBUG", logger="kvswap"):
+        backend = create_backend("auto", tmp_path, 8, on_notice=notices.append)
+    assert [record.name for record in caplog.records] == ["kvswap", "kvswap"]
+    assert "EINVAL (zfs)" in caplog.text and "backend buffered in" in caplog.text
     assert (backend.name, backend.direct) == ("buffered", False)
     assert "EINVAL (zfs)" in notices[0]
     assert "page cache" in notices[0]

@@ -1,4 +1,4 @@
-"""KV files and how they are read and written: the only part that touches the disk. No torch in here."""
+"""How bytes are read from disk and written to it: folders, backends, write queue, atomic files. Imports no torch."""
 
 from kvswap.disk.backend import ReadBackend, ReadCounters
 from kvswap.disk.choose import create_backend

@@ -1,12 +1,12 @@
-"""The contract of a disk backend: anonymous files, blocking writes, reads in flight behind tickets.
+"""The interface of a disk backend: files without names, blocking writes, reads that are waited for with tickets.
 
-A ticket stands for the reads of one ``submit``. The bytes may be used after ``wait`` returned, never before; ``wait``
-returns when every byte has arrived or raises. Between the two the memory belongs to the backend: a ticket has to be
-waited for, or the backend closed, before that memory is used for anything else, also after an exception.
+A ticket stands for the reads of one ``submit``. ``wait`` returns when every byte of them has arrived, or raises. From
+``submit`` until ``wait`` returns, the memory belongs to the backend. It may be used for something else only after
+``wait`` or ``close``, also after an exception.
 
 Tickets may be waited for in any order, each once. Any thread may call anything, but ``submit`` and ``wait`` are made
-for one reading thread: two at a time take turns. A read that is submitted after a ``write`` of its range returned sees
-the new bytes. Files from ``open`` are nameless and end with the backend; those that were adopted keep their names, and
+for one reading thread: two threads take turns. A read that is submitted after a ``write`` of its range returned sees
+the new bytes. Files from ``open`` have no name and end with the backend. Files from ``adopt`` keep their names, and
 what was written to them is durable after ``sync``.
 """
 
@@ -23,12 +23,12 @@ from numpy.typing import NDArray
 from kvswap.errors import DiskReadError, StorageError
 
 NO_PROGRESS_LIMIT = 3
-"""How many times in a row a read that brought nothing new is tried again before it fails."""
+"""How many times in a row a read without progress is tried again before it fails."""
 
 
 @dataclass(slots=True)
 class ReadCounters:
-    """What a backend has done so far. ``reads`` and ``read_bytes`` count what the caller asked for, once arrived."""
+    """What a backend has done so far. ``reads`` and ``read_bytes`` count requests of the caller that arrived."""
 
     read_bytes: int = 0
     reads: int = 0
@@ -41,7 +41,7 @@ class ReadCounters:
 
 
 class ReadBackend(abc.ABC):
-    """Files on one disk and the reads and writes on them; the module says what holds for all of them.
+    """Files on one disk, with reads and writes on them. The module docstring has the rules for all backends.
 
     Attributes
     ----------

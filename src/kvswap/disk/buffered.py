@@ -1,6 +1,6 @@
-"""Reads through the page cache: only where direct I/O is refused, and recorded as such in every result.
+"""Reads through the page cache, used only where direct I/O is refused. Every result records it.
 
-The page cache then uses memory outside the limit, and repeated reads come from memory rather than from the disk.
+The page cache takes memory outside the limit, and repeated reads come from memory instead of the disk.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from kvswap.disk.threads import ThreadsBackend
 
-# The page cache needs none; this keeps groups laid out as on a disk of 512-byte sectors.
+# The page cache needs no alignment; this keeps the layout of groups that a disk of 512-byte sectors has.
 _ALIGNMENT_BYTES = 512
 
 

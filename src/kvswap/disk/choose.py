@@ -1,7 +1,8 @@
-"""The best backend that this disk and this process allow; each step down is said aloud with its reason."""
+"""Chooses the fastest backend that this disk and this process allow. Each fallback is a notice with its reason."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,14 +16,22 @@ from kvswap.disk.threads import ThreadsBackend
 from kvswap.disk.uring import UringBackend, probe_uring
 from kvswap.errors import StorageError
 
+log = logging.getLogger("kvswap")
+
 
 def create_backend(name: str, directory: str | Path, depth: int, *, on_notice: Callable[[str], None]) -> ReadBackend:
     """A backend on ``directory``, which is created, with at most ``depth`` reads in flight.
 
-    ``"auto"`` is uring where it works, else threads, else buffered; ``on_notice`` gets one sentence for each step
-    down, and ``.name`` and ``.direct`` of the result tell what it became. Any other name is that backend or
-    StorageError with the reason.
+    ``"auto"`` is uring where it works, else threads, else buffered. ``on_notice`` gets a sentence for each fallback;
+    ``.name`` and ``.direct`` of the result say what was chosen. Any other name is that backend. Raises StorageError
+    with the reason where it does not work.
     """
+    backend = _create(name, directory, depth, on_notice)
+    log.debug("backend %s%s in %s", backend.name, " with direct I/O" if backend.direct else "", directory)
+    return backend
+
+
+def _create(name: str, directory: str | Path, depth: int, on_notice: Callable[[str], None]) -> ReadBackend:
     if name not in BACKENDS:
         raise StorageError(f"backend {name!r} is unknown", hint=f"use one of {', '.join(BACKENDS)}")
     if name == "memory":
@@ -35,6 +44,7 @@ def create_backend(name: str, directory: str | Path, depth: int, *, on_notice: C
         reason = f"direct I/O does not work in {folder}: {probe.reason}"
         if name != "auto":
             raise StorageError(f"backend {name}: {reason}", hint='use backend="buffered" or another kv_dir')
+        log.debug("%s", reason)
         on_notice(f"{reason}. Reads go through the page cache, whose memory is not under the limit.")
         return BufferedBackend(folder, depth)
     alignment_bytes = max(probe.alignment_bytes, probe.memory_alignment_bytes)
@@ -44,5 +54,6 @@ def create_backend(name: str, directory: str | Path, depth: int, *, on_notice: C
             return UringBackend(folder, alignment_bytes, depth)
         if name == "uring":
             raise StorageError(f"backend uring: io_uring cannot be used here: {reason}", hint='use backend="threads"')
+        log.debug("io_uring cannot be used here: %s", reason)
         on_notice(f"io_uring cannot be used here ({reason}). Reads go through threads, which is slower.")
     return ThreadsBackend(folder, alignment_bytes, depth)

@@ -1,6 +1,6 @@
-"""What direct I/O needs in a folder: asked of the kernel where it tells, and always tried for real.
+"""Finds out what direct I/O needs in a folder: asks the kernel where it can say, and always tries a write and a read.
 
-Direct reads bypass the page cache, so that memory stays under the limit and timings are those of the disk.
+Direct reads bypass the page cache, so memory stays under the limit and times are those of the disk.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class DirectProbe:
 
 
 def probe_direct(path: str | Path) -> DirectProbe:
-    """Try direct I/O with a temporary file in the folder ``path``; nothing stays behind. Never raises for a refusal."""
+    """Try direct I/O with a temporary file in the folder ``path``, which is gone afterwards. A refusal is a result."""
     filesystem = filesystem_of(path)
     try:
         fd = open_unlinked(path, 2 * mmap.PAGESIZE, direct=True)

@@ -1,4 +1,4 @@
-"""What the backends on real files share: descriptors and blocking, durable writes. Reads are each backend's own."""
+"""What the backends on real files share: descriptors, blocking writes and sync. Each backend has its own reads."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Where KV files live, and how they are made: in a private folder on a real disk, nameless as soon as they are open.
+"""KV files of one run: created in a private folder on a real disk, and unlinked as soon as they are open.
 
-Nothing here is durable: a file from ``open_unlinked`` has no name and dies with its descriptor, also after a kill.
-All functions may be called from any thread.
+The backends create their files here. A file from ``open_unlinked`` has no name, so it ends with its descriptor, also
+after a kill; nothing here is durable. All functions may be called from any thread.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from kvswap.errors import DiskFullError, DiskWriteError, StorageError
 from kvswap.units import format_bytes
 
 IN_MEMORY = ("tmpfs", "ramfs", "devtmpfs", "hugetlbfs")
-"""File systems that are no place for KV files."""
+"""File systems whose files are in memory, so KV files there would save nothing."""
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # glibc falls back to writing a byte per block, which a direct descriptor answers with EINVAL.
 _NO_FALLOCATE = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)

@@ -1,6 +1,6 @@
-"""Files in RAM with a set latency and faults on demand, for tests of everything above the disk.
+"""Files in memory with a chosen latency and faults, for tests of everything above the disk.
 
-Bytes are copied inside ``wait``, so that whoever looks before it sees what was there before.
+Bytes are copied inside ``wait``, so that code that reads its memory too early finds the old bytes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from kvswap.disk.files import full_error
 
 @dataclass(slots=True, kw_only=True)
 class Faults:
-    """Faults still to come; counts go down as they strike, and may be set again at any time. Each try counts as one."""
+    """Faults still to come. Each try that fails takes one off its count; counts may be set again at any time."""
 
     fail_reads: int = 0
     """Next tries of a read that fail with ``read_errno``."""

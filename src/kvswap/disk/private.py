@@ -1,8 +1,9 @@
 """A private folder whose files are durable: every name is looked up in the open folder, and no link is followed.
 
-Folders have mode 0700 and files 0600, whatever the umask. What others may write to, and what is no plain file, is
-refused. ``write``, ``append`` and ``replace`` return when the bytes are on the disk (fdatasync); new names and renames
-are durable after ``sync``. One thread at a time. Raises StorageError, DiskFullError, DiskWriteError, DiskReadError.
+Sessions keep their files here. Folders have mode 0700 and files 0600, whatever the umask. Files that others may write
+to, and anything that is not a plain file, are refused. ``write``, ``append`` and ``replace`` return when the bytes are
+on the disk (fdatasync); new names and renames are durable after ``sync``. One thread at a time. Raises StorageError,
+DiskFullError, DiskWriteError, DiskReadError.
 """
 
 from __future__ import annotations

@@ -51,7 +51,7 @@ class Slab:
         self.nbytes = keep
 
     def close(self) -> None:
-        """Unmap, or leave that to the last view that is still held elsewhere. May be called twice."""
+        """Unmap; where other views are still alive, the last of them does. May be called twice."""
         self.nbytes = 0
         self.array = np.empty(0, dtype=np.uint8)
         with contextlib.suppress(BufferError):

@@ -1,7 +1,7 @@
 """Reads through a small pool of daemon threads and ``preadv``: for systems without io_uring.
 
-Python's thread hand-over costs tens of microseconds a read, so a fast disk is not used to the full; the contract is
-the same. A ticket's reads all end, well or not, before its ``wait`` does.
+Passing a read to another thread costs Python tens of microseconds, so a fast disk is not used to the full. The rules
+are those of ``backend``. All reads of a ticket have ended, with or without an error, before its ``wait`` does.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _Row = tuple[int, int, int, int, int]  # descriptor, file, offset, length, addre
 
 
 class _Ticket:
-    """Reads of one submit, taken by the workers one by one; no more are taken once there is an error."""
+    """Reads of one submit. Workers take them one by one, and none after an error."""
 
     def __init__(self, rows: list[_Row]) -> None:
         self.rows = rows
@@ -38,7 +38,7 @@ class _Ticket:
         self._changed = threading.Condition()
 
     def take(self) -> _Row | None:
-        """The next read, which has to be settled, or None."""
+        """The next read, after which ``settle`` must be called, or None."""
         with self._changed:
             if self.error is not None or self._next == len(self.rows):
                 return None
@@ -60,7 +60,7 @@ class _Ticket:
                 self._changed.wait()
 
     def stop(self, why: BaseException) -> None:
-        """Let reads that have not begun be, and wait for those in flight: they write into memory."""
+        """Begin no more reads, and wait for those in flight, which write into memory."""
         with self._changed:
             self.error = self.error or DiskReadError(f"reads were given up: {why!r}")
         self.join()
@@ -140,7 +140,7 @@ class ThreadsBackend(FileBackend):
                 error: Exception | None = None
                 try:
                     self._read(*row)
-                except Exception as caught:  # noqa: BLE001 - whatever it is, the waiting thread has to hear of it
+                except Exception as caught:  # noqa: BLE001 - the waiting thread raises it again
                     error = caught
                 reads.settle(error)
 

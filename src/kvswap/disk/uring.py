@@ -1,7 +1,7 @@
 """Reads through io_uring: a submit is one system call for all of its reads, and so is a wait.
 
-It is called 30 to 60 times per generated token with tens of reads each, so nothing loops in Python over reads: a
-ticket is a table of submission entries, filled column by column and copied into the ring in one assignment.
+A model calls it 30 to 60 times a token with tens of reads each, so no Python loop goes over reads. A ticket is a table
+of submission entries, filled column by column and copied into the ring in one assignment.
 ``submit`` and ``wait`` take turns under one lock.
 """
 
@@ -225,7 +225,7 @@ class UringBackend(FileBackend):
         return read_error(file, int(row[_OFFSET]), int(row[_LENGTH]), code)
 
     def _give_up(self) -> None:
-        """Wait for everything in flight, of all tickets: after an interruption the books may not tell whose it is.
+        """Wait for everything in flight, of all tickets: after an interruption it may be unknown whose it is.
 
         When this is interrupted too, the next call begins with it again.
         """

@@ -1,7 +1,7 @@
-"""The rings shared with the kernel: set-up, filling, entering and draining, with no knowledge of tickets.
+"""The rings shared with the kernel: set up, fill, enter and drain them. Tickets are the business of ``uring``.
 
-Raw system calls through ctypes, which releases the interpreter lock, and numpy views of the shared memory; so no
-compiler and no dependency. Linux 5.15 or newer. Not locked: one thread at a time.
+System calls go through ctypes, which releases the interpreter lock; the shared memory is seen through numpy. So no
+compiler and no dependency is needed. Linux 5.15 or newer. Not locked: one thread at a time.
 
 Memory order. Submission: the kernel reads our entries and our tail inside ``io_uring_enter``, called by the thread
 that wrote them, so program order is enough. Completion: the kernel publishes an entry, then the tail. On x86 loads

@@ -1,6 +1,6 @@
-"""Writes that the caller does not wait for: a bounded queue in aligned memory and one thread that empties it.
+"""Writes that the caller does not wait for: a bounded queue in aligned memory, and one thread that writes.
 
-``acquire`` a buffer, fill it, ``submit`` it; it must not be touched afterwards. Writes are done in the order of
+``acquire`` a buffer, fill it, ``submit`` it, and do not touch it afterwards. Writes happen in the order of
 submission. A read of a range that is submitted to the backend after ``wait_for`` of its write sees the new bytes.
 
 Any thread may call anything. A thread holds at most one buffer that it has not submitted; one that it will not submit
@@ -169,7 +169,7 @@ class WriteBehind:
                 self._backend.write(write.file, write.offset_bytes, write.data)
             except DiskError as caught:
                 error = caught
-            except Exception as caught:  # noqa: BLE001 - a writer that dies in silence would block everybody
+            except Exception as caught:  # noqa: BLE001 - callers raise it; a dead writer would block them
                 error = DiskWriteError(f"write to KV file {write.file} at offset {write.offset_bytes}: {caught!r}")
             with self._changed:
                 self._pending_bytes -= write.data.nbytes

@@ -1,7 +1,7 @@
-"""How much memory this process may still take: what the system has, and what its control group allows.
+"""How much memory this process may still take: what the system has free, and what its control group allows.
 
 Limits of containers and service managers are read from cgroup version 1 and 2. A process sits in a folder of the
-hierarchy and every folder above it may have a limit as well: the smallest holds.
+hierarchy and every folder above it may have a limit as well: the smallest applies.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def available_bytes() -> int:
 
 
 def memory_limit(proc: str | Path = "/proc") -> MemoryLimit | None:
-    """The smallest limit on this process, or None where there is none or the system does not tell."""
+    """The smallest limit on this process, or None where there is none or the system does not say."""
     try:
         groups = Path(proc, "self/cgroup").read_text(encoding="utf-8").splitlines()
         mounts = Path(proc, "self/mountinfo").read_text(encoding="utf-8", errors="surrogateescape").splitlines()

@@ -51,8 +51,8 @@ def find(pool: SlotPool, layer: int, groups: IntArray, ends: IntArray, *, gap_gr
             first=pool.reuse_start,
             gap=gap_groups,
             places=pool.staging_groups,
-            landing_slot=pool.staging_slot(half),
-            landing_address=pool.staging_address(half),
+            staging_slot=pool.staging_slot(half),
+            staging_address=pool.staging_address(half),
             slot_bytes=pool.layout.slot_bytes,
         )
         return Found(*found)

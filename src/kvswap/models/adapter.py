@@ -1,9 +1,9 @@
-"""Where a model keeps what the engine needs: decoder layers, their norm, query projection and RoPE.
+"""Finds the parts of a model that kvswap needs: decoder layers, their norm, query projection and RoPE.
 
 One generic adapter serves every family whose decoder layers have ``input_layernorm`` and ``self_attn`` with
-``q_proj`` (Llama, Mistral, Qwen2, Qwen3, Gemma 3 and their kin). Modules are called, never taken apart: ``q_proj`` may
-be quantised or offloaded; norm and RoPE of predictions have quick twins (``shortcuts``). ``inspect`` raises ModelError
-that names what is missing.
+``q_proj`` (Llama, Mistral, Qwen2, Qwen3, Gemma 3 and their kin). Modules are called as they are: ``q_proj`` may
+be quantised or offloaded. Predictions use fused norms and RoPE (``fused``). ``inspect`` raises ModelError that names
+what is missing.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import get_layer_types_and_kwargs
 
 from kvswap.errors import ModelError
-from kvswap.models.shortcuts import Norm, quick_norm, quick_rope
+from kvswap.models.fused import Norm, fused_norm, fused_rope
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +40,8 @@ class LayerParts:
     ) -> torch.Tensor:
         """The query this layer would compute from ``hidden``, the input of this layer or of the one before.
 
-        This layer's own input norm, projection, query norm and RoPE are used; ``norm`` is another input norm in the
-        first one's place (the published artifact takes the previous layer's).
+        This layer's own input norm, projection, query norm and RoPE are used. ``norm`` replaces the input norm: the
+        published artifact takes that of the previous layer.
 
         Parameters
         ----------
@@ -167,9 +167,9 @@ def _layers(name: str, modules: nn.ModuleList, kinds: list[str]) -> tuple[LayerP
         rope = getattr(family, "apply_rotary_pos_emb", None)
         if offload and rope is None:
             raise ModelError(f"{name}: its family has no apply_rotary_pos_emb", hint="only RoPE models are supported")
-        quick = quick_rope(rope, attention.head_dim) if offload and rope and attention else None
-        norm = quick_norm(getattr(module, "input_layernorm", None))
-        layers.append(LayerParts(index, order if offload else None, kind, module, attention, norm, quick))
+        fused = fused_rope(rope, attention.head_dim) if offload and rope and attention else None
+        norm = fused_norm(getattr(module, "input_layernorm", None))
+        layers.append(LayerParts(index, order if offload else None, kind, module, attention, norm, fused))
         order += offload
     return tuple(layers)
 

@@ -1,7 +1,8 @@
-"""GGUF files: converted once into a plain model directory (float32) under the cache folder.
+"""GGUF files: each is converted once into a model directory (float32) in the cache folder.
 
-The folder's name comes from the file's content, so a moved or reinstalled file is not converted again. A conversion
-is written beside its final name and renamed when complete: an interrupt leaves nothing that could be loaded.
+``loading`` calls this. The name of the directory comes from the file's content, so a file that was moved or installed
+again is not converted again. A conversion is renamed when it is complete (``disk.atomic``): an interrupt leaves nothing
+that could be loaded. Needs the extra ``gguf``. One thread.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ _PACKAGES = ("gguf", "accelerate")
 """What transformers needs to read a GGUF file, and for nothing else that kvswap does."""
 _MAGIC = b"GGUF"
 _SAMPLE_BYTES, _SAMPLES = 1 << 18, 16
-# What the readers of gguf and transformers raise for a damaged file or an unknown kind, having no error of their own.
+# gguf and transformers have no error of their own; this is what they raise for a damaged file or an unknown kind.
 # Damaged copies of a small file gave ValueError, KeyError, OverflowError, RuntimeError and struct.error.
 _BAD = (ValueError, KeyError, TypeError, IndexError, OverflowError, RuntimeError, OSError, struct.error)
 
@@ -41,7 +42,7 @@ def bundled_model(notice: Callable[[str], None]) -> Path:
     folder = models_folder() / f"smollm2-135m-{PACKAGE_VERSION}"
     if _complete(folder):
         return folder
-    try:  # found by its list of files: importing it would need packages that are not needed here
+    try:  # by its list of files: importing it would need packages that are not needed here
         files = importlib.metadata.files(PACKAGE) or []
     except importlib.metadata.PackageNotFoundError:
         files = []
@@ -117,7 +118,7 @@ def _write(file: Path, folder: Path) -> None:
         model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
     except _BAD as error:
         raise _cannot_read(file, error) from error
-    # it holds plain float weights now; with these marks save_pretrained would refuse
+    # The weights are plain floats now; with these attributes save_pretrained would refuse them.
     model.hf_quantizer, model.is_quantized = None, False
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config

@@ -1,4 +1,4 @@
-"""Which model, tokenizer and positions something on disk belongs to: hashes that change when tokens would.
+"""Which model, tokenizer and positions something on disk belongs to, as hashes that change when tokens would.
 
 There are two hashes of a model because files hold both: ``weights_hash`` for stored K, V, ``attention_fingerprint`` for
 what was measured of a model. Parameters are sampled, so that a mapped file of many GiB is not read for it; that tells

@@ -1,7 +1,8 @@
-"""From a name to a model ready to attach to: a local directory, a .gguf file, a hub id or the demo's model.
+"""Loads the model that a name stands for: a local directory, a .gguf file, a hub id or the demo's model.
 
-The model computes with sdpa attention, is in evaluation mode and needs no gradients. Weights are mapped from the file
-unless ``mmap=False``. Nothing is left half-written: a conversion gets its name when it is complete. One thread.
+The command line and ``kvswap.load`` call ``load_model`` before a cache is attached. The model computes with sdpa
+attention, is in evaluation mode and needs no gradients. Weights are mapped from the file unless ``mmap=False``. One
+thread.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ class LoadedModel:
 
     @property
     def short_name(self) -> str:
-        """The name for files that others read: a local folder or file without where it lies."""
+        """The name for files that others read: of a local folder or file only the last part."""
         path = Path(self.name).expanduser()
         return path.resolve().name if path.exists() else self.name
 
@@ -63,11 +64,11 @@ def load_model(
     mmap
         False copies the weights into anonymous memory.
     on_notice
-        Called with a sentence where something takes long or is not as asked.
+        Called with a sentence where something takes long or differs from what was asked for.
 
     Raises
     ------
-    ModelError, ConfigError
+    ModelError, ConfigError, StorageError
     """
     if dtype not in DTYPES:
         raise ConfigError(f"dtype: got {dtype!r}", hint=f"use one of {', '.join(DTYPES)}")
@@ -92,12 +93,12 @@ def load_model(
 
 
 def quieten() -> None:
-    """Let transformers log errors alone; for programs that own their output, such as the command line."""
+    """Let transformers log only errors, for programs such as the command line that own their output."""
     transformers_logging.set_verbosity_error()
 
 
 def _source(name: str, notice: Callable[[str], None]) -> tuple[str, bool]:
-    """What transformers should load, and whether it is to keep off the network."""
+    """What transformers should load, and whether only from local files."""
     if name == BUNDLED:
         return str(bundled_model(notice)), True
     path = Path(name).expanduser()
@@ -153,7 +154,7 @@ def _choose_dtype(wanted: str, stated: Any) -> Any:
 
 
 def copy_weights(model: torch.nn.Module) -> None:
-    """Move every weight from the mapped file into memory of our own, one by one; tied weights stay tied."""
+    """Copy every weight from the mapped file into memory, one by one; tied weights stay tied."""
     copies: dict[tuple[int, torch.Size, tuple[int, ...]], torch.Tensor] = {}
     for tensor in [*model.parameters(), *model.buffers()]:
         key = (tensor.data_ptr(), tensor.shape, tensor.stride())

@@ -1,8 +1,8 @@
-"""Attention masks, made when a layer knows what it needs.
+"""Attention masks that are built chunk by chunk, when a layer runs.
 
 transformers makes one mask per forward, before any layer runs: T x T for a padded prompt, 1 GiB at 32K. While a model
-is attached, ``DeferredMask`` goes through the model in the mask's place. Each layer then makes the mask of one chunk
-with the model's own mask function, or, where the cache is not ours, the mask the model would have had.
+is attached, ``DeferredMask`` goes through the model instead of the mask. Each layer then builds the mask of one chunk
+with the model's own mask function. Where the cache is not ours, it builds the mask that the model would have had.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ NAME = "kvswap"
 
 @dataclass(slots=True, eq=False)
 class DeferredMask:
-    """What the model asked its mask function for."""
+    """The arguments that the model gave its mask function."""
 
     arguments: dict[str, Any]
     _stock: dict[str, Any] = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""How tokens are chosen. Imports nothing heavy, so that a command line can check its options at once."""
+"""Options of sampling. Imports nothing heavy, so that the command line can check its options at once."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""``generate`` in a thread of its own, its text as an iterator.
+"""Runs ``generate`` in a thread and gives its text as an iterator.
 
-The thread ends before the iterator does, however the iterator ends: read out, closed early, or by an exception such as
-KeyboardInterrupt. What the thread raises is raised where the text is read.
+``app`` iterates over it. The thread ends before the iterator does: when the text is read to its end, when the iterator
+is closed early, and after an exception such as KeyboardInterrupt. An error of the thread is raised where the text is
+read.
 """
 
 from __future__ import annotations

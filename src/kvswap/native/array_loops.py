@@ -1,6 +1,7 @@
-"""What callers see of the compiled loops over plain arrays: looking groups up, planning reads, keeping what was read.
+"""Compiled loops over NumPy arrays: look groups up, plan reads, keep what was read.
 
-Each has a twin in NumPy, which is used where nothing was compiled; callers ask first (``available``).
+``memory`` and ``store`` call them, and use NumPy where nothing was compiled; they ask ``available`` first. One thread
+at a time on one pool of slots. Arguments that would reach outside the arrays raise ValueError, and nothing is done.
 """
 
 from __future__ import annotations
@@ -11,16 +12,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvswap.native.library import available as available
-from kvswap.native.library import library
+from kvswap.native.library import required_library
 from kvswap.terms import IntArray
 
 
 class SlotArrays:
-    """Where the arrays of a pool of slots begin, since asking each array each time would take longer than the loops.
+    """Addresses of the arrays of a pool of slots. Asking each array at each call would take longer than the loops.
 
     ``table`` int32 ``[rows, columns]``, ``owner`` int64, ``worth`` float32 and ``seen`` int32 ``[slots]``,
-    ``visits`` int32 ``[layers]`` (``memory.slots``); ``powers`` float32 ``[n]``: what is left of worth 1 after so
-    many visits.
+    ``visits`` int32 ``[layers]`` (``memory.slots``); ``powers`` float32 ``[n]``: what is left of worth 1 after
+    that many visits.
     """
 
     def __init__(
@@ -39,12 +40,12 @@ class SlotArrays:
 
 
 def lookup(arrays: SlotArrays, rows: IntArray, groups: IntArray, *, first: int, visit: int) -> IntArray:
-    """The slot of each group ``[n]``, or -1; those that were found gain worth.
+    """The slot of each group ``[n]``, or -1. Slots that are found gain worth.
 
-    ``first`` is the number of the first slot that has worth, ``visit`` the number of this visit of the layer.
+    ``first`` is the number of the first slot that has worth, ``visit`` the number of this visit of the layer. Raises
+    ValueError.
     """
-    compiled = library()
-    assert compiled is not None
+    compiled = required_library()
     found = np.empty(len(groups), np.int64)
     known = compiled.kvswap_lookup(
         arrays.table,
@@ -61,7 +62,8 @@ def lookup(arrays: SlotArrays, rows: IntArray, groups: IntArray, *, first: int, 
         arrays.seen,
         _at(found),
     )
-    assert known, "rows and groups that the table does not have"
+    if not known:
+        raise ValueError("rows or groups that the table does not have")
     return found
 
 
@@ -74,16 +76,16 @@ def find(
     first: int,
     gap: int,
     places: int,
-    landing_slot: int,
-    landing_address: int,
+    staging_slot: int,
+    staging_address: int,
     slot_bytes: int,
 ) -> tuple[IntArray, IntArray, IntArray, IntArray, IntArray, IntArray, IntArray, IntArray, int, int]:
     """``lookup`` of one layer's groups ``[B, n]`` and ``plan_reads`` of those that were not found, in one call.
 
-    Those from ``ends`` ``[B]`` on are none. Returns the fields of ``kvswap.memory.lookup.Found``.
+    Groups from ``ends`` ``[B]`` on do not count. Returns the fields of ``kvswap.memory.lookup.Found``. Raises
+    ValueError.
     """
-    compiled = library()
-    assert compiled is not None
+    compiled = required_library()
     (batch, count), visits = groups.shape, arrays.held[4]
     size = batch * count
     groups, ends = np.ascontiguousarray(groups), np.ascontiguousarray(ends)
@@ -105,29 +107,29 @@ def find(
         arrays.seen,
         gap,
         places,
-        landing_slot,
-        landing_address,
+        staging_slot,
+        staging_address,
         slot_bytes,
         _at(out),
     )
-    assert reads >= 0, "groups that the table does not have, or more of them than can land"
+    if reads < 0:
+        raise ValueError("groups that the table does not have, or more of them than staging has room for")
     visits[layer] += 1
     rows = out[: 10 * size].reshape(10, size)
-    wanted, missing, landed = out[10 * size :].tolist()
+    requested, missing, landed = out[10 * size :].tolist()
     slots, (sequences, absent, staged) = rows[0].reshape(batch, count), rows[1:4, :missing]
     files, begun, counts, addresses = rows[4:8, :reads]
-    return slots, sequences, absent, staged, files, begun, counts, addresses, landed, wanted
+    return slots, sequences, absent, staged, files, begun, counts, addresses, landed, requested
 
 
 def plan_reads(files: IntArray, groups: IntArray, gap_groups: int, spare: int) -> tuple[IntArray, IntArray]:
-    """Extents of wanted groups (``kvswap.store.extents``).
+    """Extents of requested groups (``kvswap.store.extents``).
 
     Returns
     -------
-    ``[4, extents]``: file, first group, groups, first landing place of each; ``[n]``: landing place of each group.
+    ``[4, extents]``: file, first group, groups, place in staging of the first; ``[n]``: place in staging of each group.
     """
-    compiled = library()
-    assert compiled is not None
+    compiled = required_library()
     count = len(groups)
     files, groups = np.ascontiguousarray(files), np.ascontiguousarray(groups)
     joined, extents, place = np.empty(count, np.uint8), np.empty((4, count), np.int64), np.empty(count, np.int64)
@@ -161,14 +163,14 @@ def admit(
     slot_bytes: int,
     first: int,
 ) -> int:
-    """Keep groups that have been read in slots of less worth, from slot ``hand`` on; returns how many.
+    """Keep groups that have been read in slots of less worth, from slot ``hand`` on. Returns how many.
 
     ``keys`` ``[n]`` are their places in the flat table, ``staged`` ``[n]`` the slots they were read into; ``memory``
-    is the address of all slots, those that have worth from number ``first`` on.
+    is the address of all slots, those that have worth from number ``first`` on. Raises ValueError.
     """
-    compiled = library()
-    assert compiled is not None
-    assert len(staged) >= len(keys) and 0 <= hand < arrays.slots >= looked
+    compiled = required_library()
+    if len(staged) < len(keys) or not 0 <= hand < arrays.slots >= looked:
+        raise ValueError(f"{len(staged)} staged slots for {len(keys)} keys, hand {hand}, {looked} slots to look at")
     staged, scratch = np.ascontiguousarray(staged), np.empty(2 * looked, np.float32)
     kept: int = compiled.kvswap_admit(
         arrays.table,
@@ -192,7 +194,8 @@ def admit(
         slot_bytes,
         first,
     )
-    assert kept >= 0, "keys that the table does not have, or slots that are not for staging"
+    if kept < 0:
+        raise ValueError("keys that the table does not have, or slots that are not for staging")
     return kept
 
 

@@ -1,7 +1,7 @@
 /* Scoring of packed codes in one pass: unpack, multiply, exponentiate, sum by group; and the choice of the best groups.
  *
- * Plain C without Python or NumPy headers, called through ctypes. Everything here has a plain twin in torch that the
- * tests hold it against. Loops over TILE tokens have a constant length, so that a compiler turns them into vectors of
+ * Plain C without Python or NumPy headers, called through ctypes. Everything here has an equivalent in torch; the
+ * tests compare the two. Loops over TILE tokens have a constant length, so that a compiler turns them into vectors of
  * whatever width the processor has.
  */
 #include <float.h>
@@ -66,34 +66,34 @@ INLINE void exponentiate(const float *logits, float peak, const int group_tokens
     default: { enum { N = TILE }; call; break; } \
     }
 
-/* What a worker needs for itself, in this order from a whole cache line on. */
+/* Scratch of one worker, in this order, from the start of a cache line on. */
 typedef struct {
     void *unpacked; /* of Products: rank * TILE int16, at least RUN * TILE */
     float *logits;  /* [heads, TILE] */
     float *tops;    /* [heads]: the largest logit seen */
     Queries queries;
-} Desk;
+} Scratch;
 
 /* Levels of a query: rows rounded up to four, so that they can be taken four at a time. */
 INLINE int64_t levels(int64_t rows, int64_t bits) { return (rows + 3) / 4 * 4 * (8 / bits); }
 
 INLINE int64_t unpacked_floats(int64_t rank) { return (rank < RUN ? RUN : rank) * TILE / 2; }
 
-/* Floats of a desk, whole cache lines. */
-INLINE int64_t desk_floats(int64_t rows, int64_t bits, int64_t heads) {
+/* Floats of a worker's scratch, whole cache lines. */
+INLINE int64_t worker_floats(int64_t rows, int64_t bits, int64_t heads) {
     const int64_t rank = levels(rows, bits);
     return (32 + unpacked_floats(rank) + heads * (TILE + 3 + rank / 4)) / 16 * 16;
 }
 
-/* A desk with queries [heads, rows * 8 / bits] times `scales`, rounded to LEVELS. */
-INLINE Desk lay_out(float *scratch, const float *query, const float *scales, int64_t rows, int64_t bits,
+/* A worker's scratch with queries [heads, rows * 8 / bits] times `scales`, rounded to LEVELS. */
+INLINE Scratch prepare(float *scratch, const float *query, const float *scales, int64_t rows, int64_t bits,
                     int64_t heads) {
     const int64_t parts = 8 / bits, rank = levels(rows, bits), stride = rank / parts;
-    Desk desk;
-    desk.unpacked = (void *)(((uintptr_t)scratch + 63) / 64 * 64);
-    desk.logits = (float *)desk.unpacked + unpacked_floats(rank);
-    desk.tops = desk.logits + heads * TILE;
-    float *steps = desk.tops + heads;
+    Scratch own;
+    own.unpacked = (void *)(((uintptr_t)scratch + 63) / 64 * 64);
+    own.logits = (float *)own.unpacked + unpacked_floats(rank);
+    own.tops = own.logits + heads * TILE;
+    float *steps = own.tops + heads;
     int32_t *starts = (int32_t *)(steps + heads);
     int8_t *rounded = (int8_t *)(starts + heads);
     memset(rounded, 0, (size_t)(heads * rank));
@@ -114,10 +114,10 @@ INLINE Desk lay_out(float *scratch, const float *query, const float *scales, int
                 sum += whole;
             }
         starts[h] = -sum * (1 << (bits - 1));
-        desk.tops[h] = -INFINITY;
+        own.tops[h] = -INFINITY;
     }
-    desk.queries = (Queries){heads, rank, stride, rounded, starts, steps};
-    return desk;
+    own.queries = (Queries){heads, rank, stride, rounded, starts, steps};
+    return own;
 }
 
 /* From sums of exponentials by group against the peaks of their tiles to the softmax over all of them, over heads. */
@@ -142,7 +142,7 @@ INLINE void merge_tiles(const float *sums, float *peaks, int64_t heads, int64_t 
     }
 }
 
-/* What is shared out to workers; those of the letters that are not told here are told with kvswap_group_mass. */
+/* What is shared out to workers; what is not explained here is explained with kvswap_group_mass. */
 typedef struct {
     const uint8_t *codes;
     int64_t sequence_bytes, tile_bytes, rows, bits;
@@ -157,8 +157,8 @@ typedef struct {
     int64_t parts;    /* of each sequence's tiles */
     float *partial;   /* of each sequence: sums [heads, tiles * TILE / group_tokens], then peaks [heads, tiles] */
     int64_t partial_floats;
-    float *desks;     /* of each worker */
-    int64_t desk_floats;
+    float *scratch;   /* of each worker, worker_floats apart */
+    int64_t worker_floats;
 } Scoring;
 
 /* One part of one sequence's tiles: sums of exponentials by group, and peaks. */
@@ -168,20 +168,20 @@ CLONES static void score_part(const void *task, int64_t item, int64_t worker) {
     const int64_t tokens = all->tokens[b], tiles = (tokens + TILE - 1) / TILE, per_tile = TILE / all->group_tokens;
     const int64_t stop = tiles * (part + 1) / all->parts;
     float *sums = all->partial + b * all->partial_floats, *peaks = sums + heads * tiles * per_tile;
-    Desk desk = lay_out(all->desks + worker * all->desk_floats, all->query + b * heads * all->rows * (8 / all->bits),
-                        all->scales, all->rows, all->bits, heads);
+    const float *query = all->query + b * heads * all->rows * (8 / all->bits);
+    Scratch own = prepare(all->scratch + worker * all->worker_floats, query, all->scales, all->rows, all->bits, heads);
     for (int64_t n = tiles * part / all->parts; n < stop; n++) {
         const uint8_t *tile = all->codes + b * all->sequence_bytes + (all->which ? all->which[n] : n) * all->tile_bytes;
-        all->products(tile, all->rows, all->bits, &desk.queries, desk.unpacked, desk.logits);
+        all->products(tile, all->rows, all->bits, &own.queries, own.unpacked, own.logits);
         for (int64_t h = 0; h < heads; h++) {
-            float *logits = desk.logits + h * TILE, *to = sums + (h * tiles + n) * per_tile;
+            float *logits = own.logits + h * TILE, *to = sums + (h * tiles + n) * per_tile;
             for (int64_t t = tokens - n * TILE; t < TILE; t++) logits[t] = -INFINITY;
             const float peak = peaks[h * tiles + n] = largest(logits);
-            if (peak < desk.tops[h] - NOTHING) {
+            if (peak < own.tops[h] - NOTHING) {
                 memset(to, 0, (size_t)per_tile * sizeof *to);
                 continue;
             }
-            desk.tops[h] = peak > desk.tops[h] ? peak : desk.tops[h];
+            own.tops[h] = peak > own.tops[h] ? peak : own.tops[h];
             BY_POWER(all->group_tokens, exponentiate(logits, peak, N, to))
         }
     }
@@ -201,7 +201,7 @@ CLONES static void merge_sequence(const void *task, int64_t b, int64_t worker) {
 /* Floats of scratch for scoring `batch` sequences of up to `tiles` tiles by `workers`. */
 EXPORT int64_t kvswap_scratch_floats(int64_t rows, int64_t bits, int64_t heads, int64_t tiles, int64_t group_tokens,
                                      int64_t batch, int64_t workers) {
-    return workers * desk_floats(rows, bits, heads) + batch * heads * tiles * (TILE / group_tokens + 1);
+    return workers * worker_floats(rows, bits, heads) + batch * heads * tiles * (TILE / group_tokens + 1);
 }
 
 /* Estimated attention mass of each group, summed over heads: what a softmax over all tokens gives them.
@@ -219,7 +219,7 @@ EXPORT int64_t kvswap_group_mass(const uint8_t *codes, int64_t sequence_bytes, i
                                  int64_t bits, const float *query, const float *scales, int64_t batch, int64_t heads,
                                  const int64_t *tokens, int64_t group_tokens, const int64_t *which, int64_t kind,
                                  int64_t workers, float *scratch, float *mass, int64_t groups) {
-    const int64_t size = desk_floats(rows, bits, heads);
+    const int64_t size = worker_floats(rows, bits, heads);
     int64_t longest = 0;
     for (int64_t b = 0; b < batch; b++) longest = tokens[b] > longest ? tokens[b] : longest;
     const int64_t tiles = (longest + TILE - 1) / TILE, each = heads * tiles * (TILE / group_tokens + 1);
@@ -238,8 +238,8 @@ typedef struct {
     int64_t tile_bytes, rows, bits;
     const float *query, *scales;
     int64_t heads, tiles, parts;
-    float *peaks, *desks;
-    int64_t desk_floats;
+    float *peaks, *scratch;
+    int64_t worker_floats;
 } Coarse;
 
 /* The best product of one rounded query with the tokens of a tile, four rows at a time; rank is at most RUN, so that 16
@@ -261,18 +261,19 @@ INLINE int16_t best_product(const int16_t *query, int64_t rank, const int16_t *c
 CLONES static void peaks_of_part(const void *task, int64_t part, int64_t worker) {
     const Coarse *all = task;
     const int64_t stop = all->tiles * (part + 1) / all->parts, rows = all->rows, rank = rows * (8 / all->bits);
-    Desk desk = lay_out(all->desks + worker * all->desk_floats, all->query, all->scales, rows, all->bits, all->heads);
-    int16_t *compact = (int16_t *)desk.logits, *codes = desk.unpacked; /* [heads, RUN], [RUN, TILE]: the rest is zero */
+    float *scratch = all->scratch + worker * all->worker_floats;
+    Scratch own = prepare(scratch, all->query, all->scales, rows, all->bits, all->heads);
+    int16_t *compact = (int16_t *)own.logits, *codes = own.unpacked; /* [heads, RUN], [RUN, TILE]: the rest is zero */
     memset(compact, 0, (size_t)(all->heads * RUN) * sizeof *compact);
     memset(codes, 0, (size_t)(RUN * TILE) * sizeof *codes);
     for (int64_t h = 0; h < all->heads; h++)
         for (int64_t r = 0; r < rank; r++) {
-            const int64_t place = r / rows * desk.queries.stride + r % rows;
-            compact[h * RUN + r] = desk.queries.rounded[h * desk.queries.rank + place];
+            const int64_t place = r / rows * own.queries.stride + r % rows;
+            compact[h * RUN + r] = own.queries.rounded[h * own.queries.rank + place];
         }
     for (int64_t n = all->tiles * part / all->parts; n < stop; n++) {
         const uint8_t *tile = all->codes + n * all->tile_bytes, *later = tile + AHEAD * all->tile_bytes;
-        if (n + AHEAD < stop) /* what lies between is skipped, which the processor does not foresee */
+        if (n + AHEAD < stop) /* tiles in between are skipped, so the processor cannot predict the address */
             for (int64_t r = 0; r < rows; r++) PREFETCH(later + r * TILE);
         if (all->bits == 2)
             unpack(tile, rows, rows, 2, codes);
@@ -280,12 +281,12 @@ CLONES static void peaks_of_part(const void *task, int64_t part, int64_t worker)
             unpack(tile, rows, rows, 4, codes);
         for (int64_t h = 0; h < all->heads; h++) {
             const int16_t best = best_product(compact + h * RUN, rank, codes);
-            all->peaks[h * all->tiles + n] = desk.queries.steps[h] * best;
+            all->peaks[h * all->tiles + n] = own.queries.steps[h] * best;
         }
     }
 }
 
-/* What tiles promise: each head's best logit in them, softmax over tiles, summed over heads. For coarse scores.
+/* Coarse scores of tiles: each head's best logit in a tile, softmax over tiles, summed over heads.
  *
  * The arguments are those of kvswap_group_mass for one sequence; tokens is a multiple of TILE, rank at most RUN.
  *
@@ -295,7 +296,7 @@ CLONES static void peaks_of_part(const void *task, int64_t part, int64_t worker)
 CLONES EXPORT void kvswap_tile_mass(const uint8_t *codes, int64_t tile_bytes, int64_t rows, int64_t bits,
                                     const float *query, const float *scales, int64_t heads, int64_t tokens,
                                     int64_t workers, float *scratch, float *mass) {
-    const int64_t tiles = tokens / TILE, size = desk_floats(rows, bits, heads);
+    const int64_t tiles = tokens / TILE, size = worker_floats(rows, bits, heads);
     float *peaks = scratch + workers * size;
     const Coarse all = {codes, tile_bytes, rows, bits, query, scales, heads, tiles, workers, peaks, scratch, size};
     kvswap_do_all(peaks_of_part, &all, workers, workers);
@@ -353,7 +354,7 @@ INLINE int64_t best_groups(const float *scores, int64_t first, int64_t end, int6
     return found;
 }
 
-/* best_groups of each row of scores [rows, groups]: picked [rows, count], where `groups` stands for none. */
+/* best_groups of each row of scores [rows, groups]: picked [rows, count], filled up with `groups`. */
 CLONES EXPORT void kvswap_top_groups(const float *scores, int64_t rows, int64_t groups, int64_t first, const int64_t *ends,
                               int64_t count, float *scratch, int64_t *picked) {
     for (int64_t b = 0; b < rows; b++) {

@@ -1,13 +1,16 @@
-"""Finds and loads what the C sources here were compiled to. Loads nothing slow itself."""
+"""Finds and loads what the C sources here were compiled to. Imports nothing slow; any thread."""
 
 from __future__ import annotations
 
 import ctypes
 import importlib.util
+import logging
 from functools import lru_cache
 
 VERSION = 10
-"""Of the functions' arguments; ``kernels.c`` must have the same."""
+"""Version of the functions' arguments; ``kernels.c`` must have the same."""
+
+log = logging.getLogger("kvswap")
 
 _P, _I, _F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float  # a pointer, numbers
 _SIGNATURES: dict[str, tuple[tuple[type, ...], type | None]] = {
@@ -26,29 +29,41 @@ _SIGNATURES: dict[str, tuple[tuple[type, ...], type | None]] = {
     "gather": ((_P, _I, _I, _P, _I, _I, _I, _I, _I, _I, _P), _I),
     "put_tokens": ((_P, _I, _I, _P, _P, _I, _I, _I, _I, _I, _P, _P, _P), _I),
 }
-"""Arguments and result of each function, whose name begins with ``kvswap_`` there."""
+"""Arguments and result of each function; in C its name begins with ``kvswap_``."""
 
 
 @lru_cache
 def library() -> ctypes.CDLL | None:
-    """The compiled functions, or None where there are none, or those of an older source."""
+    """The compiled functions, or None where nothing was compiled, or an older source. The reason is logged."""
     spec = importlib.util.find_spec("kvswap.native._kernels")
     if spec is None or spec.origin is None:
+        log.debug("compiled loops are missing: plain NumPy and torch are used instead")
         return None
     try:
         found = ctypes.CDLL(spec.origin)
         version = found.kvswap_version
         version.argtypes, version.restype = (), _I
         if version() != VERSION:
+            log.debug("compiled loops have version %d instead of %d: they are not used", version(), VERSION)
             return None
         for name, (arguments, result) in _SIGNATURES.items():
             function = getattr(found, f"kvswap_{name}")
             function.argtypes, function.restype = arguments, result
-    except (OSError, AttributeError):
+    except (OSError, AttributeError) as error:
+        log.debug("compiled loops cannot be loaded: %s", error)
         return None
     return found
 
 
 def available() -> bool:
-    """Whether the compiled functions are there, and are those that this source expects."""
+    """Whether there are compiled functions, and those that this source expects."""
     return library() is not None
+
+
+@lru_cache
+def required_library() -> ctypes.CDLL:
+    """The compiled functions. Raises RuntimeError where there are none: callers ask ``available`` first."""
+    found = library()
+    if found is None:
+        raise RuntimeError("the compiled loops are missing")
+    return found

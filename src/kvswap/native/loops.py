@@ -1,7 +1,8 @@
-"""What callers see of the compiled loops over tensors: scoring, choosing, gathering.
+"""Compiled loops over tensors on the CPU: score groups, choose the best, gather them, store new tokens.
 
-Each has a twin in plain torch, which is used on other devices and where nothing was compiled; callers ask first
-(``scores_here``, ``converts_here``, ``available``). Calls release the GIL.
+``selection``, ``memory`` and ``store`` call them, and use torch on other devices and where nothing was compiled; they
+ask first (``scores_here``, ``converts_here``, ``available``). Calls release the GIL. Arguments that would reach outside
+the tensors raise ValueError.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ SCORE_TILE_TOKENS = 64
 MAX_CODE_BITS = 4
 COARSE_ROWS = 32
 GRAIN = 32768
-"""Logits or elements from which on a loop is shared out: as in PyTorch, what takes some ten microseconds alone."""
+"""Logits or elements from which a loop is shared out to threads: about ten microseconds of work, as in PyTorch."""
 
 
 def scores_here(bits: int, group_tokens: int, device: torch.device) -> bool:
@@ -29,7 +30,7 @@ def scores_here(bits: int, group_tokens: int, device: torch.device) -> bool:
 
 
 def scratch_token_bytes(heads: int, group_tokens: int) -> int:
-    """What ``group_mass`` takes for a token in passing, rounded up; what does not grow with tokens is below 64 KiB."""
+    """Scratch of ``group_mass`` for a token, rounded up; what does not grow with tokens is below 64 KiB."""
     return -(
         -4 * (heads * (SCORE_TILE_TOKENS // group_tokens + 1) + SCORE_TILE_TOKENS // group_tokens) // SCORE_TILE_TOKENS
     )
@@ -59,24 +60,26 @@ def group_mass(
     tokens
         ``[B]``: how many count, multiples of G.
     tiles
-        Of one sequence, score these runs of 64 tokens alone (ascending), as if there were no others.
+        Of one sequence, score only these tiles of 64 tokens (ascending), as if there were no others.
     kind
-        How products are made: by words (1), by two bytes (2), by four (3), or the best of what this processor can (0).
+        How products are made: by words (1), by two bytes (2), by four (3), or the fastest of this processor (0).
 
     Returns
     -------
     ``[B, N]`` float32, zero past a sequence's end; N are the groups of the longest, or those of the ``tiles``.
     """
     batch, heads, rank = query.shape
-    assert codes.stride()[2:] == (SCORE_TILE_TOKENS, 1) and rank == codes.shape[2] * 8 // bits
-    assert codes.shape[1] * SCORE_TILE_TOKENS >= int(tokens.max())
+    if codes.stride()[2:] != (SCORE_TILE_TOKENS, 1) or rank != codes.shape[2] * 8 // bits:
+        raise ValueError(f"codes {tuple(codes.shape)} of {bits} bits do not fit queries of rank {rank}")
+    if codes.shape[1] * SCORE_TILE_TOKENS < int(tokens.max()):
+        raise ValueError(f"{int(tokens.max())} tokens in {codes.shape[1]} tiles")
     if tiles is not None:
-        assert batch == 1
+        if batch != 1:
+            raise ValueError(f"tiles are chosen for one sequence, not for {batch}")
         tiles, tokens = _of_tiles(tiles, int(tokens[0]))
     longest = int(tokens.max())
     count = -(-longest // SCORE_TILE_TOKENS)
     workers, compiled = _workers(batch * longest * heads), threaded_library()
-    assert compiled is not None
     floats = compiled.kvswap_scratch_floats(codes.shape[2], bits, heads, count, group_tokens, batch, workers)
     scratch, mass = torch.empty(floats), torch.empty(batch, longest // group_tokens)
     query, scales, tokens = query.contiguous(), scales.contiguous(), np.ascontiguousarray(tokens, np.int64)
@@ -84,7 +87,8 @@ def group_mass(
     chosen = None if tiles is None else tiles.ctypes.data
     sizes = batch, heads, tokens.ctypes.data, group_tokens, chosen, kind, workers
     known = compiled.kvswap_group_mass(*layout, *sizes, scratch.data_ptr(), mass.data_ptr(), mass.shape[1])
-    assert known, f"products of kind {kind}, which this processor has not"
+    if not known:
+        raise ValueError(f"this processor has no products of kind {kind}")
     return mass
 
 
@@ -93,24 +97,26 @@ def _workers(work: int) -> int:
 
 
 def _of_tiles(tiles: NDArray[np.int64], tokens: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Some tiles of a sequence as C takes them, and ``[1]`` how many tokens they hold: the last may be a begun one."""
-    assert len(tiles) and int(tiles[0]) >= 0 and int(tiles[-1]) * SCORE_TILE_TOKENS < tokens
+    """Some tiles of a sequence as C takes them, and ``[1]`` how many tokens they hold: the last may not be full."""
+    if not len(tiles) or int(tiles[0]) < 0 or int(tiles[-1]) * SCORE_TILE_TOKENS >= tokens:
+        raise ValueError(f"tiles outside a sequence of {tokens} tokens")
     rest = min(SCORE_TILE_TOKENS, tokens - int(tiles[-1]) * SCORE_TILE_TOKENS)
     return np.ascontiguousarray(tiles, np.int64), np.array([(len(tiles) - 1) * SCORE_TILE_TOKENS + rest])
 
 
 def tile_mass(codes: torch.Tensor, query: torch.Tensor, scales: torch.Tensor, bits: int, tokens: int) -> torch.Tensor:
-    """What tiles of 64 tokens promise, ``[tokens / 64]`` float32: every head's best logit, softmax over tiles, summed.
+    """Coarse scores of tiles of 64 tokens, ``[tokens / 64]`` float32: best logit by head, softmax over tiles, summed.
 
     The arguments are those of ``group_mass`` for one sequence, without B; ``tokens`` is a multiple of 64, R at most
     ``COARSE_ROWS``.
     """
     heads, rank = query.shape
     tiles = tokens // SCORE_TILE_TOKENS
-    assert rank <= COARSE_ROWS and tokens % SCORE_TILE_TOKENS == 0 and rank == codes.shape[1] * 8 // bits
-    assert codes.stride()[1:] == (SCORE_TILE_TOKENS, 1) and len(codes) >= tiles
+    if rank > COARSE_ROWS or rank != codes.shape[1] * 8 // bits or codes.stride()[1:] != (SCORE_TILE_TOKENS, 1):
+        raise ValueError(f"codes {tuple(codes.shape)} of {bits} bits do not fit coarse queries of rank {rank}")
+    if tokens % SCORE_TILE_TOKENS or len(codes) < tiles:
+        raise ValueError(f"{tokens} tokens are not whole tiles of {len(codes)}")
     compiled = threaded_library()
-    assert compiled is not None
     workers = _workers(tokens * heads)
     floats = compiled.kvswap_scratch_floats(codes.shape[1], bits, heads, tiles, SCORE_TILE_TOKENS, 1, workers)
     scratch, mass = torch.empty(floats), torch.empty(tiles)
@@ -134,17 +140,18 @@ def tile_mass(codes: torch.Tensor, query: torch.Tensor, scales: torch.Tensor, bi
 def top_groups(
     scores: torch.Tensor, first: int, ends: Sequence[int] | NDArray[np.int64], count: int
 ) -> NDArray[np.int64]:
-    """The ``count`` best groups of ``[first, ends[b])`` in each row, ascending, then N where there are no more.
+    """The ``count`` best groups of ``[first, ends[b])`` in each row, ascending, filled up with N.
 
     ``scores`` ``[B, N]`` float32 on the CPU, contiguous; returns ``[B, count]``.
     """
     rows, groups = scores.shape
     limits = np.ascontiguousarray(ends, np.int64)
-    assert scores.dtype == torch.float32 and scores.is_contiguous() and len(limits) == rows
-    assert first >= 0 and int(limits.max()) <= groups
+    if scores.dtype != torch.float32 or not scores.is_contiguous() or len(limits) != rows:
+        raise ValueError(f"scores {tuple(scores.shape)} {scores.dtype} with {len(limits)} ends")
+    if first < 0 or int(limits.max()) > groups:
+        raise ValueError(f"groups from {first} to {int(limits.max())} of {groups}")
     scratch, picked = torch.empty(max(1, groups)), np.empty((rows, count), np.int64)
     compiled = threaded_library()
-    assert compiled is not None
     compiled.kvswap_top_groups(
         scores.data_ptr(),
         rows,
@@ -158,9 +165,9 @@ def top_groups(
     return picked
 
 
-def converts_here(stored: torch.dtype, wanted: torch.dtype, device: torch.device) -> bool:
-    """Whether ``gather`` and ``put_tokens`` can turn stored elements into those of the model and back."""
-    known = stored in (torch.float16, torch.bfloat16) and wanted == torch.float32
+def converts_here(stored: torch.dtype, computed: torch.dtype, device: torch.device) -> bool:
+    """Whether ``gather`` and ``put_tokens`` can convert stored elements to the model's dtype and back."""
+    known = stored in (torch.float16, torch.bfloat16) and computed == torch.float32
     return known and device.type == "cpu" and available()
 
 
@@ -179,10 +186,10 @@ def gather(slots: torch.Tensor, index: NDArray[np.int64], shape: tuple[int, int,
         ``(2, H_kv, G, d)`` of a group, which its slot begins with.
     """
     compiled = threaded_library()
-    assert compiled is not None
     _, heads, group_tokens, head_dim = shape
     batch, count = index.shape
-    assert slots.stride(1) == 1 and 2 * heads * group_tokens * head_dim <= slots.shape[1]
+    if slots.stride(1) != 1 or 2 * heads * group_tokens * head_dim > slots.shape[1]:
+        raise ValueError(f"slots {tuple(slots.shape)} do not hold groups {shape}")
     index = np.ascontiguousarray(index, np.int64)
     result = torch.empty(2, batch, heads, count * group_tokens, head_dim)
     known = compiled.kvswap_gather(
@@ -198,34 +205,36 @@ def gather(slots: torch.Tensor, index: NDArray[np.int64], shape: tuple[int, int,
         _workers(result.numel()),
         result.data_ptr(),
     )
-    assert known, "slots that are not there"
+    if not known:
+        raise ValueError(f"a slot that is not among the {len(slots)}")
     return result
 
 
 def put_tokens(
     slots: torch.Tensor,
-    homes: NDArray[np.int64],
+    pinned: NDArray[np.int64],
     offsets: NDArray[np.int64],
     shape: tuple[int, int, int, int],
     keys: torch.Tensor,
     values: torch.Tensor,
 ) -> None:
-    """One token of each sequence into its group: K, V ``[B, H_kv, 1, d]`` float32, ``homes`` and ``offsets`` ``[B]``.
+    """One token of each sequence into its group: K, V ``[B, H_kv, 1, d]`` float32, ``pinned`` and ``offsets`` ``[B]``.
 
-    ``slots`` and ``shape`` are those of ``gather``. What float16 cannot hold becomes its largest or smallest.
+    ``pinned`` are slots, ``offsets`` places in a group; ``slots`` and ``shape`` are those of ``gather``. Values that
+    float16 cannot hold become its largest or smallest.
     """
     compiled = threaded_library()
-    assert compiled is not None
     _, heads, group_tokens, head_dim = shape
-    assert keys.dtype == values.dtype == torch.float32 and keys.stride(3) == values.stride(3) == 1
+    if not keys.dtype == values.dtype == torch.float32 or not keys.stride(3) == values.stride(3) == 1:
+        raise ValueError(f"keys {keys.dtype} and values {values.dtype}, which must be float32 with contiguous heads")
     strides = np.array([*keys.stride()[:2], *values.stride()[:2]], np.int64)
     known = compiled.kvswap_put_tokens(
         slots.data_ptr(),
         len(slots),
         slots.stride(0),
-        homes.ctypes.data,
+        pinned.ctypes.data,
         offsets.ctypes.data,
-        len(homes),
+        len(pinned),
         heads,
         group_tokens,
         head_dim,
@@ -234,4 +243,5 @@ def put_tokens(
         values.data_ptr(),
         strides.ctypes.data,
     )
-    assert known, "slots or places in a group that are not there"
+    if not known:
+        raise ValueError(f"a slot that is not among the {len(slots)}, or a place outside a group of {group_tokens}")

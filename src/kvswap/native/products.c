@@ -183,8 +183,8 @@ AVX2 static void by_two_bytes(const uint8_t *tile, int64_t rows, int64_t bits, c
 
 #endif
 
-/* Which of the above: 0 the best that this processor has, else 1 by words, 2 by two bytes, 3 by four. NULL where it
- * has not that one. */
+/* Which of the above: 0 the best that this processor has, else 1 by words, 2 by two bytes, 3 by four. NULL where
+ * the processor has none of that kind. */
 Products *kvswap_products(int64_t kind) {
 #ifdef BY_BYTES
     const int two = __builtin_cpu_supports("x86-64-v3"), words = __builtin_cpu_supports("avx512vnni");

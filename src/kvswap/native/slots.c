@@ -1,6 +1,6 @@
-/* Slots: looking groups up, planning reads, keeping what was read, and turning elements from and to 16 bits.
+/* Slots: looking groups up, planning reads, keeping what was read, and converting elements from and to 16 bits.
  *
- * Everything here has a plain twin in NumPy or torch that the tests hold it against.
+ * Everything here has an equivalent in NumPy or torch; the tests compare the two.
  */
 #include <math.h>
 
@@ -46,17 +46,18 @@ EXPORT int64_t kvswap_lookup(const int32_t *table, int64_t table_rows, int64_t c
     return 1;
 }
 
-/* Extents of wanted groups, sorted by (file, group): neighbours are joined, and those with at most `gap` groups between
- * them, the narrowest gaps first, as long as no more than `spare` groups are read in vain. Returns how many extents.
+/* Extents of requested groups, sorted by (file, group). Neighbours are joined, and so are groups with at most `gap`
+ * others between them, the narrowest gaps first, as long as at most `spare` groups are read that nobody requested.
+ * Returns how many extents.
  *
  * joined         [count], working memory
- * out_files ...  [count] each, as many as there are extents: file, first group, groups, landing place of the first
- * place          [count]: landing place of each wanted group
+ * out_files ...  [count] each, as many as there are extents: file, first group, groups, place in staging of the first
+ * place          [count]: place in staging of each requested group
  */
 EXPORT int64_t kvswap_plan_reads(const int64_t *files, const int64_t *groups, int64_t count, int64_t gap,
                                  int64_t spare, uint8_t *joined, int64_t *out_files, int64_t *out_first,
-                                 int64_t *out_count, int64_t *out_landing, int64_t *place) {
-    int64_t between = 0, extents = 0, landing = 0;
+                                 int64_t *out_count, int64_t *out_place, int64_t *place) {
+    int64_t between = 0, extents = 0, staging = 0;
     for (int64_t i = 1; i < count; i++) {
         const int64_t step = groups[i] - groups[i - 1];
         joined[i] = files[i] == files[i - 1] && step <= 1 + gap;
@@ -70,49 +71,49 @@ EXPORT int64_t kvswap_plan_reads(const int64_t *files, const int64_t *groups, in
             }
     for (int64_t i = 0; i < count; i++) {
         if (i > 0 && joined[i]) {
-            landing += groups[i] - groups[i - 1];
+            staging += groups[i] - groups[i - 1];
             out_count[extents - 1] += groups[i] - groups[i - 1];
         } else {
-            landing += i > 0;
+            staging += i > 0;
             out_files[extents] = files[i];
             out_first[extents] = groups[i];
             out_count[extents] = 1;
-            out_landing[extents++] = landing;
+            out_place[extents++] = staging;
         }
-        place[i] = landing;
+        place[i] = staging;
     }
     return extents;
 }
 
 /* kvswap_lookup of one layer's groups and kvswap_plan_reads of those that were not found. Returns how many reads, or -1
- * where a group or row is none, or more are to be read than can land, and nothing was done.
+ * where a group or row does not exist, or where staging has too few places; then nothing was done.
  *
  * first_row     the row of the layer's first sequence, in the table and among files
- * groups        [batch, count], ascending in each sequence; those from ends[b] on are none
- * places        groups that can land, from slot `landing_slot` on, which is at `landing_address`
- * out           ten rows of batch * count: the slot of every group, 0 of none; sequence, group and slot of those to be
- *               read; row, first group, groups and address of each read; two of working memory. Then how many groups
- *               there are, how many of them are to be read, and how many land
+ * groups        [batch, count], ascending in each sequence; those from ends[b] on do not count
+ * places        groups that staging has room for, from slot `staging_slot` on, which is at `staging_address`
+ * out           ten rows of batch * count: the slot of every group, 0 of those that do not count; sequence, group and
+ *               slot of those to be read; row, first group, groups and address of each read; two of working memory. Then how many groups
+ *               there are, how many of them are to be read, and how many places of staging they take
  */
 EXPORT int64_t kvswap_find(const int32_t *table, int64_t table_rows, int64_t columns, int64_t first_row,
                            const int64_t *groups, int64_t batch, int64_t count, const int64_t *ends, int64_t first,
                            int64_t visit, const float *powers, int64_t longest, float *worth, int32_t *seen, int64_t gap,
-                           int64_t places, int64_t landing_slot, int64_t landing_address, int64_t slot_bytes,
+                           int64_t places, int64_t staging_slot, int64_t staging_address, int64_t slot_bytes,
                            int64_t *out) {
     const int64_t size = batch * count;
     int64_t *slots = out, *sequences = out + size, *absent = out + 2 * size, *staged = out + 3 * size;
     int64_t *rows = out + 4 * size, *addresses = out + 7 * size, *files = out + 8 * size, *totals = out + 10 * size;
-    int64_t wanted = 0, missing = 0;
+    int64_t requested = 0, missing = 0;
     if (first_row < 0 || first_row + batch > table_rows || !all_within(ends, batch, columns + 1)) return -1;
     for (int64_t b = 0; b < batch; b++)
         for (int64_t n = 0; n < count; n++) {
             const int64_t group = groups[b * count + n], real = group < ends[b];
             if (group < 0) return -1;
-            wanted += real;
+            requested += real;
             missing += real && table[(first_row + b) * columns + group] < 0;
         }
     if (missing > places) return -1;
-    totals[0] = wanted;
+    totals[0] = requested;
     totals[1] = missing;
     missing = 0;
     for (int64_t b = 0; b < batch; b++)
@@ -131,16 +132,16 @@ EXPORT int64_t kvswap_find(const int32_t *table, int64_t table_rows, int64_t col
     const int64_t reads = kvswap_plan_reads(files, absent, missing, gap, places - missing, (uint8_t *)(out + 9 * size),
                                             rows, rows + size, rows + 2 * size, addresses, staged);
     totals[2] = reads ? addresses[reads - 1] + rows[2 * size + reads - 1] : 0;
-    for (int64_t i = 0; i < reads; i++) addresses[i] = landing_address + addresses[i] * slot_bytes;
-    for (int64_t i = 0; i < missing; i++) staged[i] += landing_slot;
+    for (int64_t i = 0; i < reads; i++) addresses[i] = staging_address + addresses[i] * slot_bytes;
+    for (int64_t i = 0; i < missing; i++) staged[i] += staging_slot;
     for (int64_t place = 0, next = 0; place < size; place++)
         if (slots[place] < 0) slots[place] = staged[next++];
     return reads;
 }
 
 /* Keep groups that have just been read in the slots of least worth below 1 among the next `looked` ones; of equals, the
- * first ones. Returns how many were kept, the first ones of those given, or -1 where a key or slot is none, and nothing
- * was done.
+ * first ones. Returns how many were kept, the first ones of those given, or -1 where a key or slot does not exist; then
+ * nothing was done.
  *
  * table       [places] flat; owner [slots] has the place in it that each slot's group is found by, or -1
  * layer_keys  places of one layer; visits [layers] counts the visits of each
@@ -180,7 +181,7 @@ EXPORT int64_t kvswap_admit(int32_t *table, int64_t places, int64_t layer_keys, 
     return kept;
 }
 
-INLINE float brain_to_float(uint16_t half) {
+INLINE float bfloat16_to_float(uint16_t half) {
     const uint32_t bits = (uint32_t)half << 16;
     float value;
     memcpy(&value, &bits, 4);
@@ -192,7 +193,7 @@ typedef struct {
     const uint16_t *slots;
     int64_t slot_elements;
     const int64_t *index;
-    int64_t batch, count, heads, run, brain;
+    int64_t batch, count, heads, run, bfloat16;
     float *out;
     int64_t parts; /* of each sequence's groups */
 } Gathering;
@@ -209,8 +210,8 @@ CLONES static void gather_part(const void *task, int64_t item, int64_t worker) {
             for (int64_t h = 0; h < all->heads; h++) {
                 const uint16_t *from = slot + (part * all->heads + h) * run;
                 float *to = all->out + (((part * all->batch + b) * all->heads + h) * all->count + n) * run;
-                if (all->brain)
-                    for (int64_t i = 0; i < run; i++) to[i] = brain_to_float(from[i]);
+                if (all->bfloat16)
+                    for (int64_t i = 0; i < run; i++) to[i] = bfloat16_to_float(from[i]);
                 else
                     for (int64_t i = 0; i < run; i++) to[i] = half_to_float(from[i]);
             }
@@ -221,22 +222,22 @@ CLONES static void gather_part(const void *task, int64_t item, int64_t worker) {
  *
  * slots  rows of `slot_elements` 16-bit elements, each a group [2, heads, run] and padding; run = group_tokens * head_dim
  * index  [batch, count] rows to take, in order
- * brain  whether elements are bfloat16, else float16
+ * bfloat16  whether elements are bfloat16, else float16
  * out    [2, batch, heads, count * run]
  *
- * Returns whether all rows are among the `rows` that there are; otherwise nothing was done.
+ * Returns whether all rows are below `rows`; otherwise nothing was done.
  */
 EXPORT int64_t kvswap_gather(const uint16_t *slots, int64_t rows, int64_t slot_elements, const int64_t *index,
-                             int64_t batch, int64_t count, int64_t heads, int64_t run, int64_t brain, int64_t workers,
-                             float *out) {
+                             int64_t batch, int64_t count, int64_t heads, int64_t run, int64_t bfloat16,
+                             int64_t workers, float *out) {
     if (!all_within(index, batch * count, rows)) return 0;
     const int64_t parts = batch < workers ? (workers + batch - 1) / batch : 1;
-    const Gathering all = {slots, slot_elements, index, batch, count, heads, run, brain, out, parts};
+    const Gathering all = {slots, slot_elements, index, batch, count, heads, run, bfloat16, out, parts};
     kvswap_do_all(gather_part, &all, batch * parts, workers);
     return 1;
 }
 
-/* A float as float16, to nearest, ties to even; what is larger than the largest becomes that. No branches. */
+/* A float as float16, to nearest, ties to even; larger values become the largest. No branches. */
 INLINE uint16_t float_to_half(float value) {
     const float lowest = 6.103515625e-05f; /* of the normal ones */
     uint32_t bits, half, magic = 126u << 23; /* 0.5, whose last bit is the smallest float16 */
@@ -254,7 +255,7 @@ INLINE uint16_t float_to_half(float value) {
     return (uint16_t)(half | sign);
 }
 
-INLINE uint16_t float_to_brain(float value) {
+INLINE uint16_t float_to_bfloat16(float value) {
     uint32_t bits;
     memcpy(&bits, &value, 4);
     const uint32_t rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
@@ -264,23 +265,23 @@ INLINE uint16_t float_to_brain(float value) {
 /* One token of each sequence into its group: the inverse of kvswap_gather. Returns whether all places exist; otherwise
  * nothing was done.
  *
- * slots           [count] of them
- * homes, offsets  [batch]: the slot, and the token's place in the group
- * strides         [4]: of keys by sequence and head, of values by sequence and head; elements of a head are contiguous
+ * slots            [count]
+ * pinned, offsets  [batch]: the pinned slot, and the token's place in the group
+ * strides          [4]: of keys by sequence and head, of values by sequence and head; elements of a head are contiguous
  */
-CLONES EXPORT int64_t kvswap_put_tokens(uint16_t *slots, int64_t count, int64_t slot_elements, const int64_t *homes,
+CLONES EXPORT int64_t kvswap_put_tokens(uint16_t *slots, int64_t count, int64_t slot_elements, const int64_t *pinned,
                                         const int64_t *offsets, int64_t batch, int64_t heads, int64_t group_tokens,
-                                        int64_t head_dim, int64_t brain, const float *keys, const float *values,
+                                        int64_t head_dim, int64_t bfloat16, const float *keys, const float *values,
                                         const int64_t *strides) {
-    if (!all_within(homes, batch, count) || !all_within(offsets, batch, group_tokens)) return 0;
+    if (!all_within(pinned, batch, count) || !all_within(offsets, batch, group_tokens)) return 0;
     for (int64_t b = 0; b < batch; b++)
         for (int64_t part = 0; part < 2; part++)
             for (int64_t h = 0; h < heads; h++) {
                 const float *from = (part ? values : keys) + b * strides[2 * part] + h * strides[2 * part + 1];
-                uint16_t *to = slots + homes[b] * slot_elements;
+                uint16_t *to = slots + pinned[b] * slot_elements;
                 to += ((part * heads + h) * group_tokens + offsets[b]) * head_dim;
-                if (brain)
-                    for (int64_t i = 0; i < head_dim; i++) to[i] = float_to_brain(from[i]);
+                if (bfloat16)
+                    for (int64_t i = 0; i < head_dim; i++) to[i] = float_to_bfloat16(from[i]);
                 else
                     for (int64_t i = 0; i < head_dim; i++) to[i] = float_to_half(from[i]);
             }

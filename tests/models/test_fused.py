@@ -1,4 +1,4 @@
-"""Quick twins of norm and RoPE: taken where they compute the same, left where they do not."""
+"""Fused norm and RoPE: used where they compute the same as the family's code, and only there."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from kvswap.models.adapter import inspect
-from kvswap.models.shortcuts import quick_norm, quick_rope, rotate_halves
+from kvswap.models.fused import fused_norm, fused_rope, rotate_halves
 from kvswap.native import query_loops
 from tests.helpers.families import FAMILIES, tiny_model
 
@@ -35,7 +35,7 @@ def loops(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.mark.usefixtures("loops")
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_family_gets_twins_that_compute_the_same(family: str) -> None:
+def test_every_family_gets_fused_versions_that_compute_the_same(family: str) -> None:
     model = tiny_model(family)
     for part in inspect(model).layers:
         norm = part.module.input_layernorm
@@ -65,8 +65,8 @@ def test_predictions_are_those_of_the_familys_own_code(family: str) -> None:
 
 def test_another_formula_keeps_its_own_code() -> None:
     norm = Scaled(16)
-    assert quick_norm(norm) is norm
-    assert quick_norm(None) is None
+    assert fused_norm(norm) is norm
+    assert fused_norm(None) is None
 
     def pairs(
         query: torch.Tensor, keys: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
@@ -74,7 +74,7 @@ def test_another_formula_keeps_its_own_code() -> None:
         other = torch.stack((-query[..., 1::2], query[..., ::2]), -1).flatten(-2)
         return query * cos[:, None] + other * sin[:, None], keys
 
-    rope, query = quick_rope(pairs, 8), torch.randn(2, 3, 8)
+    rope, query = fused_rope(pairs, 8), torch.randn(2, 3, 8)
     cos, sin = torch.rand(2, 1, 1, 8)
     assert rope is not rotate_halves
     assert torch.equal(rope(query, cos, sin), pairs(query[:, :, None], query[:, :1, None], cos, sin)[0][:, :, 0])
@@ -82,13 +82,13 @@ def test_another_formula_keeps_its_own_code() -> None:
 
 def test_a_norm_with_hooks_is_called() -> None:
     norm = copy.deepcopy(tiny_model("llama").model.layers[0].input_layernorm)
-    assert quick_norm(norm) is not norm
+    assert fused_norm(norm) is not norm
     norm.register_forward_hook(lambda module, given, result: 2 * result)
-    assert quick_norm(norm) is norm
+    assert fused_norm(norm) is norm
 
 
 def test_a_norm_that_does_not_tell_its_epsilon_keeps_its_own_code() -> None:
     norm = nn.RMSNorm(8, eps=1e-6)
-    assert quick_norm(norm) is not norm
+    assert fused_norm(norm) is not norm
     norm.eps = None
-    assert quick_norm(norm) is norm
+    assert fused_norm(norm) is norm

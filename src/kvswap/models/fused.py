@@ -1,8 +1,9 @@
-"""Quick twins of a family's norm and RoPE, for predicting queries and for looking at keys without RoPE.
+"""Fused norm and RoPE of a family, for predicting queries and for taking RoPE off keys.
 
-The families' own code takes ten small operators for a norm and as many for RoPE, which at one token cost as much as
-the projection between them. A twin is used where a trial shows that it computes the same; elsewhere (other formulas,
-weights that are not in memory, hooks) the family's own code runs. What the model itself computes is never touched.
+The families' own code takes ten small operators for a norm and as many for RoPE. At one token these cost as much as the
+projection between them. ``adapter`` asks for fused versions when it inspects a model. A fused version is used where a
+trial shows that it computes the same. Elsewhere (other formulas, weights that are not in memory, hooks) the code of the
+family runs. The model's own forward pass is never changed. Any thread.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
 
 @torch.no_grad()
-def quick_norm(norm: Any) -> Norm:
-    """``norm`` itself, or a root-mean-square norm with its weight (or one plus it) where that is the same."""
+def fused_norm(norm: Any) -> Norm:
+    """A fused root-mean-square norm with the weight of ``norm``, or one plus it, where that equals ``norm``."""
     weight, eps = getattr(norm, "weight", None), getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
     hooked = isinstance(norm, nn.Module) and (norm._forward_hooks or norm._forward_pre_hooks or "forward" in vars(norm))
     if (
@@ -42,15 +43,15 @@ def quick_norm(norm: Any) -> Norm:
         return rms_norm(hidden, norm.weight, 1.0, eps)
 
     trial = torch.linspace(-2, 3, 2 * len(weight), dtype=weight.dtype, device=weight.device).view(1, 2, -1)
-    for twin in (plain, one_more):
-        if _same(lambda: norm(trial), lambda twin=twin: twin(trial), weight.dtype):  # type: ignore[misc]
-            return twin
+    for fused in (plain, one_more):
+        if _same(lambda: norm(trial), lambda fused=fused: fused(trial), weight.dtype):  # type: ignore[misc]
+            return fused
     return norm  # type: ignore[no-any-return]
 
 
 @torch.no_grad()
-def quick_rope(rope: Rope, head_dim: int) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]:
-    """A function of query ``[B, H, d]`` and cos, sin ``[B or 1, 1, d]``: RoPE as the family's ``rope`` has it."""
+def fused_rope(rope: Rope, head_dim: int) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]:
+    """RoPE of a query ``[B, H, d]`` with cos and sin ``[B or 1, 1, d]``, fused where that equals the family's own."""
 
     def own(query: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         apart = query[:, :, None]
@@ -71,7 +72,7 @@ def rms_norm(hidden: torch.Tensor, weight: torch.Tensor, offset: float, eps: flo
 
 
 def rotate_halves(query: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """RoPE with the first half of a head's elements paired with the second, as Llama and most after it have it."""
+    """RoPE that pairs the first half of a head's elements with the second, as in Llama and most families since."""
     if query_loops.computes_here(query, cos, sin):
         return query_loops.rotate_halves(query, cos, sin)
     half = query.shape[-1] // 2
