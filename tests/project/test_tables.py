@@ -1,4 +1,4 @@
-"""Tables in the docs are those of the committed results."""
+"""The tables in the docs are those of the committed results."""
 
 from __future__ import annotations
 
