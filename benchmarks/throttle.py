@@ -51,7 +51,7 @@ def make_group(device: str, read_bytes_per_s: int, reads_per_s: int) -> Path:
     try:
         group.mkdir()
     except OSError as error:
-        fail(f"{group} cannot be made: {error.strerror}")
+        fail(f"{group} cannot be created: {error.strerror}")
     try:
         for file, line in limits.items():
             write(group / file, line)

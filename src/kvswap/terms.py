@@ -24,15 +24,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
-from numpy.typing import NDArray
-
-IntArray = NDArray[np.int64]
-"""Numbers of groups, slots, files, tokens, and offsets in bytes."""
-BoolArray = NDArray[np.bool_]
-ByteArray = NDArray[np.uint8]
-"""Bytes as they lie on disk."""
-
 FLOAT16_MAX = 65504.0
 """The largest float16; what is larger is stored as this."""
 

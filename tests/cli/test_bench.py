@@ -1,4 +1,4 @@
-"""``kvswap bench``: every method in turns, a file that can be continued, a table, a picture."""
+"""``kvswap bench``: all methods interleaved, a results file that is continued, a table, a plot."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_all_methods(base, tmp_path, capfd):
     assert content["environment"][0]["read_test"]["small"]["bytes_per_s"] > 0
 
 
-def test_what_is_there_is_not_measured_again(base, tmp_path, monkeypatch):
+def test_existing_results_are_not_measured_again(base, tmp_path, monkeypatch):
     file = tmp_path / "bench.json"
     assert run_command([*base, "--methods", "window"]) == 0
     before = json.loads(file.read_text())["records"]
@@ -75,7 +75,7 @@ def test_what_is_there_is_not_measured_again(base, tmp_path, monkeypatch):
     assert run_command([*base, "--methods", "window,kvswap", "--context", "200,300"]) == 0
 
 
-def test_broken_off_and_continued(base, tmp_path, monkeypatch):
+def test_interrupted_and_continued(base, tmp_path, monkeypatch):
     run_interleaved = kvswap.lab.bench.run.run_interleaved
 
     def once(*args, **kwargs):
@@ -100,7 +100,7 @@ def test_broken_off_and_continued(base, tmp_path, monkeypatch):
     assert ours["decode_tokens_per_s"] == pytest.approx(statistics.median(rates))
 
 
-def test_a_method_with_another_configuration_stands_beside(base, tmp_path, capfd):
+def test_a_method_with_its_own_configuration(base, tmp_path, capfd):
     file, wide, picture = tmp_path / "bench.json", tmp_path / "wide.json", tmp_path / "bench.png"
     wide.write_text(json.dumps({"select_tokens": 200, "recent_tokens": 16, "kv_memory": "6MiB"}))
     assert run_command([*base, "--methods", "kvswap"]) == 0  # a file without variants goes on with one
@@ -141,13 +141,13 @@ def test_a_method_with_another_configuration_stands_beside(base, tmp_path, capfd
         (["--json", "/nowhere/x.json"], "--json /nowhere/x.json: cannot be written"),
     ],
 )
-def test_mistakes_are_told_in_one_line(base, options, words, capfd):
+def test_mistakes_are_one_line_on_stderr(base, options, words, capfd):
     assert run_command([*base, *options]) == 2
     lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error")]
     assert len(lines) == 1 and words in lines[0]
 
 
-def test_file_of_something_else(base, tmp_path, capfd):
+def test_results_of_another_benchmark_are_refused(base, tmp_path, capfd):
     assert run_command([*base, "--methods", "window"]) == 0
     assert run_command([*base, "--methods", "window", "--label", "other"]) == 2
     assert "its label differ" in capfd.readouterr().err

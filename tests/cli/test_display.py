@@ -7,7 +7,7 @@ import io
 from kvswap.cli.display import Display
 
 
-def test_a_notice_is_said_once() -> None:
+def test_a_notice_is_shown_once() -> None:
     stream = io.StringIO()
     display = Display(stream)
     for text in ("no io_uring", "slow disk", "no io_uring"):

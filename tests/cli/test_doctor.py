@@ -1,4 +1,4 @@
-"""``kvswap doctor`` tells the truth about this machine, in time, and leaves nothing behind."""
+"""``kvswap doctor`` reports correct facts in time, and leaves nothing on the disk."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def run(*words: str) -> Result:
 
 @pytest.fixture
 def brief(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A small file and a short test, for what is not about the numbers."""
+    """A small file and a short read test, for tests that do not check the rates."""
     monkeypatch.setitem(check_up.__kwdefaults__, "file_bytes", 1 << 20)
     monkeypatch.setitem(check_up.__kwdefaults__, "read_s", 0.05)
 
@@ -112,7 +112,7 @@ def test_home_of_nobody() -> None:
 
 
 @pytest.mark.parametrize("target", ["missing/report.json", "."])
-def test_bad_json_target_is_said_before_the_test(target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bad_json_target_is_an_early_error(target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kvswap.tuning.checkup.check_up", pytest.fail)
     result = run("--kv-dir", str(tmp_path), "--json", str(tmp_path / target))
     assert isinstance(result.exception, ConfigError)
@@ -150,7 +150,7 @@ def test_broken_disk_is_a_finding(tmp_path: Path, brief: None, monkeypatch: pyte
     monkeypatch.setattr("kvswap.tuning.checkup.measure_reads", fail)
     result = run("--kv-dir", str(tmp_path))
     assert result.exit_code == 0
-    assert "not made" in result.output
+    assert "not run" in result.output
     assert "EIO" in result.output.splitlines()[-1]
 
 

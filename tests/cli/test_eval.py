@@ -16,7 +16,7 @@ METHODS = "full,kvswap,window"
 
 @pytest.fixture
 def base(tiny, tmp_path) -> list[str]:
-    """A command that works."""
+    """A valid command."""
     words = ["eval", "--model", tiny, "--methods", METHODS, "--context", "700,900", "--samples", "2", "--steps", "6"]
     words += ["--task", "agreement,perplexity", "--kv-memory", "3MiB", "--json", tmp_path / "results.json"]
     return [str(word) for word in [*words, "--kv-dir", tmp_path / "kv"]]
@@ -35,8 +35,8 @@ def test_table_and_results(base, tmp_path, capfd):
     assert len(out.splitlines()) == 1 + len(rows)
     assert "evaluating: 100%" in err and err.count("only 2 samples") == 1
     for (task, method, _), row in rows.items():
-        wanted = {"score", "full_score", "retention", "stderr", "n", "kl", "kv_memory_limit_bytes"}
-        assert wanted <= row.keys() and row["n"] == 2 and row["note"]
+        keys = {"score", "full_score", "retention", "stderr", "n", "kl", "kv_memory_limit_bytes"}
+        assert keys <= row.keys() and row["n"] == 2 and row["note"]
         assert row["kv_memory_limit_bytes"] == (None if method == "full" else 3 << 20)
         assert row["kl"] == pytest.approx(0, abs=1e-9) if method == "full" else row["kl"] > 0
         if (task, method) == ("agreement", "full"):
@@ -48,7 +48,7 @@ def test_table_and_results(base, tmp_path, capfd):
     assert len({sample["prompt_hash"] for sample in found["samples"]}) == 4
 
 
-def test_goes_on_where_it_was(base, tmp_path, capfd):
+def test_a_second_run_continues_the_file(base, tmp_path, capfd):
     one = changed(base, samples=1, context="700", methods="kvswap")
     assert run_command(one) == 0
     before = results(tmp_path)["samples"]
@@ -63,7 +63,7 @@ def test_goes_on_where_it_was(base, tmp_path, capfd):
     assert "its seed, text_sha256 differ" in refused(capfd, changed(one, seed=3))
 
 
-def test_settings_stand_beside_each_other(base, tmp_path, capfd):
+def test_several_sketch_settings_in_one_run(base, tmp_path, capfd):
     words = changed(base, task="agreement", samples=1, context="900", methods="kvswap,kvswap-paper")
     assert run_command([*words, "--setting", "relaxed,tight:8"]) == 0
     rows = {(row["method"], row["setting"]): row for row in results(tmp_path)["results"]}
@@ -77,7 +77,7 @@ def test_settings_stand_beside_each_other(base, tmp_path, capfd):
     assert "use relaxed or tight" in refused(capfd, [*words, "--setting", "tight:x"])
 
 
-def test_stops_after_a_time_and_goes_on(base, tmp_path, capfd):
+def test_stops_after_a_time_and_continues(base, tmp_path, capfd):
     words = changed(base, task="agreement", methods="kvswap", context="700", samples=3)
     assert run_command([*words, "--minutes", "0"]) == 0
     assert "2 samples are left" in capfd.readouterr().err
@@ -98,14 +98,14 @@ def test_mistakes(base, tmp_path, capfd):
     assert "not a results file" in refused(capfd, base)
 
 
-def test_questions_a_picture_and_prompts_that_are_kept(base, tmp_path, capfd):
-    shelf = tmp_path / "prompts"
-    words = changed(base, task="needle", samples=2, context="1500", methods="full", prompts=shelf)
+def test_questions_a_plot_and_stored_prompts(base, tmp_path, capfd):
+    folder = tmp_path / "prompts"
+    words = changed(base, task="needle", samples=2, context="1500", methods="full", prompts=folder)
     assert run_command([*words, "--plot", str(tmp_path / "grid.png")]) == 0
-    files = {path: path.stat().st_mtime_ns for path in shelf.iterdir()}
+    files = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
     assert len(files) == 2 and (tmp_path / "grid.png").stat().st_size > 5000
     assert run_command(changed(words, methods="kvswap")) == 0
-    assert {path: path.stat().st_mtime_ns for path in shelf.iterdir()} == files
+    assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == files
     first = next(iter(files))
     first.write_bytes(b"damaged")
     again = changed(words, methods="kvswap", json=tmp_path / "again.json")
@@ -119,7 +119,7 @@ def test_questions_a_picture_and_prompts_that_are_kept(base, tmp_path, capfd):
     capfd.readouterr()
 
 
-def test_mistakes_in_pictures_and_datasets(base, tmp_path, capfd):
+def test_mistakes_in_plots_and_datasets(base, tmp_path, capfd):
     assert "unknown kind of picture" in refused(capfd, changed(base, plot=tmp_path / "x.txt"))
     (tmp_path / "data.jsonl").write_text('{"input": 1}\n')
     bad = changed(base, task="longbench", dataset=tmp_path / "data.jsonl")

@@ -1,4 +1,4 @@
-"""``kvswap profile``: a table, a file that loads, a picture; mistakes before the measuring."""
+"""``kvswap profile``: a table, a file that loads, a plot, and mistakes that are found before measuring."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("cache_home")
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    """A disk test of a second."""
+    """Measure the disk in a second."""
     measure = functools.partial(disk_costs.measure_disk, point_s=0.001, file_bytes=16 * MIB)
     monkeypatch.setattr(profile, "measure_disk", measure)
 
@@ -61,7 +61,7 @@ def test_with_a_model(tiny, tmp_path, cache_home, capfd):
         (["--kv-dir", "/proc/nowhere"], "/proc/nowhere"),
     ],
 )
-def test_mistakes_are_told_in_one_line(words, message, capfd):
+def test_mistakes_are_one_line_on_stderr(words, message, capfd):
     assert run_command(["profile", *words]) == 2
     out, err = capfd.readouterr()
     assert out == "" and err.startswith("error: ") and len(err.splitlines()) == 1 and message in err
@@ -73,7 +73,7 @@ def test_plot_without_its_extra(tmp_path, monkeypatch, capfd):
     assert "pip install 'kvswap[plots]'" in capfd.readouterr().err
 
 
-def test_small_disk_is_noticed(tmp_path, monkeypatch, capfd):
+def test_a_full_disk_is_an_error(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(disk_costs, "free_bytes", lambda path: 1000)
     assert run_command(["profile", "--kv-dir", str(tmp_path / "kv")]) == 2
     assert "free some space" in capfd.readouterr().err

@@ -283,17 +283,6 @@ def test_help_loads_nothing_heavy():
     assert "Ask a model about documents" in result.stdout
 
 
-def test_public_names_stay_what_they_are():
-    import kvswap
-
-    for _ in range(2):  # the first use imports a module of the same name
-        assert callable(kvswap.attach) and callable(kvswap.load)
-    assert {"attach", "load", "tune", "Config", "Engine", "KVSwapError", "Session"} == set(kvswap.__all__)
-    assert all(getattr(kvswap, name).__name__ == name for name in kvswap.__all__)
-    with pytest.raises(AttributeError, match="no attribute 'lode'"):
-        _ = kvswap.lode
-
-
 def test_quality_is_checked(base, tmp_path, capfd):
     target = tmp_path / "numbers.json"
     (tmp_path / "c.json").write_text(json.dumps({"select_tokens": 60, "recent_tokens": 16}))

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("cache_home")
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    """Everything is measured, but in seconds."""
+    """Measure everything in seconds."""
     measure = functools.partial(disk_costs.measure_disk, point_s=0.001, file_bytes=16 * MIB)
     monkeypatch.setattr(profile, "measure_disk", measure)
     tables = functools.partial(measure_tables.measure_tables, contexts=(512, 1024), texts=2, steps=2)
@@ -34,7 +34,7 @@ def words(tiny, tmp_path, *more: str, memory: str = "3MiB", context: int = 1500)
     return [*base, "--kv-dir", str(tmp_path / "kv"), "--out", str(tmp_path / "tuned.json"), *more]
 
 
-def test_tuned_file_says_why_and_run_uses_it(tiny, tmp_path, capfd):
+def test_tuned_file_has_reasons_and_run_uses_it(tiny, tmp_path, capfd):
     tables = tmp_path / "tables.safetensors"
     more = ["--context", "600", "--tables", str(tables), "--verify", "--prefer", "speed"]
     assert run_command(words(tiny, tmp_path, *more)) == 0
@@ -91,7 +91,7 @@ def test_memory_of_the_engine_is_what_was_predicted(tiny, tmp_path, capfd):
         ({"more": ["--tables", __file__]}, "damaged"),
     ],
 )
-def test_mistakes_are_told_in_one_line(options, message, tiny, tmp_path, capfd):
+def test_mistakes_are_one_line_on_stderr(options, message, tiny, tmp_path, capfd):
     more = options.pop("more", [])
     assert run_command(words(tiny, tmp_path, *more, **options)) == 2
     err = capfd.readouterr().err
@@ -99,7 +99,7 @@ def test_mistakes_are_told_in_one_line(options, message, tiny, tmp_path, capfd):
     assert len(lines) == 1 and err.splitlines()[-1] == lines[0] and message in lines[0]
 
 
-def test_too_little_calibration_text_is_said(tiny, tmp_path, capfd, monkeypatch):
+def test_too_little_calibration_text_is_an_error(tiny, tmp_path, capfd, monkeypatch):
     monkeypatch.setattr(measure_tables, "calibration_topics", lambda: [("one", "A short text. " * 50)])
     assert run_command(words(tiny, tmp_path, "--tables", str(tmp_path / "t.safetensors"))) == 2
     assert "the calibration text has" in capfd.readouterr().err

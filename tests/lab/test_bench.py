@@ -1,4 +1,4 @@
-"""Arithmetic of benchmarks: stretches of text, ceilings, growth of counters, tables."""
+"""Arithmetic of benchmarks: cutting prompts, the disk's ceiling, growth of counters, the bound of a step."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TEST = {
 @pytest.mark.parametrize(
     ("size", "expected"), [(4096, 25.0), (16384, 100.0), (40960, 250.0), (65536, 400.0), (1 << 20, 400.0)]
 )
-def test_ceiling_between_and_beyond_the_tested_sizes(size: int, expected: float) -> None:
+def test_ceiling_at_between_and_outside_the_tested_sizes(size: int, expected: float) -> None:
     assert ceiling_bytes_per_s(TEST, size) == pytest.approx(expected)
 
 
@@ -36,7 +36,7 @@ def test_stretches_follow_one_another_and_overlap_only_for_lack_of_text() -> Non
         stretch(ids[:100], place, 90, 11, 2)
 
 
-def test_growth_counts_hits_among_what_was_selected_meanwhile() -> None:
+def test_growth_counts_the_reused_groups() -> None:
     before = CacheStats(selected_groups=100, reuse_rate=0.5, io_wait_s=1.0, disk_reads=7)
     after = dataclasses.replace(before, selected_groups=200, reuse_rate=0.75, io_wait_s=1.5, disk_reads=10)
     grown = growth(before, after)
@@ -45,7 +45,7 @@ def test_growth_counts_hits_among_what_was_selected_meanwhile() -> None:
 
 
 @pytest.mark.parametrize(("waiting", "read_bytes", "expected"), [(0.0, 1, 1.0), (0.2, 1, 1.25), (0.5, 80, 1.25)])
-def test_bound_is_computing_or_reading_whichever_is_longer(waiting: float, read_bytes: int, expected: float) -> None:
+def test_the_bound_is_the_longer_of_computing_and_reading(waiting: float, read_bytes: int, expected: float) -> None:
     row = {
         "batch": 2,
         "decode_tokens_per_s": 20.0,

@@ -1,4 +1,4 @@
-"""Caches that step together do as each does alone, and answer as ``generate`` does."""
+"""Caches in a batch give the same results as each alone, and the same answers as ``generate``."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.helpers.families import tiny_model, tokens
 
 @pytest.fixture(autouse=True)
 def cache_home(tmp_path_factory, monkeypatch) -> None:
-    """Calibrations stay out of the user's folder."""
+    """Put calibrations into a folder of the test run."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
 
 
@@ -23,15 +23,15 @@ METHODS = ("full", "kvswap", "kvswap-paper", "window", "reload", "quest")
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3"])
-def test_steps_together_are_steps_alone(family, tmp_path):
+def test_batched_steps_equal_steps_alone(family, tmp_path):
     model, ids = tiny_model(family), tokens(1, 700)[0].tolist()
     config = Config(kv_dir=str(tmp_path), select_tokens=100, recent_tokens=16)
-    wanted = [(name, config) for name in METHODS if family != "gemma3" or name != "quest"]
+    methods = [(name, config) for name in METHODS if family != "gemma3" or name != "quest"]
     calls: list[tuple[int, int]] = []
-    with attach_each(model, with_methods(wanted * 2), tokenizer=_Tokenizer()) as caches:
+    with attach_each(model, with_methods(methods * 2), tokenizer=_Tokenizer()) as caches:
         row = share_prompt(model, caches, ids[:680])
-        together, alone = ({name: c for (name, _), c in zip(wanted, part, strict=True)} for part in halves(caches))
-        found = force_batched(model, together, ids[680:], row, on_step=lambda *each: calls.append(each))
+        batched, alone = ({name: c for (name, _), c in zip(methods, part, strict=True)} for part in halves(caches))
+        found = force_batched(model, batched, ids[680:], row, on_step=lambda *each: calls.append(each))
         expected = {name: ForcedRun() for name in alone}
         force(model, alone, ids[680:], dict.fromkeys(alone, row), expected)
         assert [cache.get_seq_length() for cache in caches] == [700] * len(caches)
@@ -43,17 +43,17 @@ def test_steps_together_are_steps_alone(family, tmp_path):
     assert max(found["window"].kl) > 5e-6  # methods do differ
 
 
-def test_rows_answer_as_generate_does_and_stop_apart(tmp_path):
+def test_rows_answer_as_generate_does_and_stop_separately(tmp_path):
     model, ids = tiny_model("llama"), tokens(1, 90)[0].tolist()
     config = Config(kv_dir=str(tmp_path))
     expected = model.generate(torch.tensor([ids]), max_new_tokens=9, do_sample=False)[0, 90:].tolist()
     stop = expected[4]
-    wanted = [("full", config), ("full", config), ("kvswap", config)]
-    with attach_each(model, with_methods(wanted)) as (holder, *caches):
-        row = share_prompt(model, [holder, *caches], ids)
+    methods = [("full", config), ("full", config), ("kvswap", config)]
+    with attach_each(model, with_methods(methods)) as (full, *caches):
+        row = share_prompt(model, [full, *caches], ids)
         assert greedy_batched(model, caches, row, 9, stops=lambda found: False) == [expected] * 2
-    with attach_each(model, with_methods(wanted)) as (holder, *caches):
-        row = share_prompt(model, [holder, *caches], ids)
+    with attach_each(model, with_methods(methods)) as (full, *caches):
+        row = share_prompt(model, [full, *caches], ids)
         found = greedy_batched(model, caches, row, 9, stops=lambda found: found[-1] == stop)
     assert found == [expected[: expected.index(stop) + 1]] * 2
 

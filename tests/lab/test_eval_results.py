@@ -1,4 +1,4 @@
-"""Rows of results: paired with full attention, with errors, and plain words where there are too few samples."""
+"""Rows of results: paired with full attention, with standard errors, and with notes for too few samples."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_enough_samples_need_no_note():
     assert rows[1]["retention"] == 1
 
 
-def test_samples_of_one_text_count_as_one():
+def test_samples_of_one_text_are_one_cluster():
     scores = [1.0, 1.0, 0.0, 0.5]  # of texts 0, 0, 1, 2
     records = [record("full", i, score, text_number=max(0, i - 1)) for i, score in enumerate(scores)]
     (row,) = summarise(records)

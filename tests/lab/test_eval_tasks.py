@@ -1,4 +1,4 @@
-"""Samples of every task: they fit, they hold their answers, the seed decides them, and scores count what they say."""
+"""Samples of every task fit the context, contain their answers and depend on the seed; scores are correct."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def outcome(text: str | None) -> Outcome:
 
 
 @pytest.mark.parametrize("name", ASKING)
-def test_samples_fit_and_hold_their_answers(name):
+def test_samples_fit_and_contain_their_answers(name):
     task, texts = find_task(name), source()
     samples = list(task.make(texts, CONTEXT, 3))
     assert [each.index for each in samples] == [0, 1, 2]
@@ -58,7 +58,7 @@ def test_part_of_the_answers_is_part_of_the_score():
 
 
 def common(one: tuple[int, ...], other: tuple[int, ...]) -> int:
-    """How many tokens both begin with."""
+    """Number of tokens at the beginning that both share."""
     return next(n for n, pair in enumerate(zip(one, other, strict=False)) if pair[0] != pair[1])
 
 
@@ -70,7 +70,7 @@ def common(one: tuple[int, ...], other: tuple[int, ...]) -> int:
         (("text2json",), (4,)),
     ],
 )
-def test_samples_of_one_text_begin_alike(names, counts):
+def test_samples_of_one_text_share_a_beginning(names, counts):
     texts = source()
     samples = [each for n, c in zip(names, counts, strict=True) for each in find_task(n).make(texts, CONTEXT, c)]
     assert {each.text for each in samples} == {0, 1}
@@ -88,7 +88,7 @@ def test_fewer_samples_are_the_first_ones():
         assert many[:3] == few
 
 
-def test_needles_lie_where_the_grid_says():
+def test_needles_lie_at_the_depths_of_the_grid():
     texts = source()
     for each in find_task("needle").make(texts, CONTEXT, len(GRID_DEPTHS)):
         prompt = texts.tokenizer.decode(each.prompt)

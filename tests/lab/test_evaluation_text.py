@@ -1,4 +1,4 @@
-"""Nothing that is evaluated was calibrated on."""
+"""The evaluation text does not overlap the calibration text."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ def test_a_document_that_was_calibrated_on_is_refused():
 
 
 def test_documents_come_first_and_the_seed_decides_the_rest():
-    mine = Document("mine", "Nobody has seen this line.\n" * 20)
+    mine = Document("mine", "A line that exists nowhere else.\n" * 20)
     first, again, other = (evaluation_text([mine], seed) for seed in (1, 1, 2))
     assert first == again and first[0] == ("mine", mine.text)
     assert first != other and sorted(first) == sorted(other)
 
 
-def test_docstrings_of_a_module_are_the_longer_ones_once_each():
+def test_docstrings_of_a_module_are_the_longer_ones_without_duplicates():
     long = "word " * 50 + "end"
     source = f'"""{long}"""\ndef f():\n    """Short."""\n'
     source += f'class C:\n    """{long}"""\n    def m(self):\n        """{long} m"""\n'

@@ -1,4 +1,4 @@
-"""Prompts that begin alike: the beginning is computed once, and the rest comes out the same."""
+"""A shared beginning of two prompts is computed once, and the results stay the same."""
 
 from __future__ import annotations
 

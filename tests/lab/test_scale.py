@@ -34,7 +34,7 @@ def test_steps_parts_and_memory_add_up(tmp_path):
     assert (tmp_path / "scale.png").stat().st_size > 10_000
 
 
-def test_what_does_not_fit_is_known_beforehand(tmp_path, monkeypatch):
+def test_contexts_that_do_not_fit_the_disk_are_detected(tmp_path, monkeypatch):
     config = Config(kv_dir=str(tmp_path))
     needed = kv_bytes(1 << 20) + kvswap.lab.bench.scale.SPARE_BYTES
     assert 23e9 < kv_bytes(1 << 20) < 25e9

@@ -1,4 +1,4 @@
-"""The table of a results file: paired differences in points, and means that weigh tasks alike."""
+"""The table of a results file: paired differences in points, and means with equal weights of tasks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Several caches of one model side by side: each as good as alone, judged against the first."""
+"""Several caches fed with the same tokens: each gives the same results as alone, compared with the first."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.helpers.families import tiny_model, tokens
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
-def test_caches_side_by_side_do_as_each_alone(family, tmp_path):
+def test_interleaved_caches_equal_each_alone(family, tmp_path):
     model, ids = tiny_model(family), tokens(1, 700)[0].tolist()
     config = Config(kv_dir=str(tmp_path), select_tokens=100, recent_tokens=16)
     other = config.replace(group_tokens=8)
@@ -45,7 +45,7 @@ def test_reference_agrees_with_itself_and_counts(tmp_path):
     assert runs["a"].nll == pytest.approx(truth, abs=1e-4)
 
 
-def test_a_failing_cache_gives_the_model_back(tmp_path):
+def test_the_model_is_restored_after_a_failing_cache(tmp_path):
     model = tiny_model("llama")
     forward = model.model.layers[0].forward
     bad = Config(kv_dir=str(tmp_path), backend="memory", kv_memory="1KiB")

@@ -1,4 +1,4 @@
-"""Methods with a configuration of their own: names, what is refused, what tells results apart, tables."""
+"""Methods with their own configuration: names, refused files, identity of results, and tables."""
 
 from __future__ import annotations
 
@@ -43,11 +43,11 @@ def only(text: str, kv_memory: str | None = None, kv_dir: str | None = None) -> 
     return variant
 
 
-def test_names_are_of_method_and_stem_and_come_once(tmp_path: Path) -> None:
+def test_names_are_method_and_stem_without_duplicates(tmp_path: Path) -> None:
     file = settings(tmp_path, select_tokens=500)
     again = f"{tmp_path}/../{tmp_path.name}/wide.json"
-    wanted = ["window", f"kvswap@{file}", f"kvswap-paper@{file}", f"kvswap@{again}", "window"]
-    names, variants = read_variants(wanted, kv_memory=None, kv_dir=None)
+    methods = ["window", f"kvswap@{file}", f"kvswap-paper@{file}", f"kvswap@{again}", "window"]
+    names, variants = read_variants(methods, kv_memory=None, kv_dir=None)
     assert names == ["window", "kvswap@wide", "kvswap-paper@wide"]
     assert [(each.name, each.method) for each in variants] == [
         ("kvswap@wide", "kvswap"),
@@ -55,7 +55,7 @@ def test_names_are_of_method_and_stem_and_come_once(tmp_path: Path) -> None:
     ]
 
 
-def test_the_options_limit_and_folder_hold_for_all(tmp_path: Path) -> None:
+def test_limit_and_folder_of_the_command_line_apply_to_all(tmp_path: Path) -> None:
     file = settings(tmp_path, kv_memory="8MiB", kv_dir="/elsewhere", group_tokens=8)
     assert only(f"kvswap@{file}").config(PLACE) == Config(kv_memory="8MiB", group_tokens=8)
     given = only(f"kvswap@{file}", kv_memory="auto", kv_dir="/data").config(PLACE)
@@ -99,7 +99,7 @@ def test_identity_covers_every_setting_and_no_folder(tmp_path: Path) -> None:
         ("kvswap@{}", '{"format": "kvswap-tuned", "version": 2}', "damaged"),
     ],
 )
-def test_mistakes_are_told(method: str, content: str, words: str, tmp_path: Path) -> None:
+def test_mistakes_are_errors_with_a_hint(method: str, content: str, words: str, tmp_path: Path) -> None:
     (tmp_path / "x.json").write_text(content)
     with pytest.raises(ConfigError) as caught:
         read_variants([method.format(tmp_path / "x.json")], kv_memory=None, kv_dir=None)
@@ -112,7 +112,7 @@ def test_two_files_of_one_stem_are_refused(tmp_path: Path) -> None:
         read_variants([f"kvswap@{files[0]}", f"kvswap-paper@{files[1]}"], kv_memory=None, kv_dir=None)
 
 
-def test_files_of_before_a_setting_existed_meant_its_default(tmp_path: Path) -> None:
+def test_in_files_older_than_a_setting_it_has_its_default(tmp_path: Path) -> None:
     file = tmp_path / "results.json"
     values = Config().to_dict()
     file.write_text(json.dumps({"format": 1, "identity": {"config": {"select_tokens": 400}}}))

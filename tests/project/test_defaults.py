@@ -1,4 +1,4 @@
-"""The defaults without tuning are what the committed tables of several models say, and the docs show them."""
+"""The defaults follow from the committed tables of several models, and the docs show these tables."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from kvswap.tuning.tables import sketch_sizes
 
 ROOT = Path(__file__).parents[2]
 DOUBLING = 1.33
-"""A group twice as large has to cost less than this in KL."""
+"""Doubling the group size is accepted while it multiplies KL by less than this."""
 RICHER = 1.1
-"""The sketch is the smallest within a tenth of one of twice its bytes."""
+"""The default sketch is the smallest whose KL is at most this many times that of twice the bytes."""
 
 
 @pytest.fixture(scope="module")
@@ -47,13 +47,13 @@ def test_half_the_sketch_is_not_as_good(means: dict[str, float]) -> None:
         assert default.token_bytes == Config().sketch_bytes(elements) and default.bits == Config().sketch_bits
 
 
-def test_budgets_by_layer_are_no_default_because_they_gain_little(means: dict[str, float]) -> None:
+def test_selection_by_layer_gains_too_little_to_be_the_default(means: dict[str, float]) -> None:
     assert Config().layer_select_tokens is None
     assert means["budgets by layer"] > 0.9
 
 
 def test_ratios_by_text_are_steadier_than_those_of_means() -> None:
-    """Which is why the tuner compares settings text by text. Over all models; a single one may be an exception."""
+    """This is why the tuner compares settings text by text. It holds over all models, not for each one."""
     plain, paired = zip(*(unsteadiness(facts) for facts in load_results()), strict=True)
     assert math.hypot(*paired) < 0.95 * math.hypot(*plain)
 

@@ -19,6 +19,19 @@ def test_every_public_name_is_there_and_documented(name: str) -> None:
     assert found.__module__.startswith("kvswap.")
 
 
+def test_public_names_stay_what_they_are() -> None:
+    for _ in range(2):  # the first use imports a module of the same name
+        assert callable(kvswap.attach) and callable(kvswap.load)
+    assert all(getattr(kvswap, name).__name__ == name for name in kvswap.__all__)
+    assert set(kvswap.__all__) == {
+        *("attach", "load", "load_model", "tune"),
+        *("Config", "Document", "Engine", "Limits", "LoadedModel", "Sampling", "Session"),
+        *("CacheStats", "RunStats"),
+        *("ConfigError", "DamagedError", "DiskError", "InputError", "KVSwapError", "MemoryBudgetError", "ModelError"),
+        *("SessionError", "StorageError", "UnsupportedError"),
+    }
+
+
 def test_names_and_their_modules_agree() -> None:
     assert set(kvswap._HOMES) == set(kvswap.__all__) == set(dir(kvswap)) - {"__version__"}
 

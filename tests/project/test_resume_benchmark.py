@@ -1,4 +1,4 @@
-"""benchmarks/resume.py: what it measures is there, its table is made from it, and nothing stays on the disk."""
+"""benchmarks/resume.py writes its results, they make its table, and nothing remains on the disk."""
 
 from __future__ import annotations
 

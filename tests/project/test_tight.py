@@ -1,4 +1,4 @@
-"""A tuned configuration beside the published scheme in the same bytes: how they are compared, and what came out."""
+"""A tuned configuration against the published scheme in the same bytes: the comparison and its committed result."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from kvswap.tuning.solution import load_tuned
 from tests.tuning.test_solution import solution
 
 BETTER = 3
-"""How many times the tuned KL the published scheme's is to be at least."""
+"""The published scheme's KL must be at least this many times the tuned one."""
 
 
 def test_both_methods_get_the_limit_of_the_tuned_one_and_the_tight_sketch() -> None:

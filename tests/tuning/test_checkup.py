@@ -1,4 +1,4 @@
-"""The advice of doctor: one for each flaw, none without."""
+"""The verdict of doctor: one piece of advice for each problem, and none without a problem."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def verdict(**changes: object) -> Verdict:
     return give_verdict(**{**good, **changes})  # type: ignore[arg-type]
 
 
-def test_nothing_to_do_when_all_is_well() -> None:
+def test_no_advice_without_a_problem() -> None:
     assert verdict() == Verdict(
         summary="kvswap will read through io_uring with direct I/O, 800 MB/s at random", advice=()
     )
@@ -41,12 +41,12 @@ def test_nothing_to_do_when_all_is_well() -> None:
         ({"gpu_note": "an NVIDIA GPU is there"}, ["NVIDIA", "PyTorch"]),
     ],
 )
-def test_each_flaw_has_one_advice(changes: dict[str, object], words: list[str]) -> None:
+def test_each_problem_has_one_piece_of_advice(changes: dict[str, object], words: list[str]) -> None:
     found = verdict(**changes)
     assert len(found.advice) == 1
     assert all(word in found.advice[0] for word in words), found.advice
 
 
-def test_without_direct_io_a_missing_ring_does_not_matter() -> None:
+def test_without_direct_io_there_is_no_advice_about_io_uring() -> None:
     found = verdict(backend="buffered", direct_io=False, direct_io_reason="EINVAL", uring_reason="EPERM")
     assert len(found.advice) == 1

@@ -1,4 +1,4 @@
-"""The cost model: exact at what was measured, sensible between and beyond, and each part for its own reason."""
+"""The cost model: exact at measured points, interpolated between them, and right in each part of a step."""
 
 from __future__ import annotations
 
@@ -83,14 +83,14 @@ def test_bursts_between_the_points_are_near(depth: float, size: float) -> None:
     assert found == pytest.approx(burst_s(depth, size), rel=0.35)
 
 
-def test_bursts_beyond_the_points_grow_with_count_and_bytes() -> None:
+def test_bursts_outside_the_points_grow_with_count_and_bytes() -> None:
     once, more, larger, none = disk().burst_s(
         np.array([64.0, 128.0, 64.0, 0.0]), np.array([262144.0] * 2 + [524288.0] * 2)
     )
     assert more == pytest.approx(2 * once) and larger == pytest.approx(2 * once) and none == 0
 
 
-def test_well_used_reads_are_the_smallest_near_the_best_rate() -> None:
+def test_the_efficient_read_size_is_the_smallest_near_the_best_rate() -> None:
     rates = dict(disk().peak_rates())
     chosen = disk().read_size_bytes()
     assert rates[chosen] >= 0.8 * max(rates.values())
@@ -98,11 +98,11 @@ def test_well_used_reads_are_the_smallest_near_the_best_rate() -> None:
 
 
 @pytest.mark.parametrize(("tokens", "rank", "bits"), [(1000, 16, 4), (4000, 96, 2), (2500, 56, 4), (8000, 96, 4)])
-def test_prediction_is_interpolated_and_goes_on(tokens: int, rank: int, bits: int) -> None:
+def test_prediction_is_interpolated_and_extrapolated(tokens: int, rank: int, bits: int) -> None:
     assert model().predict_s(tokens, rank, bits) == pytest.approx(50e-6 + tokens * rank * bits * 1e-10)
 
 
-def test_hidden_reads_cost_only_their_collection_but_for_the_first_layer() -> None:
+def test_hidden_reads_cost_only_their_collection_except_in_the_first_layer() -> None:
     found = step_cost(model(), disk(), traffic(80, 8), **SETTING)
     burst = burst_s(8, 8192)
     assert found.read_s == pytest.approx(3 * burst, rel=0.2)
@@ -114,14 +114,14 @@ def test_hidden_reads_cost_only_their_collection_but_for_the_first_layer() -> No
     assert found.step_s == pytest.approx(parts) == pytest.approx(1 / found.tokens_per_s)
 
 
-def test_a_slow_disk_shows_in_the_wait_and_nowhere_else() -> None:
+def test_a_slow_disk_changes_only_the_wait() -> None:
     fast, slow = (step_cost(model(), disk(times), traffic(80, 40), **SETTING) for times in (1.0, 20.0))
     assert slow.wait_s > fast.wait_s + 0.9 * (slow.read_s - fast.read_s) - 3 * 2e-3
     assert (slow.compute_s, slow.predict_s, slow.slots_s) == (fast.compute_s, fast.predict_s, fast.slots_s)
 
 
-def test_paced_bursts_decide_what_hides_and_the_others_what_a_step_takes_at_least() -> None:
-    """A limit of so many reads a second lets single bursts pass; it shows when a step has more than its share."""
+def test_paced_bursts_give_the_hidden_time_and_sustained_ones_the_least_step_time() -> None:
+    """A disk with a limit of reads per second answers single bursts quickly, but not all reads of a large step."""
     quick, limited = disk(0.1).bursts, disk(20.0)
     bucket = dataclasses.replace(limited, paced=quick)
     few, many = (step_cost(model(), bucket, traffic(80, reads), **SETTING) for reads in (1.0, 60.0))
@@ -132,5 +132,5 @@ def test_paced_bursts_decide_what_hides_and_the_others_what_a_step_takes_at_leas
     assert bucket.burst_s(np.array([4.0]), np.array([4096.0]), paced=True)[0] == pytest.approx(0.1 * burst_s(4, 4096))
 
 
-def test_reuse_rate_counts_what_needs_no_read() -> None:
+def test_reuse_rate_is_the_share_of_groups_without_a_read() -> None:
     assert traffic(80, 20).reuse_rate == pytest.approx(0.75)

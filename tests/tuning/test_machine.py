@@ -53,7 +53,7 @@ def test_limit_of_own_group(version: int, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("version", [1, 2])
-def test_smaller_limit_above_holds(version: int, tmp_path: Path) -> None:
+def test_a_smaller_limit_of_a_parent_group_applies(version: int, tmp_path: Path) -> None:
     system = Hierarchy(tmp_path, version, "/slice/app/inner")
     system.group("slice/app/inner", "max" if version == 2 else NO_LIMIT_V1)
     system.group("slice/app", 900 * MIB)

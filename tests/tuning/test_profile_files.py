@@ -1,4 +1,4 @@
-"""Profiles as files: the same after a round trip, refused when damaged or of elsewhere."""
+"""Profile files: equal after a round trip, refused when damaged or from another machine or model."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_round_trip(profile: Profile, tmp_path: Path) -> None:
         ({"packages": {"torch": "1.0"}}, "torch 1.0 instead of"),
     ],
 )
-def test_profile_of_elsewhere_is_refused_unless_forced(
+def test_profile_of_another_machine_is_refused_unless_forced(
     changes: dict[str, Any], words: str, profile: Profile, tmp_path: Path
 ) -> None:
     other = dataclasses.replace(profile, stamp=dataclasses.replace(profile.stamp, **changes))
@@ -70,7 +70,7 @@ def test_profile_of_another_model_is_refused(profile: Profile, tmp_path: Path) -
 
 
 def damage(text: str) -> dict[str, str]:
-    """Ways in which the file of a profile goes wrong, and what is said."""
+    """Damaged file contents, each with a part of the expected message."""
 
     def with_(**changes: Any) -> str:
         return json.dumps({**json.loads(text), **changes})
@@ -96,7 +96,7 @@ def damage(text: str) -> dict[str, str]:
     }
 
 
-def test_damaged_files_are_refused_in_a_sentence(profile: Profile, tmp_path: Path) -> None:
+def test_damaged_files_are_refused_with_a_message(profile: Profile, tmp_path: Path) -> None:
     file = tmp_path / "profile.json"
     profile.save(file)
     for text, words in damage(file.read_text()).items():
@@ -108,7 +108,7 @@ def test_damaged_files_are_refused_in_a_sentence(profile: Profile, tmp_path: Pat
         load_profile(tmp_path / "absent.json", str(tmp_path))
 
 
-def test_unwritable_target_is_told(profile: Profile, tmp_path: Path) -> None:
+def test_unwritable_target_is_an_error(profile: Profile, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match="cannot be written"):
         profile.save(tmp_path / "file" / "profile.json")

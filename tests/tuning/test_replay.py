@@ -1,4 +1,4 @@
-"""Replays do what the engine does: exact steps equal full attention, selected ones equal the cache on disk."""
+"""Replays: exact steps equal full attention, and steps with a selection equal those of the cache on disk."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PROMPT, STEPS = 512, 5
 
 
 def replayed(model, ids, forced, prepare) -> tuple[torch.Tensor, ...]:
-    """Logits of exact steps, twice with the selection that ``prepare`` makes, and of both as rows of a batch."""
+    """Logits of an exact replay, of two replays with the selection of ``prepare``, and of both kinds in one batch."""
     attachment = Attachment(model)
     try:
         cache = ReplayCache(attachment.parts, attachment.implementation, capacity_tokens=PROMPT, chunk_tokens=512)
@@ -41,7 +41,7 @@ def replayed(model, ids, forced, prepare) -> tuple[torch.Tensor, ...]:
 
 
 def selection(config: Config, cache: ReplayCache) -> Selection:
-    """Whole-key codes in two bits, as the cache on disk has them without a calibration."""
+    """A selection by whole-key codes in two bits, which the cache on disk uses without calibration."""
     parts, sketches = cache.parts, []
     for order in range(len(parts.offloaded)):
         basis = identity_basis(parts.kv_heads * parts.head_dim)

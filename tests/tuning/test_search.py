@@ -1,4 +1,4 @@
-"""The tuner: what fits, what is best, and that a slow disk asks for larger groups."""
+"""The search: which candidates fit, which is best, and that a slow disk gets larger groups."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def found(folder: Path, curve: DiskCosts | None = None, prefer: str = "quality",
 
 
 def fewer_reads(curve: DiskCosts) -> DiskCosts:
-    """A disk that takes 1 ms for each read and hardly anything for its bytes."""
+    """A disk that takes 1 ms for each read, whatever its size."""
     points = [dataclasses.replace(point, burst_s=1e-3 * point.depth) for point in curve.bursts]
     return dataclasses.replace(curve, bursts=points)
 
@@ -54,7 +54,7 @@ def test_a_slow_disk_gets_larger_groups(tmp_path: Path) -> None:
     assert slow.cost.wait_s > fast.cost.wait_s
 
 
-def test_what_is_preferred_is_best_within_the_slack_of_the_other(tmp_path: Path) -> None:
+def test_the_preferred_measure_is_best_within_the_slack_of_the_other(tmp_path: Path) -> None:
     request = Request(limit_bytes=12 * MIB, context_tokens=8192, batch=1, select_tokens=400)
     prices = pricing(tmp_path)
     quality, every = search(prices, request, prefer="quality", on_step=lambda done, total: None)
@@ -72,13 +72,13 @@ def test_what_is_preferred_is_best_within_the_slack_of_the_other(tmp_path: Path)
     assert [line.split(":")[0].split(" ")[0] for line in lines] == ["sketch", "G", "M", "reuse", "disk"]
 
 
-def test_memory_becomes_reuse(tmp_path: Path) -> None:
+def test_more_memory_gives_more_reuse_or_a_richer_sketch(tmp_path: Path) -> None:
     small, large = found(tmp_path, limit=6 * MIB), found(tmp_path, limit=24 * MIB)
     assert large.reuse_slots > small.reuse_slots or large.sketch.token_bytes > small.sketch.token_bytes
     assert large.expected_kl <= small.expected_kl * 1.01
 
 
-def test_too_small_a_limit_names_the_smallest(tmp_path: Path) -> None:
+def test_an_error_for_a_small_limit_names_the_smallest_one(tmp_path: Path) -> None:
     with pytest.raises(MemoryBudgetError, match="too small for 1 x 8,192 tokens") as caught:
         found(tmp_path, limit=MIB)
     assert sum(caught.value.parts.values()) == caught.value.minimum_bytes > MIB
@@ -100,7 +100,7 @@ def test_a_batch_needs_more_and_is_slower(tmp_path: Path) -> None:
 
 
 def costly_requests(request_s: float) -> DiskCosts:
-    """A disk of 250 MB/s where each request takes so long beside its bytes."""
+    """A disk of 250 MB/s where each request takes ``request_s`` in addition to its bytes."""
     points = [
         dataclasses.replace(point, burst_s=1e-4 + point.depth * (request_s + point.read_bytes / 250e6))
         for point in disk().bursts
@@ -108,7 +108,7 @@ def costly_requests(request_s: float) -> DiskCosts:
     return dataclasses.replace(disk(), bursts=points)
 
 
-def test_reads_go_through_longer_gaps_where_requests_are_expensive(tmp_path: Path) -> None:
+def test_reads_merge_across_longer_gaps_where_requests_are_expensive(tmp_path: Path) -> None:
     cheap, costly = costly_requests(10e-6), costly_requests(500e-6)
     default = Config().read_gap_bytes
     assert found(tmp_path, cheap).config.read_gap_bytes == default
@@ -126,7 +126,7 @@ def test_reads_go_through_longer_gaps_where_requests_are_expensive(tmp_path: Pat
 
 
 def test_only_the_best_few_are_priced_again(tmp_path: Path) -> None:
-    """A knob more must not multiply the time of the search."""
+    """The read gap must not multiply the time of the search."""
     request = Request(limit_bytes=12 * MIB, context_tokens=8192, batch=1, select_tokens=400)
     _, every = search(pricing(tmp_path, costly_requests(500e-6)), request, prefer="speed", on_step=lambda *_: None)
     longer = [each for each in every if each.config.read_gap_bytes != Config().read_gap_bytes]

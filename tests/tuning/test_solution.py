@@ -1,4 +1,4 @@
-"""Tuned configurations as files, and which solution is used when."""
+"""Tuned configurations: their files, and the choice of a solution."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_round_trip(tuned: TunedConfig, tmp_path: Path) -> None:
     ("batch", "tokens", "expected"),
     [(1, 100, 4096), (1, 4096, 4096), (1, 4097, 32768), (1, 90000, 32768), (3, 8000, 8192), (9, 9000, 8192)],
 )
-def test_the_nearest_that_is_large_enough_is_used(tuned: TunedConfig, batch: int, tokens: int, expected: int) -> None:
+def test_the_smallest_large_enough_solution_is_used(tuned: TunedConfig, batch: int, tokens: int, expected: int) -> None:
     assert tuned.nearest(batch=batch, context_tokens=tokens).context_tokens == expected
 
 

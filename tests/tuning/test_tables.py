@@ -36,11 +36,11 @@ from kvswap.tuning.tables import (
 D, LAYERS, CONTEXTS = 192, 4, (1024, 8192)
 DEFAULT = sketch_sizes(D)[0]
 TEXT_FACTORS = (0.5, 1.5)
-"""How much of the law's KL each text has; 1 in the mean."""
+"""KL of each text relative to ``true_kl``; the mean is 1."""
 
 
 def true_kl(tokens: int, sketch: SketchSize, group: int, select: int, by_layer: bool) -> float:
-    """A law of the form that is interpolated: powers of everything."""
+    """KL as a product of powers, the form for which interpolation is exact."""
     rough = {4: 1.0, 2: 1.5}[sketch.bits] * (DEFAULT.token_bytes / sketch.token_bytes) ** 0.5
     return 0.01 * (tokens / 8192) ** 0.5 * rough * group**0.4 * (400 / select) ** 2 * (0.8 if by_layer else 1.0)
 
@@ -94,7 +94,7 @@ def test_quality_is_interpolated(tokens: int, sketch: SketchSize, group: int) ->
         assert found.expected == pytest.approx(true_kl(tokens, sketch, group, select, by_layer), rel=1e-6)
 
 
-def test_quality_beyond_the_contexts_is_that_of_the_nearest() -> None:
+def test_quality_outside_the_contexts_is_that_of_the_nearest() -> None:
     assert tables().kl(32768, DEFAULT, 4, 400, by_layer=False) == tables().kl(8192, DEFAULT, 4, 400, by_layer=False)
 
 
@@ -106,7 +106,7 @@ def changed(found: Tables, change: Callable[[Quality], list[float]]) -> Tables:
 
 
 def test_no_text_dominates_a_ratio() -> None:
-    """One text has a hundred times the KL of the others and knows no difference between group sizes."""
+    """One text has a hundred times the KL of the others, and its KL does not depend on the group size."""
 
     def change(each: Quality) -> list[float]:
         ordinary = 0.01 * each.group_tokens**0.4
@@ -121,7 +121,7 @@ def test_no_text_dominates_a_ratio() -> None:
 
 
 def test_nine_of_ten_unseen_texts_stay_below_the_bound() -> None:
-    """Texts from a log-normal distribution: six in the tables, one nobody has seen, a thousand times over."""
+    """Texts from a log-normal distribution: six measured ones and one unseen one, a thousand times."""
     random, kept = np.random.default_rng(1), 0
     for _ in range(1000):
         *seen, new = np.exp(random.normal(-4.5, 0.7, 7))
@@ -134,8 +134,8 @@ def test_nine_of_ten_unseen_texts_stay_below_the_bound() -> None:
     assert found.expected == pytest.approx(np.exp(logs).mean()) and found.bound > 2 * found.expected
 
 
-def test_between_contexts_texts_differ_as_much_as_at_them() -> None:
-    """Each text is hard at one of two contexts: half way, interpolated texts would all look alike."""
+def test_bounds_between_contexts_keep_the_spread_of_texts() -> None:
+    """Each text is difficult at one of two contexts, so texts interpolated between them would look alike."""
     low, high = sorted(tables().facts.contexts)[:2]
     swapped = changed(tables(), lambda each: [0.01, 0.04, 0.02] if each.tokens == low else [0.04, 0.01, 0.02])
     there, between = (
@@ -147,12 +147,12 @@ def test_between_contexts_texts_differ_as_much_as_at_them() -> None:
 @pytest.mark.parametrize(("count", "t"), [(2, 3.078), (3, 1.886), (6, 1.476), (11, 1.372), (31, 1.310)])
 def test_the_bound_is_that_of_student(count: int, t: float) -> None:
     values = np.random.default_rng(count).normal(0, 1, count)
-    wanted = values.mean() + t * values.std(ddof=1) * math.sqrt(1 + 1 / count)
+    expected = values.mean() + t * values.std(ddof=1) * math.sqrt(1 + 1 / count)
     within = 0.05 if count == 2 else 0.004
-    assert prediction_bound(values) - values.mean() == pytest.approx(wanted - values.mean(), rel=within)
+    assert prediction_bound(values) - values.mean() == pytest.approx(expected - values.mean(), rel=within)
 
 
-def test_sketches_go_from_tight_to_rich_within_their_bytes() -> None:
+def test_sketch_sizes_stay_within_their_bytes() -> None:
     found = sketch_sizes(1024)
     assert [each.token_bytes <= 1024 // share * 2 for each, share in zip(found, (8, 4, 16, 32, 8, 16, 32), strict=True)]
     assert len(set(found)) == len(found) == 7
@@ -168,19 +168,19 @@ def test_texts_follow_the_tokens_of_the_basis_and_force_different_tokens(spare: 
     assert (len(set().union(*texts)) == 4 * 1008) == (spare == 100_000)  # nothing overlaps where there is room
 
 
-def test_too_little_text_for_tables_is_said() -> None:
+def test_too_little_text_for_tables_is_an_error() -> None:
     ids = [0] * (CALIBRATION_TOKENS + 1008 + 3 * 8 - 1)
     with pytest.raises(InputError, match=f"has {len(ids):,} tokens, {len(ids) + 1:,} are needed"):
         stretches(ids, 4, prompt_tokens=1000, steps=8)
 
 
 def test_round_trip(tmp_path: Path) -> None:
-    made = tables()
-    made.save(tmp_path / "new" / "t.safetensors")
+    saved = tables()
+    saved.save(tmp_path / "new" / "t.safetensors")
     found = load_tables(tmp_path / "new" / "t.safetensors", "abc", LAYERS)
-    assert found.facts == made.facts
-    for key, ranking in made.rankings.items():
-        assert (found.rankings[key] == ranking).all() and (found.kept[key] == made.kept[key]).all()
+    assert found.facts == saved.facts
+    for key, ranking in saved.rankings.items():
+        assert (found.rankings[key] == ranking).all() and (found.kept[key] == saved.kept[key]).all()
 
 
 def test_tables_of_another_model_or_version_are_refused_unless_forced(tmp_path: Path) -> None:
@@ -196,7 +196,7 @@ def test_tables_of_another_model_or_version_are_refused_unless_forced(tmp_path: 
         load_tables(file, "abc", LAYERS)
 
 
-def test_damaged_tables_are_refused_in_a_sentence(tmp_path: Path) -> None:
+def test_damaged_tables_are_refused_with_a_message(tmp_path: Path) -> None:
     file = tmp_path / "t.safetensors"
     tables().save(file)
     content, tensors = file.read_bytes(), load_file(file)
@@ -230,7 +230,7 @@ def test_damaged_tables_are_refused_in_a_sentence(tmp_path: Path) -> None:
 
 
 def concentrated(sharpness: list[float], width: int = 200) -> np.ndarray:
-    """Mass kept by the best groups of layers whose attention falls off at these rates."""
+    """Mass kept by the best groups of layers whose attention falls exponentially at these rates."""
     ranks = np.arange(width)
     mass = np.exp(-np.outer(sharpness, ranks))
     mass /= mass.sum(axis=1, keepdims=True)
@@ -253,7 +253,7 @@ def test_equal_layers_get_the_same() -> None:
     arrays(np.float32, st.tuples(st.integers(1, 6), st.integers(30, 90)), elements=st.floats(0, 1, width=32)),
     st.integers(1, 29),
 )
-def test_every_layer_stays_within_its_ends_and_all_within_the_total(gains: np.ndarray, mean: int) -> None:
+def test_layers_stay_within_their_bounds_and_the_total(gains: np.ndarray, mean: int) -> None:
     found = groups_by_layer(gains.cumsum(axis=1, dtype=np.float32), mean)
     assert len(found) == len(gains) and sum(found) <= mean * len(gains)
     assert all(max(1, int(LEAST_SHARE * mean)) <= count <= max(1, int(MOST_SHARE * mean)) for count in found)

@@ -1,4 +1,4 @@
-"""Traffic from rankings: what the engine's slots and read planner make of them."""
+"""Traffic of rankings, counted by the engine's slots and read planner."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_without_slots_everything_is_read() -> None:
     assert (found.reads <= found.missed_groups).all() and found.read_bytes.tolist() == [20 * 4096, 10 * 4096, 5 * 4096]
 
 
-def test_neighbours_are_one_read_and_gaps_are_read_through() -> None:
+def test_neighbours_are_one_read_and_reads_merge_across_gaps() -> None:
     row = np.array([4, 5, 6, 7, 20, 22], np.int32)
     ranking = np.tile(row, (1, 4, 1, 1))
     plain = simulate(ranking, [6], reuse_slots=0, **SLOT)
@@ -32,7 +32,7 @@ def test_neighbours_are_one_read_and_gaps_are_read_through() -> None:
     assert (bridged.reads[0], bridged.read_bytes[0]) == (2, 7 * 4096)
 
 
-def test_what_is_asked_for_again_is_kept() -> None:
+def test_groups_that_are_selected_again_are_reused() -> None:
     ranking = np.repeat(rankings(steps=1), 8, axis=1)
     found = simulate(ranking, [20, 20, 20], reuse_slots=60, **SLOT)
     assert found.reuse_rate == 1 and found.reads.sum() == 0

@@ -33,7 +33,7 @@ def read_document(path: str | Path) -> Document:
         raise InputError(f"document {path}: cannot be read: {error.strerror}", hint=hint) from error
     text = _pdf_text(path, file) if data.startswith(b"%PDF-") else _plain_text(path, data)
     if not text.strip():
-        raise InputError(f"document {path}: the file has no text", hint="give a document with text")
+        raise InputError(f"document {path}: the file has no text in it", hint="give a document with text")
     return Document(file.name, text)
 
 

@@ -131,7 +131,7 @@ def _test_rows(test: ReadTest | None, reason: str) -> list[Row]:
     from kvswap.units import format_bytes, format_rate
 
     if test is None:
-        return [("not made", reason)]
+        return [("not run", reason)]
     where = "from the page cache, NOT the disk" if test.page_cache else "direct, bypassing the page cache"
     single = test.single
     latency = f"{single.latency_p50_us:.0f} us median, {single.latency_p99_us:.0f} us p99"

@@ -18,9 +18,9 @@ from kvswap.core.prediction import QueryPredictor
 from kvswap.core.state import BatchState
 from kvswap.memory.lookup import Found, find
 from kvswap.models.adapter import LayerParts, ModelParts
+from kvswap.native.arrays import BoolArray, IntArray
 from kvswap.selection.mass import top_groups
 from kvswap.selection.window import Step
-from kvswap.terms import BoolArray, IntArray
 
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
 """The model's own attention over K, V ``[B, H_kv, S, d]`` under a mask."""

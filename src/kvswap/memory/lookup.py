@@ -12,8 +12,8 @@ import numpy as np
 
 from kvswap.memory.slots import SlotPool
 from kvswap.native import array_loops
+from kvswap.native.arrays import IntArray
 from kvswap.store.extents import plan_reads
-from kvswap.terms import IntArray
 
 
 class Found(NamedTuple):

@@ -24,9 +24,10 @@ from numpy.typing import NDArray
 from kvswap.disk.slab import Slab
 from kvswap.native import array_loops, loops
 from kvswap.native.array_loops import SlotArrays
+from kvswap.native.arrays import ByteArray, IntArray
 from kvswap.selection.window import Window
 from kvswap.store.layout import GroupLayout
-from kvswap.terms import FLOAT16_MAX, ByteArray, IntArray
+from kvswap.terms import FLOAT16_MAX
 
 WORTH_DECAY = 0.9
 LOOK_AT = 8  # slots compared for every group that could be kept

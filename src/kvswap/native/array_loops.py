@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from kvswap.native.arrays import IntArray
 from kvswap.native.library import available as available
 from kvswap.native.library import required_library
-from kvswap.terms import IntArray
 
 
 class SlotArrays:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kvswap.terms import BoolArray, IntArray
+from kvswap.native.arrays import BoolArray, IntArray
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

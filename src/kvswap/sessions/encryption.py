@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 
 from kvswap.errors import SessionError
+from kvswap.native.arrays import ByteArray, IntArray
 from kvswap.sessions.arrays import Arrays, damaged, take
 from kvswap.sessions.manifest import Encryption, Manifest
 from kvswap.sessions.manifest_json import signature
 from kvswap.sessions.seal import Checksums, Sealer, Seals
-from kvswap.terms import ByteArray, IntArray
 
 KEY_VARIABLE = "KVSWAP_SESSION_KEY"
 KEYRING_SERVICE, KEYRING_ENTRY = "kvswap", "session-key"

@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvswap.errors import DamagedError
+from kvswap.native.arrays import ByteArray, IntArray
 from kvswap.store.checksum import group_sums
-from kvswap.terms import ByteArray, IntArray
 
 Seals = NDArray[Any]
 Arrays = dict[str, NDArray[np.generic]]

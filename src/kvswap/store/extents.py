@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from kvswap.native import array_loops
-from kvswap.terms import IntArray
+from kvswap.native.arrays import IntArray
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,9 +19,9 @@ from kvswap.disk.slab import Slab
 from kvswap.disk.write_behind import WriteBehind
 from kvswap.errors import DiskError
 from kvswap.native import loops
+from kvswap.native.arrays import ByteArray, IntArray
 from kvswap.store.layout import GroupLayout
 from kvswap.store.segments import Segments
-from kvswap.terms import ByteArray, IntArray
 
 
 class GroupStore:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from kvswap.terms import IntArray
+from kvswap.native.arrays import IntArray
 
 
 class Segments:

@@ -10,8 +10,9 @@ import numpy as np
 import torch
 
 from kvswap.lab.rivals.pages import GroupRows
+from kvswap.native.arrays import IntArray
 from kvswap.selection.method import Rotate
-from kvswap.terms import FLOAT16_MAX, IntArray, round_up
+from kvswap.terms import FLOAT16_MAX, round_up
 
 STEP_TOKENS = 256
 

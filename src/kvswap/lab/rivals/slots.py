@@ -10,8 +10,8 @@ from __future__ import annotations
 import numpy as np
 
 from kvswap.memory.slots import SlotPool
+from kvswap.native.arrays import IntArray
 from kvswap.selection.window import Window
-from kvswap.terms import IntArray
 
 
 class NoReuse(SlotPool):
