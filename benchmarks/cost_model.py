@@ -20,7 +20,7 @@ import kvswap
 from kvswap.lab.verify import Measured, measure_steps
 from kvswap.models.adapter import inspect
 from kvswap.models.loading import LoadedModel, load_model
-from kvswap.tuning.model_costs import model_facts
+from kvswap.tuning.measure_model import model_facts
 from kvswap.tuning.profile import load_profile
 from kvswap.tuning.search import Candidate, Pricing, Request
 from kvswap.tuning.tables import cached_tables, load_tables, sketch_sizes

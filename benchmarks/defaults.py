@@ -26,7 +26,7 @@ import numpy as np
 from kvswap.config import Config
 from kvswap.models.adapter import inspect
 from kvswap.models.loading import load_model
-from kvswap.tuning.model_costs import model_facts
+from kvswap.tuning.measure_model import model_facts
 from kvswap.tuning.tables import GROUPS, SELECTED, cached_tables, load_tables
 
 RESULTS = Path(__file__).parent / "results"

@@ -27,7 +27,7 @@ from pathlib import Path
 import numpy as np
 
 from kvswap.disk import Slab, kv_folder, prepare_dir, probe_direct
-from kvswap.disk.uring import UringBackend
+from kvswap.disk.uring_backend import UringBackend
 from kvswap.units import KIB, MIB, format_rate, parse_bytes
 
 DEPTH = 64

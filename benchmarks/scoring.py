@@ -17,8 +17,8 @@ from rich.console import Console
 from rich.table import Table
 
 from kvswap.selection.basis import KeyCovariance
-from kvswap.selection.mass import top_groups
-from kvswap.selection.transform import TransformSketch, transform_basis
+from kvswap.selection.choose import top_groups
+from kvswap.selection.transform_sketch import TransformSketch, transform_basis
 
 SHAPES = {"SmolLM2-135M": (3, 64, 9), "Qwen2.5-Coder-0.5B": (2, 64, 14), "Llama-3.1-8B": (8, 128, 32)}
 """KV heads, head_dim, query heads."""

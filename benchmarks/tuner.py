@@ -25,7 +25,7 @@ from kvswap import Config
 from kvswap.lab.verify import Measured, measure_steps
 from kvswap.models.adapter import inspect
 from kvswap.models.loading import load_model
-from kvswap.tuning.model_costs import model_facts
+from kvswap.tuning.measure_model import model_facts
 from kvswap.tuning.profile import load_profile
 from kvswap.tuning.search import Pricing, Request
 from kvswap.tuning.solution import Solution

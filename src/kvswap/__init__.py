@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from kvswap.app.stats import RunStats
     from kvswap.config import Config
     from kvswap.core.attach import attach
-    from kvswap.core.trace import CacheStats
+    from kvswap.core.cache_stats import CacheStats
     from kvswap.errors import (
         ConfigError,
         DamagedError,
@@ -39,7 +39,7 @@ _MODULES = {
     "kvswap.app.stats": ("RunStats",),
     "kvswap.config": ("Config",),
     "kvswap.core.attach": ("attach",),
-    "kvswap.core.trace": ("CacheStats",),
+    "kvswap.core.cache_stats": ("CacheStats",),
     "kvswap.errors": (
         "ConfigError",
         "DamagedError",

@@ -131,7 +131,7 @@ def test_without_io_uring(tmp_path: Path, brief: None, monkeypatch: pytest.Monke
 
 
 def test_page_cache_numbers_are_marked(tmp_path: Path, brief: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kvswap.disk.choose.probe_direct", refuse_direct)
+    monkeypatch.setattr("kvswap.disk.choose_backend.probe_direct", refuse_direct)
     monkeypatch.setattr("kvswap.tuning.checkup.probe_direct", refuse_direct)
     report = tmp_path / "report.json"
     result = run("--kv-dir", str(tmp_path), "--json", str(report))

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from kvswap.cli.main import run_command
-from kvswap.tuning import disk_costs, profile
+from kvswap.tuning import measure_disk as disk_costs
+from kvswap.tuning import profile
 from kvswap.tuning.profile import load_profile
 from kvswap.units import MIB
 

@@ -10,7 +10,8 @@ import pytest
 
 from kvswap.cli.main import run_command
 from kvswap.lab import verify
-from kvswap.tuning import disk_costs, measure_tables, profile
+from kvswap.tuning import measure_disk as disk_costs
+from kvswap.tuning import measure_tables, profile
 from kvswap.tuning import tune as tune_module
 from kvswap.tuning.solution import load_tuned
 from kvswap.units import MIB

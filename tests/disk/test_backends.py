@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from kvswap.config import Config
 from kvswap.disk import ReadBackend, Slab
-from kvswap.disk.uring import UringBackend
+from kvswap.disk.uring_backend import UringBackend
 from kvswap.errors import DiskReadError
 from tests.helpers.backends import NAMES, UNIT, content, make, submit, write_all
 

@@ -18,7 +18,7 @@ import pytest
 
 from kvswap.disk import Faults, MemoryBackend, ReadBackend, Slab
 from kvswap.disk.file_backend import FileBackend
-from kvswap.disk.uring import UringBackend
+from kvswap.disk.uring_backend import UringBackend
 from kvswap.disk.uring_ring import Ring
 from kvswap.errors import DiskReadError
 from tests.helpers.backends import UNIT, content, make, submit, write_all

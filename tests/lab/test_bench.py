@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from kvswap.core.trace import CacheStats
+from kvswap.core.cache_stats import CacheStats
 from kvswap.errors import InputError
 from kvswap.lab.bench.interleaved import growth
 from kvswap.lab.bench.run import ceiling_bytes_per_s, step_over_bound, stretch

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from kvswap.config import Config
 from kvswap.lab.rivals import find
-from kvswap.lab.rivals.decoding import groups_of_heads
-from kvswap.lab.rivals.heads import best_of_each, best_of_sum
 from kvswap.lab.rivals.infinigen import strongest
+from kvswap.lab.rivals.parts.decoding import groups_of_heads
+from kvswap.lab.rivals.parts.heads import best_of_each, best_of_sum
 from kvswap.selection.basis import KeyCovariance
 from kvswap.selection.method import KeyFacts
 

@@ -12,8 +12,8 @@ from kvswap.core.attach import attach, attach_each
 from kvswap.core.prefill import Prefill
 from kvswap.errors import ConfigError, UnsupportedError
 from kvswap.lab.rivals import find, registry
+from kvswap.lab.rivals.parts.slots import NoReuse
 from kvswap.lab.rivals.registry import with_methods
-from kvswap.lab.rivals.slots import NoReuse
 from tests.helpers.families import forced_logits, full_cache, tiny_model, tokens
 from tests.helpers.folders import save_tiny
 

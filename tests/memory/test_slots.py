@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from kvswap.lab.rivals.slots import PreviousSlots
+from kvswap.lab.rivals.parts.slots import PreviousSlots
 from kvswap.memory.budget import OWNER_BYTES
 from kvswap.memory.slots import SlotPool
 from kvswap.selection.window import Window

@@ -12,7 +12,7 @@ from kvswap.memory.lookup import Found, _find, find
 from kvswap.memory.slots import SlotPool
 from kvswap.native import array_loops, loops
 from kvswap.selection.window import Window
-from kvswap.store import extents
+from kvswap.store import read_plan as extents
 from kvswap.store.layout import GroupLayout
 from kvswap.terms import KVGeometry
 

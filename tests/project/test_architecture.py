@@ -35,10 +35,10 @@ FRONT = ("__init__", "__main__")
 WORDS = ("config", "errors", "terms", "units")
 """Loose modules: the package's own door, and the words that every room uses."""
 
-PURE = ("store.layout", "store.extents", "selection.window", "memory.budget", "tuning.cost", "terms", "units")
+PURE = ("store.layout", "store.read_plan", "selection.window", "memory.budget", "tuning.cost", "terms", "units")
 IMPURE_LIBRARIES = ("torch", "os")
 TRANSFORMERS_USERS = ("models", "core")
-QUICK_TO_LOAD = ("__init__", "cli", "tuning.machine", "tuning.disk_costs", "disk", "config")
+QUICK_TO_LOAD = ("__init__", "cli", "tuning.machine", "tuning.measure_disk", "disk", "config")
 SLOW_LIBRARIES = {"torch", "transformers"}
 
 FILE_LINES = 400
@@ -222,7 +222,7 @@ def plant(root: Path, **files: str) -> Modules:
         {"disk__files": "from kvswap.store import layout", "store__layout": ""},
         {"disk__files": "def late():\n    import kvswap.store.layout", "store__layout": ""},
         {"disk__files": "import importlib\nimportlib.import_module('kvswap.app.engine')", "app__engine": ""},
-        {"disk__files": "from kvswap.selection.mass import top_groups", "selection__mass": ""},  # beside it, not below
+        {"disk__files": "from kvswap.selection import choose", "selection__choose": ""},  # beside it, not below
         {"core__attach": "from kvswap.lab.rivals import find", "lab__rivals": ""},
         {"errors": "from kvswap.disk.files import free_bytes", "disk__files": ""},
         {"app__engine": "from kvswap import load"},
@@ -254,7 +254,7 @@ def test_unknown_module_says_what_to_do(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "files",
     [
-        {"store__extents": "import torch.nn"},
+        {"store__read_plan": "import torch.nn"},
         {"store__layout": "from os import path"},
         {"memory__budget": "from kvswap.errors import KVSwapError", "errors": "import os"},
     ],

@@ -20,7 +20,7 @@ from kvswap.selection.basis import (
     rotation,
     save_bases,
 )
-from kvswap.selection.codes import STEP_TOKENS, LayerSketch
+from kvswap.selection.sketch import STEP_TOKENS, LayerSketch
 from kvswap.terms import round_up
 
 KV_HEADS, HEAD_DIM = 2, 16

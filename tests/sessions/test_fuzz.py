@@ -19,11 +19,11 @@ import pytest
 
 from kvswap.errors import DamagedError, KVSwapError
 from kvswap.sessions.check import check
+from kvswap.sessions.commits import SessionStore
 from kvswap.sessions.encryption import KEY_VARIABLE
 from kvswap.sessions.index import LayerIndex
 from kvswap.sessions.manifest import Layout, Model
 from kvswap.sessions.manifest_json import MAGIC, VERSION
-from kvswap.sessions.store import SessionStore
 from kvswap.store.checksum import text_sum
 
 LAYOUT = Layout(

@@ -11,7 +11,7 @@ import pytest
 
 from kvswap.cli.main import run_command
 from kvswap.config import Config
-from kvswap.core.rates import Rates
+from kvswap.core.load_or_recompute import Rates
 from kvswap.errors import UnsupportedError
 from kvswap.sessions.catalog import open_store
 from kvswap.sessions.check import check
@@ -77,7 +77,7 @@ def test_sliding_windows_are_never_recomputed(config) -> None:
 
 
 def test_rates_are_measured_kept_and_left_behind(config, tmp_path) -> None:
-    from kvswap.sessions.transfer import export_session, import_session
+    from kvswap.sessions.export_import import export_session, import_session
 
     with Session.create("s", loaded("llama"), config) as session:
         session.append(PROMPT)

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from kvswap.selection.basis import Basis
-from kvswap.selection.transform import full_precision_basis
+from kvswap.selection.transform_sketch import full_precision_basis
 from kvswap.sessions.check import check
+from kvswap.sessions.commits import SessionStore
+from kvswap.sessions.export_import import import_session
 from kvswap.sessions.index import LayerIndex
-from kvswap.sessions.store import SessionStore
-from kvswap.sessions.transfer import import_session
 
 ARCHIVE = Path(__file__).with_name("session-v1.kvswap")
 SUMS = [9296889317656033521, 1532985518080010198]  # of all checksums of a layer, as they were written

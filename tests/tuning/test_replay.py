@@ -7,9 +7,9 @@ import torch
 
 from kvswap.config import Config
 from kvswap.core.attach import attach
-from kvswap.core.attachment import Attachment
+from kvswap.core.model_patch import Attachment
 from kvswap.selection.basis import identity_basis
-from kvswap.selection.codes import LayerSketch
+from kvswap.selection.sketch import LayerSketch
 from kvswap.selection.window import Window
 from kvswap.tuning.replay import Recording, ReplayCache, Selection
 from tests.helpers.families import FAMILIES, forced_logits, full_cache, tiny_model, tokens

@@ -23,9 +23,9 @@ from kvswap.app.stats import RunStats, blank_stats, latency_percentiles_ms, reso
 from kvswap.config import Config
 from kvswap.core.attach import attach
 from kvswap.core.cache import KVSwapCache
+from kvswap.core.cache_stats import CacheStats
 from kvswap.core.layer_major import FullCache, InMemory, Progress
-from kvswap.core.rates import Choice
-from kvswap.core.trace import CacheStats
+from kvswap.core.load_or_recompute import Choice
 from kvswap.errors import InputError, SessionError, UnsupportedError
 from kvswap.memory.available import peak_rss_bytes
 from kvswap.models.adapter import context_limit
@@ -35,9 +35,9 @@ from kvswap.models.streaming import Generation, end_tokens
 from kvswap.selection.kvswap import method as own_method
 from kvswap.selection.method import Method
 from kvswap.sessions.catalog import open_or_create_store
+from kvswap.sessions.commits import SessionStore
 from kvswap.sessions.quota import Limits
 from kvswap.sessions.session import Session
-from kvswap.sessions.store import SessionStore
 
 
 def load(

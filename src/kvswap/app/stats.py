@@ -15,7 +15,7 @@ from kvswap.disk.folders import kv_folder
 
 if TYPE_CHECKING:
     from kvswap.config import Config
-    from kvswap.core.trace import CacheStats
+    from kvswap.core.cache_stats import CacheStats
     from kvswap.models.loading import LoadedModel
 
 import numpy as np

@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from kvswap.tuning.checkup import Checkup, Folder
-    from kvswap.tuning.disk_costs import ReadRate, ReadTest
     from kvswap.tuning.machine import Machine
+    from kvswap.tuning.measure_disk import ReadRate, ReadTest
 
 Row = tuple[str, str]
 

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from kvswap.app.engine import Engine
     from kvswap.app.prompt import Request
     from kvswap.config import Config
+    from kvswap.sessions.commits import SessionStore
     from kvswap.sessions.quota import Limits
-    from kvswap.sessions.store import SessionStore
 
 _DTYPES = click.Choice(["auto", "float32", "bfloat16", "float16"])
 _SHARED = (

@@ -13,7 +13,7 @@ from kvswap.lab.rivals.registry import DISK, NAMES
 if TYPE_CHECKING:
     from kvswap.app.prompt import Request
     from kvswap.app.stats import RunStats
-    from kvswap.sessions.store import SessionStore
+    from kvswap.sessions.commits import SessionStore
 
 
 @click.command()

@@ -193,7 +193,7 @@ def prune(context: click.Context) -> None:
 def export(context: click.Context, name: str, file: Path) -> None:
     """Write the current context of a session to one file, where its text can be read unless it is encrypted."""
     from kvswap.sessions.catalog import open_store
-    from kvswap.sessions.transfer import export_session
+    from kvswap.sessions.export_import import export_session
     from kvswap.units import format_bytes
 
     with open_store(context.obj, name) as store:
@@ -207,7 +207,7 @@ def export(context: click.Context, name: str, file: Path) -> None:
 def import_(context: click.Context, file: Path, name: str | None) -> None:
     """Create a session from an exported file, after everything in it was checked."""
     from kvswap.sessions.catalog import prepare_parent
-    from kvswap.sessions.transfer import import_session
+    from kvswap.sessions.export_import import import_session
 
     path = _path(context, name or file.name.split(".")[0])
     prepare_parent(path)

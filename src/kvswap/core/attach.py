@@ -1,6 +1,6 @@
 """Opens caches for a model: ``attach`` is what users call, ``attach_each`` opens several side by side.
 
-A cache needs a model under kvswap (``core/attachment.py``), a disk backend, and a sketch that was calibrated for the
+A cache needs a model under kvswap (``core/model_patch.py``), a disk backend, and a sketch that was calibrated for the
 model. What a session stores replaces calibration.
 """
 
@@ -17,11 +17,11 @@ import torch
 from transformers import PreTrainedModel
 
 from kvswap.config import Config
-from kvswap.core.attachment import Attachment
 from kvswap.core.binding import Binding
 from kvswap.core.cache import KVSwapCache
 from kvswap.core.calibration import calibrate
 from kvswap.core.layer_major import FullCache, InMemory, LayerMajorCache, Progress
+from kvswap.core.model_patch import Attachment
 from kvswap.disk import create_backend
 from kvswap.disk.files import check_free, prepare_dir
 from kvswap.disk.folders import kv_folder

@@ -11,8 +11,8 @@ from typing import Any, Protocol
 import torch
 
 from kvswap.config import Config
-from kvswap.core.rates import Rates
-from kvswap.core.state import BatchState
+from kvswap.core.batch_state import BatchState
+from kvswap.core.load_or_recompute import Rates
 from kvswap.disk.backend import ReadBackend
 from kvswap.selection.basis import Basis
 from kvswap.store.persistent import PersistentFiles

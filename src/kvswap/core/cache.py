@@ -17,13 +17,13 @@ import torch
 from numpy.typing import NDArray
 
 from kvswap.config import Config
+from kvswap.core.batch_state import BatchState, Shape, open_state
 from kvswap.core.binding import Binding
+from kvswap.core.cache_stats import CacheStats
 from kvswap.core.decode import Decode
 from kvswap.core.layer_major import FullCache, LayerForward, LayerMajorCache, Progress, offloaded_layers, special
+from kvswap.core.load_or_recompute import Rates
 from kvswap.core.prefill import Prefill, chunk_spans
-from kvswap.core.rates import Rates
-from kvswap.core.state import BatchState, Shape, open_state
-from kvswap.core.trace import CacheStats
 from kvswap.disk.backend import ReadBackend
 from kvswap.errors import MemoryBudgetError, UnsupportedError
 from kvswap.memory.available import available_bytes

@@ -14,12 +14,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from kvswap.core.prediction import QueryPredictor
-from kvswap.core.state import BatchState
+from kvswap.core.batch_state import BatchState
+from kvswap.core.query_prediction import QueryPredictor
 from kvswap.memory.lookup import Found, find
 from kvswap.models.adapter import LayerParts, ModelParts
 from kvswap.native.arrays import BoolArray, IntArray
-from kvswap.selection.mass import top_groups
+from kvswap.selection.choose import top_groups
 from kvswap.selection.window import Step
 
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
@@ -156,7 +156,7 @@ class Decode:
         state.trace.lap("slots_s")
         return kv[0], kv[1], mask
 
-    # ---- parts of the path that a published method may replace (lab/rivals/decoding.py)
+    # ---- parts of the path that a published method may replace (lab/rivals/parts/decoding.py)
 
     def choose(self, layer: int, query: torch.Tensor | None, step: Step) -> tuple[IntArray, BoolArray | None]:
         """Groups to attend to, ``[B, n]`` ascending, and which entries are real (None: all)."""

@@ -1,6 +1,6 @@
 """Prompts go through a model one layer at a time, in chunks: what every cache of kvswap does.
 
-The wrapper round each decoder layer (``attachment.py``) calls ``LayerMajorCache``. ``FullCache`` keeps K, V in memory
+The wrapper round each decoder layer (``model_patch.py``) calls ``LayerMajorCache``. ``FullCache`` keeps K, V in memory
 with the same chunked prefill, for comparison. One thread, the one that runs the model.
 """
 
@@ -17,8 +17,8 @@ from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, Cache, CacheLay
 
 from kvswap.config import Config
 from kvswap.core.attention import chunk_attention
+from kvswap.core.cache_stats import CacheStats, Trace
 from kvswap.core.prefill import chunk_spans, run_layer
-from kvswap.core.trace import CacheStats, Trace
 from kvswap.errors import UnsupportedError
 from kvswap.models.adapter import LayerParts, ModelParts
 from kvswap.models.masks import DeferredMask, resolve

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from kvswap.core.attention import TiledAttention, chunk_attention
-from kvswap.core.state import BatchState
+from kvswap.core.batch_state import BatchState
 from kvswap.errors import StorageError
 from kvswap.memory.budget import SKETCH_TILE_TOKENS
 from kvswap.store.layout import STREAM_TILE_TOKENS, tile_groups

@@ -15,14 +15,14 @@ from dataclasses import dataclass
 
 from kvswap.config import Config
 from kvswap.core.attach import attach_each
+from kvswap.core.cache_stats import CacheStats
 from kvswap.core.corpus import evaluation_topics
-from kvswap.core.trace import CacheStats
 from kvswap.errors import InputError
 from kvswap.lab.evals.teacher_forcing import ForcedRun, force, run_forced, share_prompt
 from kvswap.lab.rivals.registry import with_methods
 from kvswap.memory.available import available_bytes
 from kvswap.models.loading import LoadedModel
-from kvswap.tuning.disk_costs import Progress
+from kvswap.tuning.measure_disk import Progress
 from kvswap.tuning.solution import Prediction, Solution
 
 STEPS = 50

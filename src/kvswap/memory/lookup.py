@@ -13,7 +13,7 @@ import numpy as np
 from kvswap.memory.slots import SlotPool
 from kvswap.native import array_loops
 from kvswap.native.arrays import IntArray
-from kvswap.store.extents import plan_reads
+from kvswap.store.read_plan import plan_reads
 
 
 class Found(NamedTuple):

@@ -123,7 +123,7 @@ def find(
 
 
 def plan_reads(files: IntArray, groups: IntArray, gap_groups: int, spare: int) -> tuple[IntArray, IntArray]:
-    """Extents of requested groups (``kvswap.store.extents``).
+    """Extents of requested groups (``kvswap.store.read_plan``).
 
     Returns
     -------

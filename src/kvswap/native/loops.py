@@ -47,7 +47,7 @@ def group_mass(
     *,
     kind: int = 0,
 ) -> torch.Tensor:
-    """Estimated attention mass of each group, as ``kvswap.selection.mass.group_mass`` has it, from packed codes.
+    """Estimated attention mass of each group, as ``kvswap.selection.choose.group_mass`` has it, from packed codes.
 
     Shared out to the threads that PyTorch uses.
 

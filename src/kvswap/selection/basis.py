@@ -2,7 +2,7 @@
 
 After KVSwap (arXiv 2511.11907, section 3): all KV heads of a token are one row of D elements. The published scheme
 keeps the directions of most variance (``leading``); kvswap's own are made from the same moments, with those of the
-queries (``transform.py``). Without a calibration, whole keys are rotated by a fixed orthogonal matrix, so that all
+queries (``transform_sketch.py``). Without a calibration, whole keys are rotated by a fixed orthogonal matrix, so that all
 elements have about the same variance and one scale a token serves them (as QuaRot, arXiv 2404.00456, does for
 activations).
 """
@@ -28,7 +28,7 @@ class Basis:
     """``matrix`` is ``[D, R]`` float32 with orthonormal columns; ``kind`` is ``svd`` or ``identity``.
 
     Of kind ``transform`` it is ``[2 * D, R]`` float16, with five ``rows`` ``[5, R]`` float32, see
-    ``kvswap.selection.transform``.
+    ``kvswap.selection.transform_sketch``.
     """
 
     matrix: torch.Tensor

@@ -12,9 +12,9 @@ import torch
 from kvswap.config import Config
 from kvswap.errors import UnsupportedError
 from kvswap.selection.basis import TRANSFORM, Basis, identity_basis
-from kvswap.selection.codes import LayerSketch
 from kvswap.selection.method import KeyFacts, Method, SketchMaker
-from kvswap.selection.transform import TransformSketch, transform_basis
+from kvswap.selection.sketch import LayerSketch
+from kvswap.selection.transform_sketch import TransformSketch, transform_basis
 
 
 def method() -> Method:

@@ -16,18 +16,18 @@ import torch
 from numpy.typing import NDArray
 
 from kvswap.config import Config
-from kvswap.core.rates import Rates
-from kvswap.core.state import BatchState
+from kvswap.core.batch_state import BatchState
+from kvswap.core.load_or_recompute import Rates
 from kvswap.disk.backend import ReadBackend
 from kvswap.errors import ConfigError, DamagedError, SessionError, UnsupportedError
 from kvswap.selection.basis import Basis
-from kvswap.selection.codes import LayerSketch
-from kvswap.selection.transform import full_precision_basis
+from kvswap.selection.sketch import LayerSketch
+from kvswap.selection.transform_sketch import full_precision_basis
 from kvswap.sessions.arrays import Arrays, take
-from kvswap.sessions.checkpoint import CheckpointContents
+from kvswap.sessions.checkpoint_contents import CheckpointContents
+from kvswap.sessions.commits import SessionStore
 from kvswap.sessions.index import LayerIndex
 from kvswap.sessions.manifest import ITEMSIZES_BYTES, Layout, Manifest, Model
-from kvswap.sessions.store import SessionStore
 from kvswap.store.persistent import PersistentFiles, PersistentGroupStore
 from kvswap.store.segments import Segments
 from kvswap.terms import ceil_div

@@ -13,11 +13,11 @@ from pathlib import Path
 
 from kvswap.disk.files import prepare_dir
 from kvswap.disk.folders import sessions_folder
-from kvswap.disk.private import PrivateFolder
+from kvswap.disk.private_folder import PrivateFolder
 from kvswap.errors import KVSwapError, SessionError
 from kvswap.sessions import lock
+from kvswap.sessions.commits import SessionStore
 from kvswap.sessions.manifest import Manifest
-from kvswap.sessions.store import SessionStore
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 

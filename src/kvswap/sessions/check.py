@@ -14,12 +14,12 @@ from pathlib import Path
 
 import numpy as np
 
-from kvswap.disk.private import PrivateFolder
+from kvswap.disk.private_folder import PrivateFolder
 from kvswap.errors import DamagedError, DiskReadError, StorageError
 from kvswap.sessions import lock
+from kvswap.sessions.commits import SessionStore
 from kvswap.sessions.index import LayerIndex, decode_index, empty_index
 from kvswap.sessions.manifest import Checkpoint, Manifest, Segment
-from kvswap.sessions.store import SessionStore
 
 QUARANTINE = ".damaged"
 _PIECE_BYTES = 4 << 20

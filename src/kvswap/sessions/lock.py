@@ -25,7 +25,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from kvswap.disk.atomic import sync_folder
-from kvswap.disk.private import PrivateFolder, translate_os_errors
+from kvswap.disk.private_folder import PrivateFolder, translate_os_errors
 from kvswap.errors import SessionError
 
 NAME = "lock"

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from kvswap.core.rates import Rates
+from kvswap.core.load_or_recompute import Rates
 from kvswap.terms import KVGeometry, ceil_div, round_up
 
 MAX_CHECKPOINTS = 8

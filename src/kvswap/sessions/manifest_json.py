@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from kvswap.core.rates import Rates
+from kvswap.core.load_or_recompute import Rates
 from kvswap.errors import SessionError
 from kvswap.sessions.arrays import damaged
 from kvswap.sessions.manifest import (

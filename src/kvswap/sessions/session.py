@@ -23,8 +23,8 @@ from kvswap.config import Config
 from kvswap.core.attach import attach_each
 from kvswap.core.cache import KVSwapCache
 from kvswap.core.layer_major import Progress
+from kvswap.core.load_or_recompute import Choice, load_or_recompute
 from kvswap.core.prefill import chunk_spans
-from kvswap.core.rates import Choice, load_or_recompute
 from kvswap.errors import InputError
 from kvswap.models.adapter import cache_keyword, context_limit, inspect
 from kvswap.models.identity import rope_hash, tokenizer_hash, weights_hash
@@ -33,10 +33,10 @@ from kvswap.models.sampling import Sampling
 from kvswap.models.streaming import Generation
 from kvswap.sessions.binding import SessionBinding, compatible
 from kvswap.sessions.catalog import create_store, open_store, session_path
+from kvswap.sessions.commits import SessionStore
 from kvswap.sessions.manifest import Model
 from kvswap.sessions.quota import Limits, Quota, WrittenBytes, add_written_bytes, read_written_bytes
 from kvswap.sessions.sharing import common_tokens, fork, share_prefix
-from kvswap.sessions.store import SessionStore
 
 COMMIT_PROMPT_TOKENS = 512
 """A prompt with so many new tokens is committed before the answer is generated."""

@@ -18,15 +18,15 @@ from pathlib import Path
 
 import numpy as np
 
-from kvswap.disk.private import PrivateFolder
+from kvswap.disk.private_folder import PrivateFolder
 from kvswap.errors import KVSwapError
 from kvswap.sessions.arrays import encode_arrays
 from kvswap.sessions.catalog import sibling_paths
-from kvswap.sessions.checkpoint import CheckpointContents, replace_text, truncate_contents
+from kvswap.sessions.checkpoint_contents import CheckpointContents, replace_text, truncate_contents
+from kvswap.sessions.commits import MANIFEST, SessionStore
 from kvswap.sessions.lock import new_session_folder
 from kvswap.sessions.manifest import Checkpoint, Manifest, Segment
 from kvswap.sessions.manifest_json import encode
-from kvswap.sessions.store import MANIFEST, SessionStore
 
 MIN_SHARED_TOKENS = 256
 """A shorter prefix is computed sooner than it is shared."""

@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from kvswap.disk import ReadBackend, create_backend, free_bytes, kv_folder, prepare_dir, probe_direct
-from kvswap.disk.uring import probe_uring
+from kvswap.disk.uring_backend import probe_uring
 from kvswap.errors import DiskError, StorageError
-from kvswap.tuning.disk_costs import FILE_BYTES, ReadTest, measure_reads
 from kvswap.tuning.machine import Machine, describe_machine
+from kvswap.tuning.measure_disk import FILE_BYTES, ReadTest, measure_reads
 from kvswap.units import GIB, MIB, format_bytes, format_rate
 
 FORMAT, VERSION = "kvswap-doctor", 1

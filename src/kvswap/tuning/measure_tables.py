@@ -18,20 +18,20 @@ import torch
 from numpy.typing import NDArray
 
 from kvswap.config import Config
-from kvswap.core.attachment import Attachment
 from kvswap.core.calibration import CALIBRATION_TOKENS, calibrate
 from kvswap.core.corpus import calibration_topics
+from kvswap.core.model_patch import Attachment
 from kvswap.errors import InputError
 from kvswap.models.adapter import ModelParts, cache_keyword
 from kvswap.models.identity import attention_fingerprint
 from kvswap.models.loading import LoadedModel
 from kvswap.selection.basis import KeyCovariance
-from kvswap.selection.codes import LayerSketch
 from kvswap.selection.kvswap import score
-from kvswap.selection.transform import TransformSketch, transform_basis
+from kvswap.selection.sketch import LayerSketch
+from kvswap.selection.transform_sketch import TransformSketch, transform_basis
 from kvswap.selection.window import Window
-from kvswap.tuning.disk_costs import Progress
 from kvswap.tuning.machine import version_of
+from kvswap.tuning.measure_disk import Progress
 from kvswap.tuning.replay import Recording, ReplayCache, Selection
 from kvswap.tuning.tables import (
     GROUPS,

@@ -19,8 +19,8 @@ from kvswap.disk.folders import profiles_folder
 from kvswap.disk.json_files import build, read_json, save_json
 from kvswap.errors import ConfigError
 from kvswap.tuning.cost import DiskCosts, ModelCosts, ModelFacts
-from kvswap.tuning.disk_costs import Progress, measure_disk
 from kvswap.tuning.machine import cores, describe_machine
+from kvswap.tuning.measure_disk import Progress, measure_disk
 
 if TYPE_CHECKING:
     from kvswap.models.loading import LoadedModel
@@ -108,7 +108,7 @@ def take_profile(
     disks = measure_disk(folder, on_progress=on_progress)
     facts, costs = None, None
     if loaded is not None:
-        from kvswap.tuning.model_costs import measure_model  # loads torch, which a disk alone does not need
+        from kvswap.tuning.measure_model import measure_model  # loads torch, which a disk alone does not need
 
         facts, costs = measure_model(loaded, str(folder), on_progress=on_progress)
     made = time.strftime("%Y-%m-%dT%H:%M:%S%z")

@@ -20,8 +20,8 @@ import torch
 
 from kvswap.core.layer_major import LayerForward, LayerMajorCache, OffloadedLayer, Progress, offloaded_layers
 from kvswap.models.adapter import LayerParts, ModelParts
-from kvswap.selection.codes import LayerSketch
-from kvswap.selection.mass import top_groups
+from kvswap.selection.choose import top_groups
+from kvswap.selection.sketch import LayerSketch
 from kvswap.selection.window import Window
 
 

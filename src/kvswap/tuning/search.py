@@ -25,7 +25,7 @@ import torch
 from kvswap.config import Config
 from kvswap.errors import MemoryBudgetError
 from kvswap.memory.budget import OWNER_BYTES, MemoryNeeds, capacity_for
-from kvswap.selection.transform import TransformSketch, basis_bytes
+from kvswap.selection.transform_sketch import TransformSketch, basis_bytes
 from kvswap.selection.window import Window
 from kvswap.store.layout import GroupLayout
 from kvswap.terms import KVGeometry, ceil_div

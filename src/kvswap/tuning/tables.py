@@ -33,7 +33,7 @@ from kvswap.disk.atomic import atomic_file
 from kvswap.disk.folders import tables_folder
 from kvswap.disk.json_files import build
 from kvswap.errors import ConfigError
-from kvswap.selection.transform import TransformSketch
+from kvswap.selection.transform_sketch import TransformSketch
 from kvswap.tuning.machine import version_of
 
 FORMAT, VERSION = "kvswap-tables", 4

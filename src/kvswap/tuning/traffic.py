@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from kvswap.memory.slots import SlotPool
 from kvswap.selection.window import Window
-from kvswap.store.extents import plan_reads
 from kvswap.store.layout import GroupLayout
+from kvswap.store.read_plan import plan_reads
 from kvswap.terms import KVGeometry
 from kvswap.tuning.cost import Traffic
 

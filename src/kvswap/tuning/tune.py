@@ -16,10 +16,10 @@ from kvswap.errors import ConfigError, StorageError
 from kvswap.models.adapter import inspect
 from kvswap.models.loading import LoadedModel, load_model
 from kvswap.tuning.cost import ModelFacts
-from kvswap.tuning.disk_costs import Progress
 from kvswap.tuning.explain import reasons
+from kvswap.tuning.measure_disk import Progress
+from kvswap.tuning.measure_model import model_facts
 from kvswap.tuning.measure_tables import measure_tables
-from kvswap.tuning.model_costs import model_facts
 from kvswap.tuning.profile import Profile, cached_path, load_profile, take_profile
 from kvswap.tuning.search import Candidate, Prefer, Pricing, Request, search
 from kvswap.tuning.solution import Prediction, Solution, TunedConfig

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from kvswap.core.trace import CacheStats
+from kvswap.core.cache_stats import CacheStats
 from kvswap.models.adapter import cache_keyword
 
 WARM_STEPS = 4  # of each method before its first turn: they touch memory, fill slots and set up the matrix libraries

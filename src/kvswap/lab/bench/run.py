@@ -30,8 +30,8 @@ from kvswap.lab.rivals.registry import with_methods
 from kvswap.models.adapter import inspect
 from kvswap.models.identity import attention_fingerprint
 from kvswap.models.loading import LoadedModel
-from kvswap.tuning.disk_costs import ReadTest, measure_reads
 from kvswap.tuning.machine import describe_machine
+from kvswap.tuning.measure_disk import ReadTest, measure_reads
 
 FORMAT = 1
 Progress = Callable[[str, int, int], None]

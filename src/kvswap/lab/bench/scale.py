@@ -17,9 +17,9 @@ import torch
 from torch.nn import functional
 
 from kvswap.config import Config
+from kvswap.core.batch_state import BatchState, Shape, open_state
+from kvswap.core.cache_stats import Trace
 from kvswap.core.decode import Decode
-from kvswap.core.state import BatchState, Shape, open_state
-from kvswap.core.trace import Trace
 from kvswap.disk import create_backend
 from kvswap.disk.files import free_bytes, prepare_dir
 from kvswap.disk.folders import kv_folder

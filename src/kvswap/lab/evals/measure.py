@@ -19,8 +19,8 @@ from kvswap.app.quality import QualityMeter
 from kvswap.config import Config
 from kvswap.core.attach import attach_each
 from kvswap.core.cache import KVSwapCache
+from kvswap.core.cache_stats import CacheStats
 from kvswap.core.layer_major import Progress
-from kvswap.core.trace import CacheStats
 from kvswap.errors import UnsupportedError
 from kvswap.lab.evals.cache_batch import force_batched, greedy_batched
 from kvswap.lab.evals.prompt_cache import PromptCache

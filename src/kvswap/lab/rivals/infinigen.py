@@ -18,9 +18,9 @@ from typing import Any
 import torch
 
 from kvswap.config import Config
-from kvswap.lab.rivals.decoding import PreviousNorm, PreviousNormByHead
-from kvswap.lab.rivals.heads import best_of_each, best_of_sum, per_head_makers
-from kvswap.lab.rivals.slots import NoReuse, PreviousSlots
+from kvswap.lab.rivals.parts.decoding import PreviousNorm, PreviousNormByHead
+from kvswap.lab.rivals.parts.heads import best_of_each, best_of_sum, per_head_makers
+from kvswap.lab.rivals.parts.slots import NoReuse, PreviousSlots
 from kvswap.lab.rivals.window import window_by_head, without_sinks
 from kvswap.selection.basis import KeyCovariance
 from kvswap.selection.method import KeyFacts, Method, SketchMaker

@@ -14,12 +14,12 @@ import torch
 
 from kvswap.config import Config
 from kvswap.errors import UnsupportedError
-from kvswap.lab.rivals.decoding import PreviousNorm
-from kvswap.lab.rivals.rows import ITEM_BYTES, RowSketch
-from kvswap.lab.rivals.slots import PreviousSlots
+from kvswap.lab.rivals.parts.decoding import PreviousNorm
+from kvswap.lab.rivals.parts.rows import ITEM_BYTES, RowSketch
+from kvswap.lab.rivals.parts.slots import PreviousSlots
 from kvswap.lab.rivals.window import without_sinks
 from kvswap.selection.basis import Basis
-from kvswap.selection.mass import best_of_groups
+from kvswap.selection.choose import best_of_groups
 from kvswap.selection.method import KeyFacts, Method, SketchMaker
 
 

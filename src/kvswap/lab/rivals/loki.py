@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from kvswap.config import Config
-from kvswap.lab.rivals.decoding import TrueQueryByHead
-from kvswap.lab.rivals.heads import best_of_each, per_head_makers
-from kvswap.lab.rivals.slots import NoReuse
+from kvswap.lab.rivals.parts.decoding import TrueQueryByHead
+from kvswap.lab.rivals.parts.heads import best_of_each, per_head_makers
+from kvswap.lab.rivals.parts.slots import NoReuse
 from kvswap.lab.rivals.window import window_by_head, without_sinks
 from kvswap.selection.basis import KeyCovariance
 from kvswap.selection.method import KeyFacts, Method, SketchMaker

@@ -11,9 +11,9 @@ from functools import partial
 import torch
 
 from kvswap.config import Config
-from kvswap.lab.rivals.decoding import TrueQueryByHead
-from kvswap.lab.rivals.pages import ITEM_BYTES, BoundSketch, GroupRows
-from kvswap.lab.rivals.slots import NoReuse
+from kvswap.lab.rivals.parts.decoding import TrueQueryByHead
+from kvswap.lab.rivals.parts.pages import ITEM_BYTES, BoundSketch, GroupRows
+from kvswap.lab.rivals.parts.slots import NoReuse
 from kvswap.lab.rivals.window import window_by_head, without_sinks
 from kvswap.selection.method import KeyFacts, Method, SketchMaker
 

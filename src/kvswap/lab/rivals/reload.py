@@ -7,8 +7,8 @@ all the time that changes nothing.
 
 from __future__ import annotations
 
-from kvswap.lab.rivals.decoding import Streaming
-from kvswap.lab.rivals.slots import NoReuse
+from kvswap.lab.rivals.parts.decoding import Streaming
+from kvswap.lab.rivals.parts.slots import NoReuse
 from kvswap.lab.rivals.window import makers, never, window_without_selection
 from kvswap.selection.method import Method
 from kvswap.store.layout import tile_groups

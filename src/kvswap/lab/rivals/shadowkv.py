@@ -14,10 +14,10 @@ import torch
 
 from kvswap.config import Config
 from kvswap.errors import UnsupportedError
-from kvswap.lab.rivals.decoding import RebuiltKeys
-from kvswap.lab.rivals.landmarks import LandmarkSketch
-from kvswap.lab.rivals.pages import ITEM_BYTES, GroupRows
-from kvswap.lab.rivals.slots import PreviousSlots
+from kvswap.lab.rivals.parts.decoding import RebuiltKeys
+from kvswap.lab.rivals.parts.landmarks import LandmarkSketch
+from kvswap.lab.rivals.parts.pages import ITEM_BYTES, GroupRows
+from kvswap.lab.rivals.parts.slots import PreviousSlots
 from kvswap.lab.rivals.window import window_by_head
 from kvswap.selection.method import KeyFacts, Method, SketchMaker
 

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from kvswap.config import Config
-from kvswap.lab.rivals.slots import NoReuse
+from kvswap.lab.rivals.parts.slots import NoReuse
 from kvswap.selection.method import KeyFacts, Method, SketchMaker, window_of
 from kvswap.selection.window import Window
 

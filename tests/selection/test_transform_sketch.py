@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from kvswap.native import loops
-from kvswap.selection import transform
+from kvswap.selection import transform_sketch as transform
 from kvswap.selection.basis import TRANSFORM, Basis, KeyCovariance, rotation
-from kvswap.selection.codes import LayerSketch
-from kvswap.selection.transform import TransformSketch, basis_bytes, transform_basis
+from kvswap.selection.sketch import LayerSketch
+from kvswap.selection.transform_sketch import TransformSketch, basis_bytes, transform_basis
 
 KV_HEADS, HEAD_DIM, TOKENS = 2, 16, 600
 ELEMENTS = KV_HEADS * HEAD_DIM

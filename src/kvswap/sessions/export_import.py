@@ -20,16 +20,16 @@ import numpy as np
 
 from kvswap.disk.atomic import atomic_file
 from kvswap.disk.files import check_free
-from kvswap.disk.private import PrivateFolder
+from kvswap.disk.private_folder import PrivateFolder
 from kvswap.errors import DamagedError, InputError, SessionError
 from kvswap.sessions.arrays import encode_arrays
 from kvswap.sessions.check import check
+from kvswap.sessions.commits import BASIS, MANIFEST, SessionStore
 from kvswap.sessions.encryption import authenticated_sealer
 from kvswap.sessions.index import LayerIndex, batch_name, encode_batch
 from kvswap.sessions.lock import new_session_folder
 from kvswap.sessions.manifest import Blob, Manifest, Segment
 from kvswap.sessions.manifest_json import LIMIT_BYTES, encode, parse
-from kvswap.sessions.store import BASIS, MANIFEST, SessionStore
 from kvswap.store.checksum import text_sum
 
 _PIECE_BYTES = 4 << 20

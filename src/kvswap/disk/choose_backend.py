@@ -8,12 +8,12 @@ from pathlib import Path
 
 from kvswap.config import BACKENDS
 from kvswap.disk.backend import ReadBackend
-from kvswap.disk.buffered import BufferedBackend
+from kvswap.disk.buffered_backend import BufferedBackend
 from kvswap.disk.direct import probe_direct
 from kvswap.disk.files import prepare_dir
-from kvswap.disk.memory import MemoryBackend
-from kvswap.disk.threads import ThreadsBackend
-from kvswap.disk.uring import UringBackend, probe_uring
+from kvswap.disk.memory_backend import MemoryBackend
+from kvswap.disk.threads_backend import ThreadsBackend
+from kvswap.disk.uring_backend import UringBackend, probe_uring
 from kvswap.errors import StorageError
 
 log = logging.getLogger("kvswap")

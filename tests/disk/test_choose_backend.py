@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from kvswap.disk import DirectProbe, create_backend
-from kvswap.disk.uring import probe_uring
+from kvswap.disk.uring_backend import probe_uring
 from kvswap.disk.uring_ring import Ring
 from kvswap.errors import StorageError
 from tests.helpers.system import has_direct_io, has_io_uring
@@ -25,7 +25,7 @@ def no_uring(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def no_direct(monkeypatch: pytest.MonkeyPatch) -> None:
     probe = DirectProbe(ok=False, alignment_bytes=0, memory_alignment_bytes=0, filesystem="zfs", reason="EINVAL (zfs)")
-    monkeypatch.setattr("kvswap.disk.choose.probe_direct", lambda folder: probe)
+    monkeypatch.setattr("kvswap.disk.choose_backend.probe_direct", lambda folder: probe)
 
 
 def test_auto_takes_the_best(tmp_path: Path) -> None:

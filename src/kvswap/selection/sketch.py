@@ -1,7 +1,7 @@
 """The sketch of one layer's keys for B sequences, and the logits estimated from it.
 
 A token's key of D elements is projected to R elements, quantised to ``bits`` with its own float16 scale and minimum,
-and packed (``packed.py``).
+and packed (``packed_codes.py``).
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import torch
 from numpy.typing import NDArray
 
 from kvswap.selection.basis import SCALE_BYTES, Basis
-from kvswap.selection.mass import group_mass
-from kvswap.selection.packed import PackedCodes
+from kvswap.selection.choose import group_mass
+from kvswap.selection.packed_codes import PackedCodes
 from kvswap.selection.score import float_products, integer_products, middle, prefers_integers
 from kvswap.terms import round_up
 

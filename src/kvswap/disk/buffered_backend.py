@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from kvswap.disk.threads import ThreadsBackend
+from kvswap.disk.threads_backend import ThreadsBackend
 
 # The page cache needs no alignment; this keeps the layout of groups that a disk of 512-byte sectors has.
 _ALIGNMENT_BYTES = 512

@@ -25,18 +25,18 @@ import torch
 from kvswap.config import Config
 from kvswap.core.attach import attach_each
 from kvswap.core.cache import KVSwapCache
+from kvswap.core.cache_stats import CacheStats
 from kvswap.core.corpus import calibration_topics
-from kvswap.core.trace import CacheStats
 from kvswap.models.adapter import ModelParts, cache_keyword, inspect
 from kvswap.models.identity import attention_fingerprint
 from kvswap.models.loading import LoadedModel
 from kvswap.selection.basis import Basis, KeyCovariance, identity_basis
-from kvswap.selection.codes import LayerSketch
+from kvswap.selection.choose import top_groups
 from kvswap.selection.kvswap import score
-from kvswap.selection.mass import top_groups
-from kvswap.selection.transform import TransformSketch, transform_basis
+from kvswap.selection.sketch import LayerSketch
+from kvswap.selection.transform_sketch import TransformSketch, transform_basis
 from kvswap.tuning.cost import LinearCost, ModelCosts, ModelFacts, PredictCost
-from kvswap.tuning.disk_costs import Progress
+from kvswap.tuning.measure_disk import Progress
 
 PREFILL_S = 5.0
 """About how long the prefill of each cache may take."""

@@ -9,7 +9,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvswap.store.extents import ReadPlan, plan_reads
+from kvswap.store.read_plan import ReadPlan, plan_reads
 
 
 @dataclass

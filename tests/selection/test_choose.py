@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvswap.native import loops
-from kvswap.selection.mass import group_mass, top_groups
+from kvswap.selection.choose import group_mass, top_groups
 
 MINUS_INF = float("-inf")
 

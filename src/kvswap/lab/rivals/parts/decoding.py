@@ -12,13 +12,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from kvswap.core.batch_state import BatchState
 from kvswap.core.decode import Attend, Decode, Fetch
-from kvswap.core.prediction import QueryPredictor
 from kvswap.core.prefill import attend_stored
-from kvswap.core.state import BatchState
+from kvswap.core.query_prediction import QueryPredictor
 from kvswap.memory.lookup import Found
 from kvswap.models.adapter import LayerParts, ModelParts
-from kvswap.selection.mass import top_groups
+from kvswap.selection.choose import top_groups
 from kvswap.selection.window import Step
 
 Int = NDArray[np.int64]

@@ -4,8 +4,8 @@ import itertools
 
 import pytest
 
-from kvswap.core import trace
-from kvswap.core.trace import Trace
+from kvswap.core import cache_stats as trace
+from kvswap.core.cache_stats import Trace
 
 
 def test_times_add_up_also_after_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

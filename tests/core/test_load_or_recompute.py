@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from kvswap.core.rates import MARGIN, MIN_TOKENS, Rates, load_or_recompute
+from kvswap.core.load_or_recompute import MARGIN, MIN_TOKENS, Rates, load_or_recompute
 
 MEASURED = Rates(prefill_tokens=2000, prefill_us=2_000_000, load_tokens=1000, load_us=1_500_000)
 

@@ -9,9 +9,9 @@ import torch
 
 from kvswap.config import Config
 from kvswap.errors import UnsupportedError
-from kvswap.lab.rivals.head_rows import ITEM_BYTES, HeadRowSketch
+from kvswap.lab.rivals.parts.head_rows import ITEM_BYTES, HeadRowSketch
 from kvswap.selection.basis import KeyCovariance
-from kvswap.selection.mass import best_of_groups
+from kvswap.selection.choose import best_of_groups
 from kvswap.selection.method import KeyFacts, SketchMaker
 
 Directions = Callable[[torch.Tensor], torch.Tensor]

@@ -25,8 +25,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from kvswap.native import loops, query_loops
 from kvswap.selection.basis import TRANSFORM, Basis, KeyCovariance
-from kvswap.selection.codes import LayerSketch
 from kvswap.selection.score import float_products, integer_products
+from kvswap.selection.sketch import LayerSketch
 
 # For a Gaussian of variance 1, by bits: error of the best uniform quantiser, and its step (Max, 1960).
 ERRORS = {0: 1.0, 2: 0.1188, 4: 0.01154, 6: 0.00104, 8: 0.000090}

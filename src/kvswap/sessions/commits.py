@@ -23,12 +23,12 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
-from kvswap.core.rates import Rates
-from kvswap.disk.private import PrivateFolder
+from kvswap.core.load_or_recompute import Rates
+from kvswap.disk.private_folder import PrivateFolder
 from kvswap.errors import SessionError
 from kvswap.sessions import lock
 from kvswap.sessions.arrays import Arrays, damaged, decode_arrays, encode_arrays
-from kvswap.sessions.checkpoint import CheckpointContents, decode_tail, replace_text, truncate_contents
+from kvswap.sessions.checkpoint_contents import CheckpointContents, decode_tail, replace_text, truncate_contents
 from kvswap.sessions.encryption import authenticated_sealer, create_sealer, new_encryption
 from kvswap.sessions.index import LayerIndex, batch_name, decode_index, empty_index, encode_batch, join_indexes
 from kvswap.sessions.manifest import (

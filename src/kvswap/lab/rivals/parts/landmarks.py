@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from kvswap.lab.rivals.pages import GroupRows
+from kvswap.lab.rivals.parts.pages import GroupRows
 from kvswap.native.arrays import IntArray
 from kvswap.selection.method import Rotate
 from kvswap.terms import FLOAT16_MAX, round_up

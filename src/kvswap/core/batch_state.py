@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from kvswap.config import Config
-from kvswap.core.trace import Trace
+from kvswap.core.cache_stats import Trace
 from kvswap.disk.backend import ReadBackend
 from kvswap.errors import MemoryBudgetError
 from kvswap.memory.budget import OWNER_BYTES, WRITE_QUEUE_BYTES, MemoryNeeds, capacity_for

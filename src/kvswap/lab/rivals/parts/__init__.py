@@ -1,0 +1,1 @@
+"""Parts that several published methods share: decode paths, slots, and what they keep of the keys."""
