@@ -233,6 +233,7 @@ def _check_contexts(requests: list[Request], facts: ModelFacts) -> None:
     for request in requests:
         if facts.longest_tokens and request.context_tokens > facts.longest_tokens:
             raise ConfigError(
-                f"context: {request.context_tokens:,} tokens are more than the model's limit of {facts.longest_tokens:,}",
+                f"context: {request.context_tokens:,} tokens are more than the model's limit of "
+                f"{facts.longest_tokens:,}",
                 hint="tune for a shorter context",
             )
