@@ -68,18 +68,14 @@ def tune(
 
     Raises ConfigError, ModelError, StorageError, MemoryBudgetError.
     """
-    limit_bytes = parse_bytes(kv_memory, name="kv_memory")
-    contexts = [context_tokens] if isinstance(context_tokens, int) else list(context_tokens)
+    requests = _requests(kv_memory, context_tokens, batch, prefer, select_tokens)
     notice = on_notice or (lambda text: None)
-    _check(contexts, batch, prefer, select_tokens)
     loaded = load_model(model, on_notice=notice) if isinstance(model, str) else model
     facts = model_facts(loaded, inspect(loaded.model))
-    _check_contexts(contexts, facts)
+    _check_contexts(requests, facts)
     known = find_profile(loaded, facts, profile, kv_dir, force=force, on_progress=on_progress, on_notice=notice)
     measured = find_tables(loaded, facts, tables, force=force, on_progress=on_progress, on_notice=notice)
     pricing = Pricing(known, measured, facts, loaded.model.device)
-    limits = {"limit_bytes": limit_bytes, "batch": batch, "select_tokens": select_tokens}
-    requests = [Request(context_tokens=context, **limits) for context in contexts]
     return TunedConfig(
         model=facts.name,
         fingerprint=facts.fingerprint,
@@ -223,8 +219,12 @@ def _solution(request: Request, chosen: Candidate, lines: list[str], kv_dir: str
     )
 
 
-def _check(contexts: list[int], batch: int, prefer: str, select_tokens: int) -> None:
-    """Check the arguments before a model is loaded. Raises ConfigError."""
+def _requests(
+    kv_memory: int | str, context_tokens: int | Sequence[int], batch: int, prefer: str, select_tokens: int
+) -> list[Request]:
+    """Check the arguments before a model is loaded; return a request for each context. Raises ConfigError."""
+    limit_bytes = parse_bytes(kv_memory, name="kv_memory")
+    contexts = [context_tokens] if isinstance(context_tokens, int) else list(context_tokens)
     if prefer not in ("quality", "speed"):
         raise ConfigError(f"prefer: got {prefer!r}", hint="use quality or speed")
     if not contexts:
@@ -233,13 +233,18 @@ def _check(contexts: list[int], batch: int, prefer: str, select_tokens: int) -> 
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ConfigError(f"{name}: got {value!r}", hint="give an integer from 1 up")
     Config(select_tokens=select_tokens, group_tokens=max(GROUPS))  # raises where it leaves nothing to select
+    return [
+        Request(limit_bytes=limit_bytes, context_tokens=context, batch=batch, select_tokens=select_tokens)
+        for context in contexts
+    ]
 
 
-def _check_contexts(contexts: list[int], facts: ModelFacts) -> None:
+def _check_contexts(requests: list[Request], facts: ModelFacts) -> None:
     """Raise ConfigError for a context that is longer than the model allows."""
-    for context in contexts:
-        if facts.longest_tokens and context > facts.longest_tokens:
+    for request in requests:
+        if facts.longest_tokens and request.context_tokens > facts.longest_tokens:
             raise ConfigError(
-                f"context: {context:,} tokens are more than the model's limit of {facts.longest_tokens:,}",
+                f"context: {request.context_tokens:,} tokens are more than the model's limit of "
+                f"{facts.longest_tokens:,}",
                 hint="tune for a shorter context",
             )

@@ -120,14 +120,7 @@ def bench(
         content["environment"].append(_environment(config, _read_test(config, on_notice)))
     for number, ((place, missing), prompt_tokens, batch) in enumerate(zip(work, lengths, batches, strict=True)):
         logger.debug("measuring %s at %s", ", ".join(missing), place)
-        total = len(missing) * plan.steps
-        done = 0
-
-        def on_step(number: int = number, total: int = total) -> None:
-            nonlocal done
-            done += 1
-            on_progress("bench", number * 100 + 100 * done // total, len(work) * 100)
-
+        on_step = _step_counter(on_progress, number, len(work), len(missing) * plan.steps)
         methods = with_methods(plan.choose(name, config, place) for name in missing)
         with attach_each(loaded.model, methods, tokenizer=loaded.tokenizer, on_notice=on_notice) as caches:
             runs = run_interleaved(
@@ -194,6 +187,18 @@ def step_over_bound(row: Record) -> float:
     step_s = row["batch"] / row["decode_tokens_per_s"]
     reading_s = row["batch"] * row["read_bytes_per_token"] / row["ceiling_bytes_per_s"]
     return float(step_s / max(step_s * (1 - row["exposed_wait_fraction"]), reading_s))
+
+
+def _step_counter(on_progress: Progress, number: int, batches: int, steps: int) -> Callable[[], None]:
+    """Return a function that counts a step of batch ``number`` of ``batches`` and reports hundredths of each batch."""
+    done = 0
+
+    def on_step() -> None:
+        nonlocal done
+        done += 1
+        on_progress("bench", number * 100 + 100 * done // steps, batches * 100)
+
+    return on_step
 
 
 def _with_ceiling(rows: list[Record], test: dict[str, Any]) -> list[Record]:

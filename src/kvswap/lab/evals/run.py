@@ -99,18 +99,15 @@ def evaluate(
     InputError
         When a context is longer than the model allows, or the text is too short.
     """
-    longest = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
+    longest_tokens = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
     for context in plan.contexts:
-        _check_length(context, context, longest)
+        _check_length(context, context, longest_tokens)
     identity = _identity(loaded, config, source)
     empty = {"format": FORMAT, "identity": identity, "samples": []}
     records: list[Record] = read_results(file, empty, kind="a results file of kvswap eval")["samples"]
     started_s = time.monotonic()
-    work = list(_missing(plan, source, records))
+    work = _missing_work(plan, source, records, longest_tokens)
     logger.debug("%d samples to measure, %d records in %s", len(work), len(records), file)
-    for each in work:
-        follows = max(len(each.sample.forced), each.sample.max_new_tokens)
-        _check_length(each.sample.context, len(each.sample.prompt) + follows, longest)
     for number, each in enumerate(work):
 
         def on_fraction(share: float, number: int = number) -> None:
@@ -135,6 +132,15 @@ def evaluate(
             on_notice(f"stopped after {limit_s / 60:g} min; {left}")
             break
     return summarise(records)
+
+
+def _missing_work(plan: Plan, source: Source, records: list[Record], longest_tokens: int | None) -> list[_Work]:
+    """Return all missing work. Raises InputError where a sample and what follows it exceed the model's limit."""
+    work = list(_missing(plan, source, records))
+    for each in work:
+        follows = max(len(each.sample.forced), each.sample.max_new_tokens)
+        _check_length(each.sample.context, len(each.sample.prompt) + follows, longest_tokens)
+    return work
 
 
 def _missing(plan: Plan, source: Source, records: list[Record]) -> Iterator[_Work]:
