@@ -1,12 +1,11 @@
 """Files and folders that appear whole or not at all, and stay after a power failure.
 
-Every writer of kvswap uses these: what is new is written beside its final name, made durable (fsync), renamed, and the
-rename is made durable too. A failure in the middle removes the temporary file and leaves the old one as it was; a kill
-can leave a hidden file that ends in ``.partial``, which nothing reads. The temporary name is random and is created
-with O_EXCL, so that two writers do not meet and a link in its place is not followed.
+Everything in kvswap that replaces a file uses these functions. They write a temporary file in the same folder, sync it
+(fsync), rename it, and sync the folder. A failure removes the temporary file and leaves the old file as it was. A kill
+can leave a hidden file that ends in ``.partial``, which nothing reads. The temporary name is random and created with
+O_EXCL: two writers never share it, and a link in its place is not followed.
 
-Any thread, any process; the last writer wins. All functions raise OSError and leave it to the caller to say what
-the file was for.
+Any thread, any process; the last writer wins. The functions raise OSError, and the caller says what the file was for.
 """
 
 from __future__ import annotations
@@ -22,7 +21,8 @@ from typing import IO
 
 NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK, errno.EXDEV, errno.ENOSYS)
 """Errors of a file system that has no hard links, or no more of them."""
-_NO_FOLDER_SYNC = (errno.EINVAL, errno.EOPNOTSUPP)
+_NO_FOLDER_SYNC = (errno.EINVAL, errno.EOPNOTSUPP, errno.EACCES)
+"""Errors of a file system that cannot sync folders, and of a folder that may be written but not read."""
 
 
 def atomic_write(target: Path, data: bytes, *, mode: int = 0o666) -> None:
@@ -42,7 +42,7 @@ def atomic_file(target: Path, *, replace: bool = True, mode: int = 0o666) -> Ite
     replace
         False: a file of that name is left alone, and FileExistsError is raised at the end.
     mode
-        Permissions of the file; the umask is taken off.
+        Permissions of the file, less the umask.
 
     Raises
     ------
@@ -107,7 +107,7 @@ def sync(path: Path) -> None:
 
 
 def sync_folder(path: Path) -> None:
-    """Wait until the names in a folder are on the disk, where the file system can do that. Raises OSError."""
+    """Wait until the names in a folder are on the disk, where that can be done. Raises OSError."""
     try:
         _fsync(path, os.O_DIRECTORY)
     except OSError as error:
