@@ -12,6 +12,7 @@ from hypothesis import settings
 
 from kvswap.config import Config
 from kvswap.disk.files import IN_MEMORY, filesystem_of
+from tests.helpers.folders import save_tiny
 
 # A first example may wait for an import or for a busy machine; that is no failure.
 settings.register_profile("kvswap", deadline=None)
@@ -40,3 +41,17 @@ def torch_threads() -> None:
 def select_all(tmp_path) -> Config:
     """Everything is selected and stored without rounding: the engine must equal full attention."""
     return Config(select_tokens=6000, store_dtype="float32", kv_memory="128MiB", kv_dir=str(tmp_path / "kv"))
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory) -> Path:
+    """A tiny model with a chat template."""
+    return save_tiny(tmp_path_factory.mktemp("tiny"), max_position_embeddings=2048)
+
+
+@pytest.fixture
+def cache_home(tmp_path_factory, monkeypatch) -> Path:
+    """A cache folder of this test run, so that calibrations are shared and the user's stays as it is."""
+    folder = tmp_path_factory.getbasetemp() / "cache"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
+    return folder

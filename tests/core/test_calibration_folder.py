@@ -72,7 +72,7 @@ def disk_is_full(patch: pytest.MonkeyPatch, folder: Path) -> str:
         raise calibration.SafetensorError("I/O error: No space left on device")
 
     patch.setenv("KVSWAP_HOME", str(folder / "full"))
-    patch.setattr(calibration, "save_bases", refuse)
+    patch.setattr(calibration, "save_statistics", refuse)
     return "No space left on device; set KVSWAP_HOME"
 
 

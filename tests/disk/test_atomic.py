@@ -209,7 +209,7 @@ def test_a_file_system_that_cannot_sync_folders_is_no_error(tmp_path: Path, monk
         raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(os, "fsync", refuse)
-    for code in (errno.EINVAL, errno.EOPNOTSUPP, errno.EACCES):
+    for _ in (errno.EINVAL, errno.EOPNOTSUPP, errno.EACCES):
         sync_folder(tmp_path)
     code = errno.EIO
     with pytest.raises(OSError, match=r"Input/output"):

@@ -1,19 +1,22 @@
-"""The basis of the sketch: which directions of a layer's keys matter, learned once per model and cached.
+"""Calibration: statistics of a model's keys and queries, measured once for each model and cached.
 
-The model reads Python's own language reference (the calibration half of ``core.corpus``, never what is evaluated)
-layer-major; each layer's keys after RoPE are added to a D x D covariance and dropped. Without a tokenizer nothing can
-be read, and whole-key codes are used instead.
+The sketch's basis is made from them. The model reads Python's own language reference, the calibration half of
+``core/corpus.py``, layer by layer. Each layer's keys after RoPE are added to a D x D covariance and dropped. Without a
+tokenizer nothing can be read, and the sketch holds codes of whole keys instead.
 """
 
 from __future__ import annotations
 
+import json
 import logging
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 from kvswap.core.corpus import calibration_topics
 from kvswap.core.layer_major import LayerMajorCache, Progress, stock_layers
@@ -23,7 +26,7 @@ from kvswap.disk.folders import VARIABLE, calibration_folder
 from kvswap.errors import StorageError
 from kvswap.models.adapter import LayerParts, ModelParts
 from kvswap.models.identity import attention_fingerprint
-from kvswap.selection.basis import KeyCovariance, load_bases, save_bases
+from kvswap.selection.basis import KeyCovariance
 
 CALIBRATION_TOKENS = 16_384
 SEQUENCE_TOKENS = 8_192
@@ -110,7 +113,7 @@ def _path(identity: dict[str, str]) -> Path:
 def _stored(identity: dict[str, str]) -> dict[int, KeyCovariance] | None:
     """Statistics by layer index from the cache folder, or None where none can be used."""
     try:
-        found = load_bases(_path(identity), identity)
+        found = load_statistics(_path(identity), identity)
     except StorageError as error:
         found = error.message
     if isinstance(found, str):
@@ -125,9 +128,57 @@ def _store(statistics: dict[int, KeyCovariance], identity: dict[str, str]) -> st
         path = _path(identity)
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(path) as file:  # two processes may calibrate at once
-            save_bases(file.name, statistics, identity)
+            save_statistics(file.name, statistics, identity)
     except StorageError as error:
         return str(error)
     except (OSError, SafetensorError) as error:
         return f"{path}: {getattr(error, 'strerror', None) or error}; set {VARIABLE} to a folder of yours"
     return ""
+
+
+def save_statistics(path: str | Path, statistics: dict[int, KeyCovariance], identity: dict[str, str]) -> None:
+    """Write the statistics of a model's layers to a file. Raises OSError."""
+    tensors = {}
+    for index, each in statistics.items():
+        tensors[f"{index}"] = (each.matrix / max(1, each.count)).float()
+        tensors[f"m{index}"] = (each.total / max(1, each.count)).float()
+        tensors[f"q{index}"] = (each.queries / max(1, each.query_count)).float()
+    save_file(tensors, path, metadata={"kvswap": json.dumps(identity)})
+
+
+def _sound(matrix: torch.Tensor, mean: torch.Tensor, queries: torch.Tensor) -> bool:
+    """Whether tensors from a file can be the moments of one layer."""
+    if matrix.ndim != 2 or queries.ndim != 3 or queries.shape[1] != queries.shape[2]:
+        return False
+    if tuple(matrix.shape) != (queries.shape[0] * queries.shape[1],) * 2:
+        return False
+    if mean.shape != matrix.shape[:1]:
+        return False
+    return all(bool(each.isfinite().all()) for each in (matrix, mean, queries))
+
+
+def load_statistics(path: Path, identity: dict[str, str]) -> dict[int, KeyCovariance] | str:
+    """Statistics by layer index, or the reason why the file cannot be used."""
+    if not os.path.exists(path):  # unlike Path.exists, no error where a folder may not be read
+        return "no calibration yet"
+    try:
+        with safe_open(path, framework="pt") as file:
+            if json.loads((file.metadata() or {}).get("kvswap", "null")) != identity:
+                return "calibration of another model or version"
+            found = {}
+            for name in file.keys():  # noqa: SIM118 - not a dict
+                if name.startswith(("m", "q")):
+                    continue
+                matrix, mean, queries = (file.get_tensor(f"{kind}{name}") for kind in ("", "m", "q"))
+                if not _sound(matrix, mean, queries):
+                    return f"calibration of layer {name} is damaged"
+                covariance = found[int(name)] = KeyCovariance(*queries.shape[:2])
+                covariance.matrix, covariance.total, covariance.queries = (
+                    matrix.double(),
+                    mean.double(),
+                    queries.double(),
+                )
+                covariance.count = covariance.query_count = 1
+            return found
+    except (SafetensorError, OSError, ValueError) as error:
+        return f"calibration file is damaged: {error}"

@@ -1,22 +1,17 @@
 """Statistics of a layer's keys after RoPE, and the bases of sketches that are made from them.
 
-After KVSwap (arXiv 2511.11907, section 3): all KV heads of a token are one row of D elements. The published scheme
-keeps the directions of most variance (``leading``); kvswap's own are made from the same moments, with those of the
-queries (``transform_sketch.py``). Without a calibration, whole keys are rotated by a fixed orthogonal matrix, so that all
-elements have about the same variance and one scale a token serves them (as QuaRot, arXiv 2404.00456, does for
-activations).
+As in KVSwap (arXiv 2511.11907, section 3), the keys of all KV heads of a token are one row of D elements. The published
+scheme keeps the directions of most variance (``KeyCovariance.leading``). kvswap's own basis comes from the same moments
+and those of the queries (``transform_sketch.py``). Without a calibration, whole keys are rotated by a fixed orthogonal
+matrix. Then all elements have about the same variance, and one scale for each token is enough, as for the activations
+in QuaRot (arXiv 2404.00456).
 """
 
 from __future__ import annotations
 
-import json
-import os
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 TRANSFORM = "transform"
 TRANSFORM_ROWS = 5
@@ -100,51 +95,3 @@ def rotation(size: int) -> torch.Tensor:
 def identity_basis(elements: int) -> Basis:
     """Whole keys, rotated: needs no calibration. R = D."""
     return Basis(rotation(elements), "identity")
-
-
-def save_bases(path: str | Path, statistics: dict[int, KeyCovariance], identity: dict[str, str]) -> None:
-    """Write the statistics of a model's layers to a file. Raises OSError."""
-    tensors = {}
-    for index, each in statistics.items():
-        tensors[f"{index}"] = (each.matrix / max(1, each.count)).float()
-        tensors[f"m{index}"] = (each.total / max(1, each.count)).float()
-        tensors[f"q{index}"] = (each.queries / max(1, each.query_count)).float()
-    save_file(tensors, path, metadata={"kvswap": json.dumps(identity)})
-
-
-def _sound(matrix: torch.Tensor, mean: torch.Tensor, queries: torch.Tensor) -> bool:
-    """Whether tensors from a file can be the moments of one layer."""
-    if matrix.ndim != 2 or queries.ndim != 3 or queries.shape[1] != queries.shape[2]:
-        return False
-    if tuple(matrix.shape) != (queries.shape[0] * queries.shape[1],) * 2:
-        return False
-    if mean.shape != matrix.shape[:1]:
-        return False
-    return all(bool(each.isfinite().all()) for each in (matrix, mean, queries))
-
-
-def load_bases(path: Path, identity: dict[str, str]) -> dict[int, KeyCovariance] | str:
-    """Statistics by layer index, or the reason why the file cannot be used."""
-    if not os.path.exists(path):  # unlike Path.exists, no error where a folder may not be read
-        return "no calibration yet"
-    try:
-        with safe_open(path, framework="pt") as file:
-            if json.loads((file.metadata() or {}).get("kvswap", "null")) != identity:
-                return "calibration of another model or version"
-            found = {}
-            for name in file.keys():  # noqa: SIM118 - not a dict
-                if name.startswith(("m", "q")):
-                    continue
-                matrix, mean, queries = (file.get_tensor(f"{kind}{name}") for kind in ("", "m", "q"))
-                if not _sound(matrix, mean, queries):
-                    return f"calibration of layer {name} is damaged"
-                covariance = found[int(name)] = KeyCovariance(*queries.shape[:2])
-                covariance.matrix, covariance.total, covariance.queries = (
-                    matrix.double(),
-                    mean.double(),
-                    queries.double(),
-                )
-                covariance.count = covariance.query_count = 1
-            return found
-    except (SafetensorError, OSError, ValueError) as error:
-        return f"calibration file is damaged: {error}"
