@@ -209,7 +209,7 @@ def test_a_file_system_that_cannot_sync_folders_is_no_error(tmp_path: Path, monk
         raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(os, "fsync", refuse)
-    for _ in (errno.EINVAL, errno.EOPNOTSUPP, errno.EACCES):
+    for code in (errno.EINVAL, errno.EOPNOTSUPP, errno.EACCES):  # noqa: B007 - refuse() reads it
         sync_folder(tmp_path)
     code = errno.EIO
     with pytest.raises(OSError, match=r"Input/output"):
