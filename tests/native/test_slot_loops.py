@@ -93,7 +93,7 @@ def test_reads_are_planned_as_by_arrays(wanted: set[tuple[int, int]], gap_groups
     files, groups = np.array(sorted(wanted), np.int64).T
     found, place = array_loops.plan_reads(files, groups, gap_groups, spare)
     plan = extents._plan_reads(files, groups, gap_groups, len(groups) + spare)
-    assert found.tolist() == [each.tolist() for each in (plan.files, plan.first, plan.count, plan.landing)]
+    assert found.tolist() == [each.tolist() for each in (plan.files, plan.first, plan.count, plan.staging)]
     assert place.tolist() == plan.place.tolist()
 
 
@@ -166,7 +166,7 @@ def test_groups_are_found_as_by_arrays(data: st.DataObject) -> None:
 
 def test_groups_that_cannot_be_found_or_land_are_refused_untouched() -> None:
     pool, groups, ends = _pool(8), np.arange(80).reshape(2, 40) % 40, np.full(2, 40)
-    before = pool.worth.copy(), pool.arrays.held[4].copy()
+    before = pool.worth.copy(), pool.arrays.arrays[4].copy()
     for wrong in (
         {"groups": groups},  # 80 groups, of which 32 can land
         {"groups": groups[:, :4] - 1},
@@ -176,7 +176,7 @@ def test_groups_that_cannot_be_found_or_land_are_refused_untouched() -> None:
     ):
         with pytest.raises(ValueError, match="does not have"):
             find(pool, **{"layer": 1, "ends": ends, **wrong}, gap_groups=0, half=0)  # type: ignore[arg-type]
-    assert np.array_equal(pool.worth, before[0]) and np.array_equal(pool.arrays.held[4], before[1])
+    assert np.array_equal(pool.worth, before[0]) and np.array_equal(pool.arrays.arrays[4], before[1])
 
 
 def test_what_lies_outside_is_refused_before_anything_is_touched() -> None:

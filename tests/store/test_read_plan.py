@@ -31,7 +31,7 @@ def wanted(draw: st.DrawFn, spare: int | None = None) -> Wanted:
 
 
 def extents(plan: ReadPlan) -> list[tuple[int, int, int, int]]:
-    columns = (plan.files, plan.first, plan.count, plan.landing)
+    columns = (plan.files, plan.first, plan.count, plan.staging)
     return list(zip(*(column.tolist() for column in columns), strict=True))
 
 

@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 from kvswap.config import Config
 from kvswap.core.cache_stats import Trace
 from kvswap.disk.backend import ReadBackend
-from kvswap.errors import MemoryBudgetError
 from kvswap.memory.budget import OWNER_BYTES, WRITE_QUEUE_BYTES, MemoryNeeds, capacity_for
 from kvswap.memory.ledger import Ledger
 from kvswap.memory.slots import SlotPool
@@ -26,7 +25,6 @@ from kvswap.store.groups import GroupStore
 from kvswap.store.layout import GroupLayout
 from kvswap.store.persistent import PersistentFiles, PersistentGroupStore
 from kvswap.terms import KVGeometry, ceil_div
-from kvswap.units import KIB, format_bytes, format_parts, parse_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,15 +83,7 @@ class BatchState:
         slot_bytes = self.layout.slot_bytes
         drop = max(0, ceil_div(short, slot_bytes))
         if drop > self.pool.reuse_slots:
-            limit, minimum = self.ledger.limit_bytes, self.needs.minimum_bytes(tokens)
-            longest = self.needs.longest_tokens(limit)
-            raise MemoryBudgetError(
-                f"kv_memory: {format_bytes(limit)} is used up; it allows {longest:,} tokens, {tokens:,} are needed",
-                minimum_bytes=minimum,
-                longest_tokens=longest,
-                parts=(parts := self.needs.minimum_parts(tokens)),
-                hint=f"set kv_memory to at least {_smallest(parts)} or generate fewer tokens",
-            )
+            raise self.needs.too_little(self.ledger.limit_bytes, tokens, growing=True)
         if drop:
             self.pool.shrink_reuse(self.pool.reuse_slots - drop)
             self.ledger.release("slots", drop * slot_bytes)
@@ -161,7 +151,7 @@ def open_state(
     alignment_bytes = alignment_bytes or backend.alignment_bytes
     seal_bytes, stored = (files.seals.itemsize, int(files.stored_groups.min())) if files is not None else (0, 0)
     needs, layout = _needs(config, method, shape, alignment_bytes, makers, batch, seal_bytes)
-    ledger = Ledger(_limit_bytes(config, needs, tokens))
+    ledger = Ledger(needs.limit_bytes(config.kv_memory, tokens))
     capacity, window = capacity_for(tokens), needs.window
     groups = ceil_div(capacity, window.group_tokens)
     ledger.reserve_all(needs.parts(capacity))
@@ -237,25 +227,3 @@ def _select_groups(config: Config, window: Window, layers: int) -> list[int]:
     if config.layer_select_tokens is None:
         return [window.select_groups] * layers
     return [min(count, window.select_groups) for count in config.layer_select_groups(layers)]
-
-
-def _limit_bytes(config: Config, needs: MemoryNeeds, tokens: int) -> int:
-    if config.kv_memory == "auto":
-        return needs.auto_limit_bytes(tokens)
-    limit, minimum = parse_bytes(config.kv_memory, name="kv_memory"), needs.minimum_bytes(tokens)
-    if limit < minimum:
-        longest = needs.longest_tokens(limit)
-        reach = f"it allows at most {longest:,} tokens" if longest else "it is too small for any context"
-        raise MemoryBudgetError(
-            f"kv_memory: {format_bytes(limit)} is too small for {tokens:,} tokens; {reach}",
-            minimum_bytes=minimum,
-            longest_tokens=longest,
-            parts=(parts := needs.minimum_parts(tokens)),
-            hint=f"set kv_memory to at least {_smallest(parts)} or leave it at auto",
-        )
-    return limit
-
-
-def _smallest(parts: dict[str, int]) -> str:
-    """The smallest limit that works and what it is made of, rounded up so that the number can be typed in."""
-    return f"{ceil_div(sum(parts.values()), KIB)}KiB ({format_parts(parts)})"

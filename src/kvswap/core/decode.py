@@ -115,8 +115,8 @@ class Decode:
         ticket = self.submit(found)
         state.trace.lap("submit_s")
         self._fetches[layer] = Fetch(ticket, half, found, groups, valid)
-        state.trace.selected_groups += found.wanted
-        state.trace.reused_groups += found.wanted - len(found.staged)
+        state.trace.selected_groups += found.selected
+        state.trace.reused_groups += found.selected - len(found.staged)
         state.trace.lap("slots_s")
 
     def put(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
@@ -146,7 +146,7 @@ class Decode:
         if state.store.checked:
             rows = layer * state.batch + found.sequences
             state.store.unseal(rows, found.groups, *state.pool.staged(fetch.half, found.staged))
-        state.pool.publish(fetch.half, found.landed)
+        state.pool.publish(fetch.half, found.filled)
         slots, valid = step.attended(self._first_pinned[layer], found.slots, fetch.valid)
         kv = self.gather(layer, slots, fetch, step)
         mask = self.mask(layer, valid, slots.shape[1], step)

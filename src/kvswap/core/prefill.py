@@ -128,13 +128,13 @@ class Prefill:
 
     def _store_dtype(self) -> torch.dtype:
         """float16 unless values come near its end, then bfloat16 (when the choice is ours)."""
-        wanted = self.state.shape.store_dtype
-        if wanted != torch.float16:
-            return wanted
+        requested = self.state.shape.store_dtype
+        if requested != torch.float16:
+            return requested
         low, high = torch.aminmax(self._kv[:, :, :, : self._filled])  # no copy, as abs() would be
         largest = max(-float(low), float(high))
         if largest < FLOAT16_SAFE:
-            return wanted
+            return requested
         if self.state.config.store_dtype == "float16":
             raise StorageError(
                 f"store_dtype float16: a key or value reaches {largest:.0f}, too near the end of float16",

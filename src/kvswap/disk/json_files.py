@@ -37,7 +37,7 @@ def save_json(path: str | Path, content: dict[str, Any]) -> None:
 
 
 def read_json(path: str | Path, *, kind: str, version: int, command: str) -> dict[str, Any]:
-    """The object in a file of ``write_json`` with ``format`` and ``version`` as wanted. Raises ConfigError.
+    """The object in a file of ``write_json`` with ``format`` and ``version`` as expected. Raises ConfigError.
 
     ``command`` is what makes such a file.
     """

@@ -1,15 +1,18 @@
-"""How one memory limit is divided. Pure arithmetic: from geometry and parameters to bytes of each part.
+"""How one memory limit is divided, and which limit is refused. Arithmetic from geometry and settings to bytes.
 
-Everything that lives through decode is here. What is left of the limit after the fixed parts becomes reuse slots.
+Everything that stays in memory during decode is counted here. The rest of the limit becomes reuse slots. Allocations
+are counted by ``memory/ledger.py``.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from kvswap.errors import MemoryBudgetError
 from kvswap.selection.window import Window
 from kvswap.store.layout import STREAM_TILE_TOKENS
 from kvswap.terms import ceil_div, round_up
+from kvswap.units import KIB, format_bytes, format_parts, parse_bytes
 
 GROWTH_TOKENS = 256
 WRITE_QUEUE_BYTES = 1 << 20
@@ -96,6 +99,34 @@ class MemoryNeeds:
         """The limit that ``"auto"`` means: an eighth of the full 16-bit KV, at least the workable minimum."""
         sixteen_bit = self.full_bytes(tokens) * 2 // self.store_itemsize_bytes
         return max(sixteen_bit // 8, self.minimum_bytes(tokens))
+
+    def limit_bytes(self, kv_memory: str | int, tokens: int) -> int:
+        """The limit that ``kv_memory`` means for ``tokens``. Raises MemoryBudgetError where it is too small."""
+        if kv_memory == "auto":
+            return self.auto_limit_bytes(tokens)
+        limit_bytes = parse_bytes(kv_memory, name="kv_memory")
+        if limit_bytes < self.minimum_bytes(tokens):
+            raise self.too_little(limit_bytes, tokens)
+        return limit_bytes
+
+    def too_little(self, limit_bytes: int, tokens: int, *, growing: bool = False) -> MemoryBudgetError:
+        """The error for a limit under which ``tokens`` do not work, or into which a context cannot go on ``growing``.
+
+        It names the smallest limit that works and the longest context that this limit allows.
+        """
+        parts, longest = self.minimum_parts(tokens), self.longest_tokens(limit_bytes)
+        smallest = f"{ceil_div(sum(parts.values()), KIB)}KiB ({format_parts(parts)})"  # rounded up, to be typed in
+        limit = f"kv_memory: {format_bytes(limit_bytes)}"
+        if growing:
+            message = f"{limit} is used up; it allows {longest:,} tokens, {tokens:,} are needed"
+            hint = f"set kv_memory to at least {smallest} or generate fewer tokens"
+        else:
+            reach = f"it allows at most {longest:,} tokens" if longest else "it is too small for any context"
+            message = f"{limit} is too small for {tokens:,} tokens; {reach}"
+            hint = f"set kv_memory to at least {smallest} or leave it at auto"
+        return MemoryBudgetError(
+            message, minimum_bytes=self.minimum_bytes(tokens), longest_tokens=longest, parts=parts, hint=hint
+        )
 
     def reuse_slots(self, capacity_tokens: int, free_bytes: int) -> int:
         """Reuse slots that ``free_bytes`` pay for, no more than there are groups."""

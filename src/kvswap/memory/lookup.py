@@ -22,7 +22,7 @@ class Found(NamedTuple):
     ``slots`` ``[B, n]``: the slot of each group, 0 where an entry is not real. ``sequences``, ``groups`` and ``staged``
     ``[m]``: the groups to read, and the staging slots that they are read into. ``rows``, ``first``, ``counts`` and
     ``addresses`` ``[reads]``: file row, first group, number of groups and memory address of each read. The reads fill
-    the first ``landed`` staging slots. ``wanted`` groups are real in all.
+    the first ``filled`` staging slots. ``selected`` groups are real in all.
     """
 
     slots: IntArray
@@ -33,8 +33,8 @@ class Found(NamedTuple):
     first: IntArray
     counts: IntArray
     addresses: IntArray
-    landed: int
-    wanted: int
+    filled: int
+    selected: int
 
 
 def find(pool: SlotPool, layer: int, groups: IntArray, ends: IntArray, *, gap_groups: int, half: int) -> Found:
@@ -62,14 +62,16 @@ def find(pool: SlotPool, layer: int, groups: IntArray, ends: IntArray, *, gap_gr
 def _find(pool: SlotPool, layer: int, groups: IntArray, ends: IntArray, gap_groups: int, half: int) -> Found:
     real = groups < ends[:, None]
     sequences = np.repeat(np.arange(pool.batch), groups.shape[1])[real.reshape(-1)]
-    wanted = groups[real]
-    slots = pool.lookup(layer, sequences, wanted)
+    selected = groups[real]
+    slots = pool.lookup(layer, sequences, selected)
     missing = slots < 0
-    lacking, absent = sequences[missing], wanted[missing]
-    plan = plan_reads(layer * pool.batch + lacking, absent, gap_groups=gap_groups, places=pool.staging_groups)
+    read_sequences, read_groups = sequences[missing], selected[missing]
+    plan = plan_reads(
+        layer * pool.batch + read_sequences, read_groups, gap_groups=gap_groups, places=pool.staging_groups
+    )
     slots[missing] = staged = pool.staging_slot(half) + plan.place
     everywhere = np.zeros(groups.shape, np.int64)
     everywhere[real] = slots
-    addresses = pool.staging_address(half) + plan.landing * pool.layout.slot_bytes
+    addresses = pool.staging_address(half) + plan.staging * pool.layout.slot_bytes
     reads = plan.files, plan.first, plan.count, addresses
-    return Found(everywhere, lacking, absent, staged, *reads, int(plan.count.sum()), len(wanted))
+    return Found(everywhere, read_sequences, read_groups, staged, *reads, int(plan.count.sum()), len(selected))

@@ -175,9 +175,9 @@ def _layers(name: str, modules: nn.ModuleList, kinds: list[str]) -> tuple[LayerP
 
 
 def _check_layer(name: str, index: int, module: nn.Module, attention: Any) -> None:
-    wanted = {"input_layernorm": module, "q_proj": attention, "k_proj": attention, "head_dim": attention}
-    wanted["scaling"] = attention
-    missing = [part for part, owner in wanted.items() if not hasattr(owner, part)]
+    required = {"input_layernorm": module, "q_proj": attention, "k_proj": attention, "head_dim": attention}
+    required["scaling"] = attention
+    missing = [part for part, owner in required.items() if not hasattr(owner, part)]
     if missing:
         raise ModelError(
             f"{name}: decoder layer {index} has no {', '.join(missing)}",

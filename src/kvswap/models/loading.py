@@ -144,10 +144,10 @@ def _load(name: str, source: str, local: bool, dtype: str) -> tuple[PreTrainedMo
     return model, tokenizer
 
 
-def _choose_dtype(wanted: str, stated: Any) -> Any:
+def _choose_dtype(requested: str, stated: Any) -> Any:
     """The dtype to load in: ``"auto"`` means as in the checkpoint, whose configuration states ``stated``."""
-    if wanted != "auto":
-        return getattr(torch, wanted)
+    if requested != "auto":
+        return getattr(torch, requested)
     if stated is not None and stated.itemsize != 2:
         return stated
     return "auto" if torch.cuda.is_available() or has_bfloat16() else torch.float32

@@ -33,10 +33,10 @@ class SlotArrays:
         visits: NDArray[np.int32],
         powers: NDArray[np.float32],
     ) -> None:
-        self.held: tuple[NDArray[Any], ...] = table, owner, worth, seen, visits, powers
+        self.arrays: tuple[NDArray[Any], ...] = table, owner, worth, seen, visits, powers
         self.rows, self.columns = table.shape
         self.slots, self.longest = len(owner), len(powers) - 1
-        self.table, self.owner, self.worth, self.seen, self.visits, self.powers = [_at(each) for each in self.held]
+        self.table, self.owner, self.worth, self.seen, self.visits, self.powers = [_at(each) for each in self.arrays]
 
 
 def lookup(arrays: SlotArrays, rows: IntArray, groups: IntArray, *, first: int, visit: int) -> IntArray:
@@ -86,7 +86,7 @@ def find(
     ValueError.
     """
     compiled = required_library()
-    (batch, count), visits = groups.shape, arrays.held[4]
+    (batch, count), visits = groups.shape, arrays.arrays[4]
     size = batch * count
     groups, ends = np.ascontiguousarray(groups), np.ascontiguousarray(ends)
     out = np.empty(10 * size + 3, np.int64)
@@ -116,10 +116,10 @@ def find(
         raise ValueError("groups that the table does not have, or more of them than staging has room for")
     visits[layer] += 1
     rows = out[: 10 * size].reshape(10, size)
-    requested, missing, landed = out[10 * size :].tolist()
+    requested, missing, filled = out[10 * size :].tolist()
     slots, (sequences, absent, staged) = rows[0].reshape(batch, count), rows[1:4, :missing]
     files, begun, counts, addresses = rows[4:8, :reads]
-    return slots, sequences, absent, staged, files, begun, counts, addresses, landed, requested
+    return slots, sequences, absent, staged, files, begun, counts, addresses, filled, requested
 
 
 def plan_reads(files: IntArray, groups: IntArray, gap_groups: int, spare: int) -> tuple[IntArray, IntArray]:

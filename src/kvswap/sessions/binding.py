@@ -90,10 +90,10 @@ class SessionBinding:
         if ITEMSIZES_BYTES.get(config.store_dtype, 0) != ITEMSIZES_BYTES[layout.dtypes[0]]:
             fixed["store_dtype"] = layout.dtypes[0] if layout.dtypes[0] == "float32" else "auto"
         for key, value in fixed.items():
-            wanted, default = getattr(config, key), getattr(Config(), key)
-            if wanted not in (value, default):
+            requested, default = getattr(config, key), getattr(Config(), key)
+            if requested not in (value, default):
                 raise ConfigError(
-                    f"{key}: got {wanted!r}, {self.session.label} was made with {value!r}",
+                    f"{key}: got {requested!r}, {self.session.label} was made with {value!r}",
                     hint="leave it out, or start another session",
                 )
         return config.replace(**fixed)

@@ -18,14 +18,14 @@ from kvswap.native.arrays import IntArray
 class ReadPlan:
     """Extents in units of groups.
 
-    ``files``, ``first``, ``count`` and ``landing`` have one entry for each extent: its file, first group, number of
+    ``files``, ``first``, ``count`` and ``staging`` have one entry for each extent: its file, first group, number of
     groups, and first place in staging. ``place`` has the place in staging of each requested group, in the order given.
     """
 
     files: IntArray
     first: IntArray
     count: IntArray
-    landing: IntArray
+    staging: IntArray
     place: IntArray
 
 
@@ -60,6 +60,6 @@ def _plan_reads(files: IntArray, groups: IntArray, gap_groups: int, places: int)
     ends = np.concatenate((starts[1:], [len(groups)])) - 1
     first = groups[starts]
     count = groups[ends] - first + 1
-    landing = np.cumsum(count) - count
+    staging = np.cumsum(count) - count
     extent = np.cumsum(begin) - 1
-    return ReadPlan(files[starts], first, count, landing, landing[extent] + groups - first[extent])
+    return ReadPlan(files[starts], first, count, staging, staging[extent] + groups - first[extent])
