@@ -18,9 +18,9 @@ from kvswap.sessions.catalog import entry, open_store, prune
 from kvswap.sessions.check import check, repair_session
 from kvswap.sessions.encryption import KEY_VARIABLE
 from kvswap.sessions.export_import import export_session, import_session
+from kvswap.sessions.seal import text_sum
 from kvswap.sessions.session import Session
 from kvswap.sessions.sharing import fork
-from kvswap.store.checksum import text_sum
 from tests.helpers.families import tokens
 from tests.laws.test_resume import FAMILIES, OPERATIONS, loaded, play
 

@@ -24,7 +24,7 @@ from kvswap.sessions.encryption import KEY_VARIABLE
 from kvswap.sessions.index import LayerIndex
 from kvswap.sessions.manifest import Layout, Model
 from kvswap.sessions.manifest_json import MAGIC, VERSION
-from kvswap.store.checksum import text_sum
+from kvswap.sessions.seal import text_sum
 
 LAYOUT = Layout(
     layers=2,

@@ -1,9 +1,10 @@
 """Files and folders that appear whole or not at all, and stay after a power failure.
 
-Everything in kvswap that replaces a file uses these functions. They write a temporary file in the same folder, sync it
-(fsync), rename it, and sync the folder. A failure removes the temporary file and leaves the old file as it was. A kill
-can leave a hidden file that ends in ``.partial``, which nothing reads. The temporary name is random and created with
-O_EXCL: two writers never share it, and a link in its place is not followed.
+Everything in kvswap that replaces a file uses these functions. A session's manifest is the one exception: it is
+replaced below an open folder, by ``PrivateFolder.replace``. The functions here write a temporary file in the same
+folder, sync it (fsync), rename it, and sync the folder. A failure removes the temporary file and leaves the old file
+as it was. A kill can leave a hidden file that ends in ``.partial``, which nothing reads. The temporary name is random
+and created with O_EXCL: two writers never share it, and a link in its place is not followed.
 
 Any thread, any process; the last writer wins. The functions raise OSError, and the caller says what the file was for.
 """

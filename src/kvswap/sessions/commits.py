@@ -43,8 +43,7 @@ from kvswap.sessions.manifest import (
     Segment,
 )
 from kvswap.sessions.manifest_json import LIMIT_BYTES, encode, parse
-from kvswap.sessions.seal import Sealer
-from kvswap.store.checksum import text_sum
+from kvswap.sessions.seal import Sealer, text_sum
 
 MANIFEST, BASIS = "manifest", "basis"
 

@@ -21,7 +21,8 @@ from kvswap.native.arrays import ByteArray, IntArray
 from kvswap.sessions.arrays import Arrays, damaged, take
 from kvswap.sessions.manifest import Encryption, Manifest
 from kvswap.sessions.manifest_json import signature
-from kvswap.sessions.seal import Checksums, Sealer, Seals
+from kvswap.sessions.seal import Checksums, Sealer
+from kvswap.store.group_seals import Seals
 
 KEY_VARIABLE = "KVSWAP_SESSION_KEY"
 KEYRING_SERVICE, KEYRING_ENTRY = "kvswap", "session-key"

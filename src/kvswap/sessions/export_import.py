@@ -30,7 +30,7 @@ from kvswap.sessions.index import LayerIndex, batch_name, encode_batch
 from kvswap.sessions.lock import new_session_folder
 from kvswap.sessions.manifest import Blob, Manifest, Segment
 from kvswap.sessions.manifest_json import LIMIT_BYTES, encode, parse
-from kvswap.store.checksum import text_sum
+from kvswap.sessions.seal import text_sum
 
 _PIECE_BYTES = 4 << 20
 

@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 
 from kvswap.sessions.arrays import Arrays, damaged, decode_arrays, encode_arrays, take
 from kvswap.sessions.manifest import Counts, Layout
-from kvswap.sessions.seal import Sealer, Seals
+from kvswap.sessions.seal import Sealer
+from kvswap.store.group_seals import Seals
 
 MAGIC = b"KVSWIDX1"
 _HEADER = struct.Struct("<8sQQ")

@@ -28,7 +28,7 @@ from kvswap.sessions.manifest import (
     Model,
     Segment,
 )
-from kvswap.store.checksum import text_sum
+from kvswap.sessions.seal import text_sum
 
 MAGIC, VERSION = "kvswap-session", 2
 LIMIT_BYTES = 16 << 20

@@ -9,35 +9,16 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 import numpy as np
+import xxhash
 from numpy.typing import NDArray
 
-from kvswap.errors import DamagedError
 from kvswap.native.arrays import ByteArray, IntArray
-from kvswap.store.checksum import group_sums
-
-Seals = NDArray[Any]
-Arrays = dict[str, NDArray[np.generic]]
+from kvswap.sessions.arrays import Arrays, take
+from kvswap.store.group_seals import GroupSealer, Seals
 
 
-class Sealer(Protocol):
-    """Seals are arrays of ``dtype``, one entry a group. ``slots`` are uint8 ``(n, group_bytes)``, rows contiguous."""
-
-    dtype: np.dtype[Any]
-    encrypts: bool
-
-    def begin(self) -> None:
-        """A new stretch of writing groups begins."""
-
-    def seal(self, layer: int, first: int, slots: ByteArray) -> Seals:
-        """Seal groups from ``first`` on in place."""
-
-    def unseal(
-        self, layers: IntArray, groups: IntArray, slots: ByteArray, seals: Seals, places: IntArray | None = None
-    ) -> Any:
-        """Turn sealed groups into what was written, in place; which are so, bool ``(n,)``.
-
-        They are the rows ``places`` of ``slots``, or all.
-        """
+class Sealer(GroupSealer, Protocol):
+    """What a session needs beside what the group store does (``GroupSealer``)."""
 
     def authentic(self, layer: int, first: int, slots: ByteArray, seals: Seals) -> Any:
         """Which groups from ``first`` on are what was written, bool ``(n,)``; they stay sealed."""
@@ -59,7 +40,7 @@ class Sealer(Protocol):
 
 
 class Checksums:
-    """ByteArray as they are, with XXH3 of 64 bits."""
+    """Leaves bytes as they are. A seal is a checksum: XXH3 of 64 bits."""
 
     dtype: np.dtype[Any] = np.dtype(np.uint64)
     encrypts = False
@@ -87,7 +68,7 @@ class Checksums:
 
     def unpack(self, arrays: Arrays, what: str) -> Seals:
         """One array."""
-        sums = _take(arrays, "sums", np.uint64, what)
+        sums = take(arrays, "sums", np.uint64, what)
         return sums.astype(np.uint64, copy=False)
 
     def wrap(self, data: bytes, name: str) -> bytes:
@@ -103,12 +84,11 @@ class Checksums:
         return ""
 
 
-def _take(arrays: Arrays, name: str, dtype: type, what: str) -> NDArray[np.generic]:
-    found = arrays.get(name)
-    if found is None or found.dtype != np.dtype(dtype) or found.ndim != 1:
-        raise _damaged(what, f"{name} is missing or of another kind")
-    return found
+def group_sums(groups: ByteArray) -> NDArray[np.uint64]:
+    """The checksum of each row of ``groups`` ``(n, bytes)``, whose rows are contiguous: uint64 ``(n,)``."""
+    return np.fromiter(map(xxhash.xxh3_64_intdigest, groups), np.uint64, len(groups))
 
 
-def _damaged(what: str, why: str) -> DamagedError:
-    return DamagedError(f"{what} is damaged: {why}", hint="try: kvswap sessions repair")
+def text_sum(data: bytes | memoryview) -> str:
+    """The checksum of ``data`` as 16 hexadecimal digits."""
+    return xxhash.xxh3_64_hexdigest(data)

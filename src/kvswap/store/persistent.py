@@ -9,35 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kvswap.errors import DamagedError
+from kvswap.store.group_seals import GroupSealer, Seals
 from kvswap.store.groups import GroupStore
 from kvswap.store.segments import Segments
 
 Int = NDArray[np.int64]
-Seals = NDArray[Any]
-
-
-class GroupSealer(Protocol):
-    """Seals groups. Seals are arrays of ``dtype``, one entry for each group."""
-
-    dtype: np.dtype[Any]
-    encrypts: bool
-
-    def begin(self) -> None:
-        """A new run of writing groups begins."""
-
-    def seal(self, layer: int, first: int, slots: NDArray[np.uint8]) -> Seals:
-        """Seal the groups of a layer from ``first`` on, in place: uint8 ``(n, group_bytes)``."""
-
-    def unseal(
-        self, layers: Int, groups: Int, slots: NDArray[np.uint8], seals: Seals, places: Int | None = None
-    ) -> Any:
-        """Turn sealed groups into what was written, in place; bool ``(n,)`` tells which ones are intact."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
