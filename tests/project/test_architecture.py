@@ -38,7 +38,10 @@ WORDS = ("config", "errors", "terms", "units")
 PURE = ("store.layout", "store.read_plan", "selection.window", "memory.budget", "tuning.cost", "terms", "units")
 IMPURE_LIBRARIES = ("torch", "os")
 TRANSFORMERS_USERS = ("models", "core")
-QUICK_TO_LOAD = ("__init__", "cli", "tuning.machine", "tuning.measure_disk", "disk", "config")
+QUICK_TO_LOAD = (
+    *("__init__", "cli", "tuning.machine", "tuning.measure_disk", "disk", "config"),
+    *("sessions.catalog", "sessions.check", "sessions.sharing", "sessions.quota", "sessions.export_import"),
+)
 SLOW_LIBRARIES = {"torch", "transformers"}
 
 FILE_LINES = 400

@@ -11,6 +11,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from kvswap.native.arrays import ByteArray, IntArray
+
 Seals = NDArray[Any]
 
 
