@@ -1,7 +1,7 @@
 """How groups are sealed, so that a read tells whether they are what was written.
 
-A seal is a checksum, or the tag of authenticated encryption. ``sessions/seal.py`` and ``sessions/encryption.py`` have the
-two ways. Imports no torch.
+A seal is a checksum, or the tag of authenticated encryption. ``sessions/seal.py`` has the one, and
+``sessions/encryption.py`` the other. Imports no torch.
 """
 
 from __future__ import annotations
