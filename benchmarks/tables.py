@@ -5,7 +5,7 @@ A page names results files between two comments, and what stands between them is
     <!-- deciding: bench-smollm2-8k.json bench-qwen05-32k.json -->
     <!-- end -->
 
-``deciding`` shows kvswap in the three numbers that decide whether it pays. ``single`` shows only its rows with one
+``deciding`` shows kvswap in the three numbers that decide whether to use it. ``single`` shows only its rows with one
 sequence, for runs on the plain disk. ``beside`` shows every method of one file in the same numbers. The full tables
 (``bench``, ``scale``, ``resume``, ``quality``) are those of ``kvswap.lab.tables``.
 """
@@ -66,7 +66,7 @@ def deciding_lines(files: Sequence[Row], *, single: bool) -> list[str]:
             cells = [model, f"{row['context']:,}", *place, *_memory(row), *_numbers(row)]
             found.append(((row["batch"], row["context"], model), cells))
     names = ["model", "context", *([] if single else ["sequences", "disk"])]
-    names += ["full cache in 16 bit", "kvswap holds", "speed, full attention = 1", "same next token"]
+    names += ["full 16-bit cache", "kvswap's memory", "speed, full attention = 1", "same next token"]
     return _table(names, [cells for _, cells in sorted(found, key=lambda each: each[0])])
 
 
@@ -81,7 +81,7 @@ def beside_lines(content: Row) -> list[str]:
         held = format_bytes(row["kv_memory_peak_bytes"])
         cells.append([*place, f"`{row['method']}`", held, *_numbers(row), kl])
     names = ["context", "sequences"] if several else []
-    return _table([*names, "method", "holds", "speed, full attention = 1", "same next token", "KL"], cells)
+    return _table([*names, "method", "memory", "speed, full attention = 1", "same next token", "KL"], cells)
 
 
 def _memory(row: Row) -> list[str]:
