@@ -26,11 +26,20 @@ PROMPT_PARTS = ("basis", "sketch", "tables", "tails", "write_queue")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryNeeds:
-    """All that decides how much memory a request takes.
+    """Everything that decides how much memory a request takes.
 
-    ``sketch_token_bytes``: sketch of one token in one layer, scales included. ``scoring_token_bytes``: what scoring it
-    takes temporarily. ``basis_bytes``: all layers together. ``extra_scratch_bytes``: what a rival's decode path needs
-    beside that. ``seal_group_bytes``: the seal of one group of a session, else 0.
+    Parameters
+    ----------
+    token_bytes, slot_bytes
+        K and V of one token in one layer as stored, and one group with its padding.
+    sketch_token_bytes, scoring_token_bytes
+        The sketch of one token in one layer, scales included, and temporary memory to score it.
+    basis_bytes
+        The bases of all layers together.
+    extra_scratch_bytes
+        What the decode path of a method to compare with needs beside kvswap's own.
+    seal_group_bytes
+        The seal of one group of a session, else 0.
     """
 
     layers: int
@@ -141,11 +150,20 @@ def capacity_for(tokens: int) -> int:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PrefillNeeds:
-    """What a prompt needs in passing, beside what lives on: one layer's K, V, hidden states and one chunk.
+    """Temporary memory of a prompt: one layer's K, V, hidden states and the activations of one chunk.
 
-    ``chunk_tokens``: the longest chunk. ``eager``: attention weights are made, in float32. ``stored``: the prompt is
-    appended to a context, which streams past in tiles. ``ropes``: kinds of positions (Gemma 3 has two).
-    ``sliding_tokens``: windows of all layers that keep one in memory, together.
+    Parameters
+    ----------
+    chunk_tokens
+        The longest chunk.
+    eager
+        Whether attention weights are computed, in float32.
+    stored
+        Whether the prompt is appended to a context, which is streamed in tiles.
+    ropes
+        How many kinds of RoPE the layers have (Gemma 3 has two).
+    sliding_tokens
+        The windows of all sliding-window layers together.
     """
 
     batch: int

@@ -48,7 +48,7 @@ class HeadRowSketch:
 
     @staticmethod
     def scratch_bytes(kv_heads: int, rank: int) -> int:
-        """What scoring one token takes in passing: its rows in float32 and the logits."""
+        """Temporary bytes to score one token: its rows in float32 and the logits."""
         return 4 * kv_heads * (rank + 3)
 
     def append(self, sequence: int, keys: torch.Tensor) -> None:

@@ -34,7 +34,7 @@ class RowSketch:
 
     @staticmethod
     def scratch_bytes(rank: int) -> int:
-        """What scoring one token takes in passing: its row in float32 and one sum."""
+        """Temporary bytes to score one token: its row in float32 and one sum."""
         return 4 * rank + 8
 
     def append(self, sequence: int, keys: torch.Tensor) -> None:
