@@ -201,3 +201,11 @@ def test_layer_budgets_for_another_number_of_layers_are_refused(tmp_path):
     config = Config(kv_dir=str(tmp_path), layer_select_tokens=(200, 200))
     with attach(model, config) as cache, pytest.raises(ConfigError, match="2 values for 3 offloaded layers"):
         forced_logits(model, tokens(1, 600), tokens(1, 1), cache)
+
+
+def test_the_memory_plan_is_logged(tmp_path, caplog):
+    model = tiny_model("llama")
+    with caplog.at_level("DEBUG", logger="kvswap"), attach(model, kv_dir=str(tmp_path), kv_memory="8MiB") as cache:
+        forced_logits(model, tokens(1, 300), tokens(1, 1), cache)
+    assert any("plan for 1 x 300 tokens under 8.0 MiB: " in each.message for each in caplog.records)
+    assert any("kvswap: sketch identity" in each.message for each in caplog.records)

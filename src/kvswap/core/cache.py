@@ -8,6 +8,7 @@ prefix of the input.
 from __future__ import annotations
 
 import copy
+import logging
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -31,7 +32,9 @@ from kvswap.memory.budget import PROMPT_PARTS, PrefillNeeds
 from kvswap.models.adapter import LayerParts, ModelParts
 from kvswap.models.masks import DeferredMask
 from kvswap.selection.method import Method, SketchMaker
-from kvswap.units import format_bytes
+from kvswap.units import format_bytes, format_parts
+
+_log = logging.getLogger("kvswap")
 
 
 class KVSwapCache(LayerMajorCache):
@@ -249,6 +252,8 @@ class KVSwapCache(LayerMajorCache):
         )
         if binding is not None:
             binding.restore(state)
+        parts, limit = format_parts(state.ledger.reserved), format_bytes(state.ledger.limit_bytes)
+        _log.debug("plan for %d x %d tokens under %s: %s", batch, tokens, limit, parts)
         return state
 
     # ---- a session
