@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import gguf
@@ -30,8 +31,8 @@ def cache_home(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
-def write_gguf(path: Path, seed: int = 0) -> Path:
-    """A llama of two layers with random weights and a tokenizer of bytes."""
+def write_gguf(path: Path, seed: int = 0, add: Callable[[gguf.GGUFWriter], None] | None = None) -> Path:
+    """A llama of two layers with random weights and a tokenizer of bytes; ``add`` writes more keys and tensors."""
     words = ["<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "th"]
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_name("tiny")
@@ -61,6 +62,8 @@ def write_gguf(path: Path, seed: int = 0) -> Path:
         shapes[f"blk.{layer}.ffn_down"] = (HIDDEN, INNER)
     for name, shape in shapes.items():
         writer.add_tensor(f"{name}.weight", noise.standard_normal(shape, dtype=np.float32))
+    if add is not None:
+        add(writer)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -192,7 +195,7 @@ def test_cached_hub_model_is_used_when_the_hub_is_away(monkeypatch):
     monkeypatch.setattr(loading, "problem_with", lambda name: Problem("the hub cannot be reached"))
     monkeypatch.setattr(loading, "has_cached", lambda name: True)
     seen = []
-    monkeypatch.setattr(loading, "_load", lambda name, source, local, dtype: seen.append((source, local)) or 1 / 0)
+    monkeypatch.setattr(loading, "_load", lambda name, source, local, *rest: seen.append((source, local)) or 1 / 0)
     notices: list[str] = []
     with pytest.raises(ZeroDivisionError):
         load_model("org/model", on_notice=notices.append)

@@ -29,9 +29,10 @@ from kvswap.core.load_or_recompute import Choice
 from kvswap.errors import InputError, SessionError, UnsupportedError
 from kvswap.memory.available import peak_rss_bytes
 from kvswap.models.adapter import context_limit
+from kvswap.models.generation_config import remarks
 from kvswap.models.loading import LoadedModel, load_model
 from kvswap.models.sampling import Sampling
-from kvswap.models.streaming import Generation, end_tokens
+from kvswap.models.streaming import Generation
 from kvswap.selection.kvswap import method as own_method
 from kvswap.selection.method import Method
 from kvswap.sessions.catalog import open_or_create_store
@@ -135,6 +136,8 @@ class Engine:
             if session is not None:
                 self._open_session(session, verify, limits)
             self._open_cache()
+            for remark in remarks(loaded.model.generation_config):
+                self._notice(remark)
         except BaseException:
             self._stack.close()
             raise
@@ -236,7 +239,7 @@ class Engine:
                 self._rollback()  # a forward failed: layers have different numbers of tokens
             else:
                 self._add_turn(request, text, ids, generation.token_ids)
-                stats = self._measure(generation, sampling, ids, stored, started_s, before, cache.stats)
+                stats = self._measure(generation, ids, stored, started_s, before, cache.stats)
                 self._stats = replace(stats, quality=meter.stats if meter else None)
                 self._setup_s = self._calibration_s = 0.0
 
@@ -354,7 +357,6 @@ class Engine:
     def _measure(
         self,
         generation: Generation,
-        sampling: Sampling,
         ids: list[int],
         stored: int,
         started_s: float,
@@ -378,7 +380,7 @@ class Engine:
             session_written_bytes=self._session.store.manifest.written_bytes if self._session else 0,
             sessions_written_bytes=self._session.written_bytes.total_bytes if self._session else 0,
             new_tokens=len(token_ids),
-            finish_reason=self._finish_reason(token_ids, sampling),
+            finish_reason=generation.finish_reason,
             token_ids=token_ids,
             text=loaded.tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False),
             **cache,
@@ -389,8 +391,3 @@ class Engine:
             process_peak_rss_bytes=peak_rss_bytes(),
             notices=list(self._notices),
         )
-
-    def _finish_reason(self, token_ids: list[int], sampling: Sampling) -> str:
-        if token_ids and token_ids[-1] in (end_tokens(self._loaded.model, self._loaded.tokenizer) or ()):
-            return "stop"
-        return "length" if len(token_ids) >= sampling.max_new_tokens else "interrupted"

@@ -5,6 +5,7 @@ Pure, apart from the tokenizer that is passed in.
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -12,6 +13,8 @@ from typing import Any
 
 from kvswap.app.documents import Document
 from kvswap.errors import DamagedError, InputError
+from kvswap.models import tokens
+from kvswap.models.chat_template import apply_template, has_template
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,29 +43,29 @@ def make_request(question: str, documents: Sequence[Document] = ()) -> Request:
     return Request("\n\n".join(texts), question.strip())
 
 
-def has_template(tokenizer: Any) -> bool:
-    """Whether the model has a chat template."""
-    return bool(getattr(tokenizer, "chat_template", None))
-
-
 def render(tokenizer: Any, turns: Sequence[Turn], request: Request) -> str:
-    """The text of the earlier turns and the new request, up to where the model answers."""
+    """The text of the earlier turns and the new request, up to where the model answers, for ``encode``.
+
+    Special tokens come from the template alone: what looks like one in a document, question or answer is escaped.
+    Raises ModelError where the template fails.
+    """
+
+    def plain(text: str) -> str:
+        return tokens.escape(tokenizer, text)
+
     if not has_template(tokenizer):
-        return "".join(f"{_plain(turn.request)}{turn.answer}\n\n" for turn in turns) + _plain(request)
+        return plain("".join(f"{_plain(turn.request)}{turn.answer}\n\n" for turn in turns) + _plain(request))
     messages = []
     for turn in turns:
-        messages.append({"role": "user", "content": _message(turn.request)})
-        messages.append({"role": "assistant", "content": turn.answer})
-    messages.append({"role": "user", "content": _message(request)})
-    text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    return text
+        messages.append({"role": "user", "content": plain(_message(turn.request))})
+        messages.append({"role": "assistant", "content": plain(turn.answer)})
+    messages.append({"role": "user", "content": plain(_message(request))})
+    return apply_template(tokenizer, messages)
 
 
 def encode(tokenizer: Any, text: str, *, first: bool) -> list[int]:
     """Token ids of ``text``; ``first`` where it begins the context. A chat template has its own special tokens."""
-    special = first and not has_template(tokenizer)
-    ids: list[int] = tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
-    return ids
+    return tokens.encode(tokenizer, text, first=first, special=not has_template(tokenizer))
 
 
 @dataclass(slots=True)
@@ -85,10 +88,9 @@ class Conversation:
 
     def add(self, tokenizer: Any, request: Request, text: str, ids: list[int], answer_ids: list[int]) -> None:
         """Add a turn: text and ids of the prompt, as ``prompt`` gave them, and the token ids of the answer."""
-        whole = {"clean_up_tokenization_spaces": False}
-        self.turns.append(Turn(request, tokenizer.decode(answer_ids, skip_special_tokens=True, **whole)))
+        self.turns.append(Turn(request, tokens.decode(tokenizer, answer_ids, special=False)))
         self.ids = ids + answer_ids
-        self.text = text + tokenizer.decode(answer_ids, skip_special_tokens=False, **whole)
+        self.text = text + _escaped_answer(tokenizer, answer_ids)
 
     def to_json(self) -> bytes:
         """Turns and text, and the number of token ids; the ids themselves are stored elsewhere."""
@@ -109,6 +111,16 @@ class Conversation:
         except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
             raise DamagedError(f"{label}: its conversation is malformed", hint="try: kvswap sessions repair") from error
         return cls(turns, text, ids[:tokens])
+
+
+def _escaped_answer(tokenizer: Any, ids: Sequence[int]) -> str:
+    """The text of an answer as ``render`` would have it: special tokens as they are, the text between them escaped."""
+    control = tokens.special_tokens(tokenizer)
+    text = ""
+    for special, run in itertools.groupby(ids, control.__contains__):
+        found = tokens.decode(tokenizer, list(run), special=True)
+        text += found if special else tokens.escape(tokenizer, found)
+    return text
 
 
 def _texts(values: Sequence[object]) -> list[str]:

@@ -22,6 +22,8 @@ from transformers.cache_utils import get_layer_types_and_kwargs
 from kvswap.errors import ModelError
 from kvswap.models.fused import Norm, fused_norm, fused_rope
 
+_STRETCHED = ("yarn", "llama3")
+
 
 @dataclass(frozen=True, slots=True)
 class LayerParts:
@@ -118,9 +120,21 @@ def cache_keyword(model: PreTrainedModel) -> str:
 
 
 def context_limit(model: PreTrainedModel) -> int | None:
-    """Most tokens the model has positions for; None where it does not say."""
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return limit if isinstance(limit, int) else None
+    """Most tokens the model has positions for; None where it does not say.
+
+    YaRN and its kin state the length they were stretched from and a factor; either product or
+    ``max_position_embeddings`` is the longer one, by the custom of the checkpoint. Other factors add nothing: linear
+    ones are contained in ``max_position_embeddings``, and those of dynamic NTK change the keys that are stored.
+    """
+    config = model.config.get_text_config()
+    limit = getattr(config, "max_position_embeddings", None)
+    if not isinstance(limit, int):
+        return None
+    given: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
+    rope = given.get("full_attention") or given
+    if rope.get("rope_type") not in _STRETCHED or not isinstance(rope.get("factor"), int | float):
+        return limit
+    return max(limit, int(rope["factor"] * (rope.get("original_max_position_embeddings") or limit)))
 
 
 def inspect(model: PreTrainedModel) -> ModelParts:

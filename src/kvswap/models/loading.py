@@ -7,6 +7,7 @@ thread.
 
 from __future__ import annotations
 
+import json
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,19 +16,22 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from kvswap.errors import ConfigError, ModelError
 from kvswap.models.gguf import bundled_model, converted
 from kvswap.models.hub import has_cached, look_like_path, problem_with
+from kvswap.models.loading_info import check_weights, unused_weights
 from kvswap.native.processor import has_bfloat16
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 BUNDLED = "smollm2-135m"
 
 _WHERE = f"give a local model directory, a .gguf file, a hub id such as org/model, or {BUNDLED}"
-_DAMAGED = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError, struct.error)
+_CODE_OF_ITS_OWN = "trust_remote_code"  # the errors of transformers name the option that would run it
+_WRONG_VALUES = (ValueError, KeyError, TypeError, AttributeError, RuntimeError, struct.error)
+_DAMAGED = (ImportError, OSError, SafetensorError, *_WRONG_VALUES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +83,7 @@ def load_model(
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     try:
-        model, tokenizer = _load(name, source, local, dtype)
+        model, tokenizer = _load(name, source, local, dtype, notice)
     finally:
         transformers_logging.set_verbosity(verbosity)
         if progress:
@@ -123,25 +127,70 @@ def _check_folder(path: Path) -> None:
         gguf = sorted(path.glob("*.gguf"))
         hint = f"give the file itself: {gguf[0]}" if gguf else "give a directory that save_pretrained wrote"
         raise ModelError(f"model {path}: the directory has no config.json", hint=hint)
+    settings = path / "generation_config.json"
+    try:  # transformers would go on without it, and without its end tokens
+        if settings.exists():
+            json.loads(settings.read_bytes())
+    except (OSError, ValueError) as error:
+        raise ModelError(f"model {path}: {settings.name} is not JSON: {error}", hint="fetch it again") from error
 
 
-def _load(name: str, source: str, local: bool, dtype: str) -> tuple[PreTrainedModel, Any]:
-    options = {"local_files_only": local}
+def _load(
+    name: str, source: str, local: bool, dtype: str, notice: Callable[[str], None]
+) -> tuple[PreTrainedModel, Any]:
+    options = {"local_files_only": local, "trust_remote_code": False}
     try:
         config = AutoConfig.from_pretrained(source, **options)
         chosen = _choose_dtype(dtype, getattr(config.get_text_config(), "dtype", None) or config.dtype)
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
     except _DAMAGED as error:
         hint = "the directory needs config.json and a tokenizer (tokenizer.json, tokenizer_config.json)"
-        raise ModelError(f"model {name}: {_first_line(error)}", hint=hint) from error
+        raise _cannot_load(name, "", error, hint) from error
     try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            source, config=config, dtype=chosen, attn_implementation="sdpa", **options
-        )
+        GenerationConfig.from_pretrained(source, **options)
+    except ValueError as error:  # keys that contradict each other
+        hint = "remove from that file what the message names"
+        raise _cannot_load(name, "generation_config.json: ", error, hint) from error
+    except OSError:
+        pass  # most checkpoints have one, but none needs it
+    try:
+        model, info = _load_weights(source, {"config": config, "dtype": chosen, **options}, notice)
     except _DAMAGED as error:
         hint = f"{source} may be damaged or incomplete: fetch it again" if local else _WHERE
-        raise ModelError(f"model {name}: its weights cannot be loaded: {_first_line(error)}", hint=hint) from error
+        if (quantised := getattr(config, "quantization_config", None)) is not None:
+            kind = quantised.get("quant_method", "") if isinstance(quantised, dict) else quantised.quant_method
+            hint = f"its weights are quantised ({kind}) and need the packages and devices of that; or take others"
+        raise _cannot_load(name, "its weights cannot be loaded: ", error, hint) from error
+    check_weights(name, info)
+    if (unused := unused_weights(name, info)) is not None:
+        notice(unused)
     return model, tokenizer
+
+
+def _load_weights(
+    source: str, options: dict[str, Any], notice: Callable[[str], None]
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """The model and what transformers says about its tensors. Attention is sdpa, or eager in families without it."""
+    options = {**options, "use_safetensors": True, "output_loading_info": True}
+    try:
+        found = AutoModelForCausalLM.from_pretrained(source, attn_implementation="sdpa", **options)
+    except ValueError as error:
+        if "scaled_dot_product_attention" not in str(error):
+            raise
+        notice("this family has no sdpa attention: its eager attention is used, which needs more memory")
+        found = AutoModelForCausalLM.from_pretrained(source, attn_implementation="eager", **options)
+    return found  # type: ignore[no-any-return]
+
+
+def _cannot_load(name: str, what: str, error: BaseException, hint: str) -> ModelError:
+    text = _first_line(error)
+    if _CODE_OF_ITS_OWN in str(error):
+        text, hint = "it brings Python code of its own, which kvswap never runs", "use a family that transformers has"
+    elif isinstance(error, ImportError) or " install" in text:
+        hint = "install the package that is named, or use a model that does not need it"
+    elif "safetensors" in text and isinstance(error, OSError):
+        hint = "weights are read from .safetensors files only, since other kinds can run code: convert them"
+    return ModelError(f"model {name}: {what}{text}", hint=hint)
 
 
 def _choose_dtype(requested: str, stated: Any) -> Any:

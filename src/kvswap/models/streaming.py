@@ -10,13 +10,15 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from transformers import LogitsProcessorList, StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
+from transformers import LogitsProcessorList, StoppingCriteriaList, TextIteratorStreamer
 
 from kvswap.models.adapter import cache_keyword
+from kvswap.models.chat_template import end_of_turn
+from kvswap.models.generation_config import cleaned, remarks
 from kvswap.models.sampling import Sampling
 
 
@@ -27,17 +29,29 @@ class Stopped(Exception):  # noqa: N818 - not an error
 class Generation:
     """One answer on its way; iterate for its text, once. ``token_ids`` and ``times_s`` grow with it.
 
-    ``watch(input_ids, scores)`` sees the logits of every step first and gives them back.
+    ``watch(input_ids, logits)`` sees the model's own logits of every step, whatever the checkpoint's settings make of
+    them. ``on_notice`` is told which of those settings count and which do not.
     """
 
     def __init__(
-        self, model: Any, tokenizer: Any, ids: list[int], cache: Any, sampling: Sampling, watch: Any = None
+        self,
+        model: Any,
+        tokenizer: Any,
+        ids: list[int],
+        cache: Any,
+        sampling: Sampling,
+        watch: Any = None,
+        on_notice: Callable[[str], None] | None = None,
     ) -> None:
         self.stop = threading.Event()
         self.error: BaseException | None = None
+        self._interrupted = False
         self._model, self._tokenizer, self._ids, self._cache = model, tokenizer, ids, cache
         self._sampling, self._watch = sampling, watch
         self._streamer = _TimedStreamer(tokenizer)
+        if on_notice is not None:
+            for remark in remarks(model.generation_config):
+                on_notice(remark)
 
     @property
     def token_ids(self) -> list[int]:
@@ -48,6 +62,15 @@ class Generation:
     def times_s(self) -> list[float]:
         """When each token was there, by ``time.perf_counter``."""
         return self._streamer.times_s
+
+    @property
+    def finish_reason(self) -> str:
+        """Why the answer ended: "stop", "length" or "interrupted"."""
+        if self.token_ids and self.token_ids[-1] in (end_tokens(self._model, self._tokenizer) or ()):
+            return "stop"
+        if len(self.token_ids) >= self._sampling.max_new_tokens:
+            return "length"
+        return "interrupted" if self._interrupted or not self.token_ids else "stop"  # by a string of the checkpoint
 
     def checkpoint(self) -> None:
         """Called by the generating thread between pieces of a prompt; raises Stopped there when it is to end."""
@@ -82,17 +105,25 @@ class Generation:
 
     def _generate(self) -> None:
         ids = torch.tensor([self._ids], device=self._model.device)
-        self._model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            streamer=self._streamer,
-            stopping_criteria=StoppingCriteriaList([_StopOn(self.stop)]),
-            logits_processor=LogitsProcessorList([] if self._watch is None else [self._watch]),
-            eos_token_id=end_tokens(self._model, self._tokenizer),
-            pad_token_id=self._pad_token(),
-            **self._sampling.arguments(),
-            **{cache_keyword(self._model): self._cache},
-        )
+        arguments = {**self._sampling.arguments(), cache_keyword(self._model): self._cache}
+        if self._model.generation_config.stop_strings:
+            arguments["tokenizer"] = self._tokenizer
+        with _cleaned_config(self._model), _watching(self._model, self._watch) as watchers:
+            self._model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                streamer=self._streamer,
+                stopping_criteria=StoppingCriteriaList([self._stopped]),
+                logits_processor=LogitsProcessorList(watchers),
+                eos_token_id=end_tokens(self._model, self._tokenizer),
+                pad_token_id=self._pad_token(),
+                **arguments,
+            )
+
+    def _stopped(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        """The stopping criterion of ``generate``."""
+        self._interrupted = self.stop.is_set()
+        return torch.full((input_ids.shape[0],), self._interrupted, device=input_ids.device)
 
     def _pad_token(self) -> int:
         for owner in (self._model.generation_config, self._tokenizer):
@@ -102,9 +133,9 @@ class Generation:
 
 
 def end_tokens(model: Any, tokenizer: Any) -> list[int] | None:
-    """Tokens that end an answer: the model's and the tokenizer's, which differ in some checkpoints."""
+    """Tokens that end an answer: the model's, the tokenizer's and the chat template's differ in some checkpoints."""
     ends = model.generation_config.eos_token_id
-    found = set(ends if isinstance(ends, list) else [ends]) | {tokenizer.eos_token_id}
+    found = set(ends if isinstance(ends, list) else [ends]) | {tokenizer.eos_token_id, end_of_turn(tokenizer)}
     return sorted(found - {None}) or None
 
 
@@ -123,9 +154,35 @@ class _TimedStreamer(TextIteratorStreamer):  # type: ignore[misc] # transformers
         super().put(value)
 
 
-class _StopOn(StoppingCriteria):  # type: ignore[misc] # transformers is not typed
-    def __init__(self, event: threading.Event) -> None:
-        self._event = event
+@contextlib.contextmanager
+def _cleaned_config(model: Any) -> Iterator[None]:
+    """The model without the settings of its checkpoint that are set aside: ``generate`` refuses some before it looks at
+    its arguments."""
+    given = model.generation_config
+    model.generation_config = cleaned(given)
+    try:
+        yield
+    finally:
+        model.generation_config = given
 
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        return torch.full((input_ids.shape[0],), self._event.is_set(), device=input_ids.device)
+
+@contextlib.contextmanager
+def _watching(model: Any, watch: Any) -> Iterator[list[Any]]:
+    """Logits processors that show ``watch`` the logits as the model gave them and change nothing."""
+    if watch is None:
+        yield []
+        return
+    latest: list[torch.Tensor] = []
+
+    def keep(module: Any, arguments: Any, output: Any) -> None:
+        latest[:] = [output.logits[:, -1]]
+
+    def show(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        watch(input_ids, latest[0].to(scores.dtype))
+        return scores
+
+    handle = model.register_forward_hook(keep)
+    try:
+        yield [show]
+    finally:
+        handle.remove()

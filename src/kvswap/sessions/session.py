@@ -26,6 +26,7 @@ from kvswap.core.layer_major import Progress
 from kvswap.core.load_or_recompute import Choice, load_or_recompute
 from kvswap.core.prefill import chunk_spans
 from kvswap.errors import InputError
+from kvswap.models import tokens
 from kvswap.models.adapter import cache_keyword, context_limit, inspect
 from kvswap.models.identity import rope_hash, tokenizer_hash, weights_hash
 from kvswap.models.loading import LoadedModel, load_model
@@ -186,8 +187,7 @@ class Session:
         """Token ids of text to append. In an empty session the tokenizer adds its special tokens."""
         if not isinstance(new, str):
             return [int(each) for each in new]
-        ids: list[int] = self._loaded.tokenizer(new, add_special_tokens=not self._ids, verbose=False)["input_ids"]
-        return ids
+        return tokens.encode(self._loaded.tokenizer, new, first=not self._ids, special=True)
 
     # ---- going on
 
@@ -340,7 +340,7 @@ class Session:
             raise InputError("the context has no token to continue from", hint="append some text first")
         self._check_length(len(self._ids) + sampling.max_new_tokens - 1)
         loaded = self._loaded
-        generation = Generation(loaded.model, loaded.tokenizer, self._ids, self.cache, sampling)
+        generation = Generation(loaded.model, loaded.tokenizer, self._ids, self.cache, sampling, None, self._on_notice)
         self._generating = True
         try:
             yield from generation

@@ -27,7 +27,7 @@ from kvswap.core.attach import attach_each
 from kvswap.core.cache import KVSwapCache
 from kvswap.core.cache_stats import CacheStats
 from kvswap.core.corpus import calibration_topics
-from kvswap.models.adapter import ModelParts, cache_keyword, inspect
+from kvswap.models.adapter import ModelParts, cache_keyword, context_limit, inspect
 from kvswap.models.identity import attention_fingerprint
 from kvswap.models.loading import LoadedModel
 from kvswap.selection.basis import Basis, KeyCovariance, identity_basis
@@ -104,7 +104,7 @@ def model_facts(loaded: LoadedModel, parts: ModelParts) -> ModelFacts:
         head_dim=parts.head_dim,
         compute_itemsize_bytes=itemsize,
         store_itemsize_bytes=2,
-        longest_tokens=int(getattr(parts.config, "max_position_embeddings", 0) or 0),
+        longest_tokens=context_limit(parts.model) or 0,
         threads=torch.get_num_threads(),
     )
 

@@ -22,7 +22,7 @@ from kvswap.core.calibration import CALIBRATION_TOKENS, calibrate
 from kvswap.core.corpus import calibration_topics
 from kvswap.core.model_patch import Attachment
 from kvswap.errors import InputError
-from kvswap.models.adapter import ModelParts, cache_keyword
+from kvswap.models.adapter import ModelParts, cache_keyword, context_limit
 from kvswap.models.identity import attention_fingerprint
 from kvswap.models.loading import LoadedModel
 from kvswap.selection.basis import KeyCovariance
@@ -129,7 +129,7 @@ class _Measurement:
         self.parts, self.loaded, self.steps = attachment.parts, loaded, steps
         self.implementation = attachment.implementation
         self._on_progress = on_progress or (lambda stage, done, total: None)
-        longest = int(getattr(self.parts.config, "max_position_embeddings", 0) or max(contexts) + steps)
+        longest = context_limit(self.parts.model) or max(contexts) + steps
         self.contexts = sorted({min(each, (longest - steps) // 16 * 16) for each in contexts})
         text = "\n\n".join(text for _, text in calibration_topics())
         ids: list[int] = loaded.tokenizer(text, add_special_tokens=False)["input_ids"]

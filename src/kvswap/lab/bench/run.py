@@ -27,7 +27,7 @@ from kvswap.lab.bench.interleaved import FULL, WARM_STEPS, run_interleaved
 from kvswap.lab.bench.results import Record, record_of, summarise
 from kvswap.lab.bench.variants import Variant, changed
 from kvswap.lab.rivals.registry import with_methods
-from kvswap.models.adapter import inspect
+from kvswap.models.adapter import context_limit, inspect
 from kvswap.models.identity import attention_fingerprint
 from kvswap.models.loading import LoadedModel
 from kvswap.tuning.machine import describe_machine
@@ -226,7 +226,7 @@ def _prompt_tokens(loaded: LoadedModel, plan: Plan, place: Place) -> int:
 
     Raises InputError for a context that is longer than the model allows.
     """
-    limit = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
+    limit = context_limit(loaded.model)
     context = place["context"]
     if isinstance(limit, int) and context > limit:
         raise InputError(f"context {context:,}: the model's limit is {limit:,} tokens", hint="use a shorter context")

@@ -28,6 +28,7 @@ from kvswap.lab.evals.prompt_cache import PromptCache
 from kvswap.lab.evals.results import Record, summarise
 from kvswap.lab.evals.samples import Outcome, Sample, Source, Task
 from kvswap.lab.evals.variants import FULL, SketchSetting, Variant
+from kvswap.models.adapter import context_limit
 from kvswap.models.loading import LoadedModel
 
 FORMAT = 2
@@ -99,7 +100,7 @@ def evaluate(
     InputError
         When a context is longer than the model allows, or the text is too short.
     """
-    longest_tokens = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
+    longest_tokens = context_limit(loaded.model)
     for context in plan.contexts:
         _check_length(context, context, longest_tokens)
     identity = _identity(loaded, config, source)
