@@ -26,13 +26,14 @@ class TunedChoice:
 
         A session uses the one for the longest context, so that it stays the same as the session grows.
         """
-        from kvswap.app.prompt import encode, render
-        from kvswap.models.adapter import inspect
+        from kvswap.app.prompt import check_length, encode, render
+        from kvswap.models.adapter import context_limit, inspect
         from kvswap.models.identity import attention_fingerprint
 
         self.tuned.check_model(attention_fingerprint(inspect(loaded.model)))
         tokens = max(solution.context_tokens for solution in self.tuned.solutions)
         if request is not None:
+            check_length(loaded.tokenizer, request, context_limit(loaded.model))
             tokens = len(encode(loaded.tokenizer, render(loaded.tokenizer, [], request), first=True)) + new_tokens
         return self.tuned.config(context_tokens=tokens).replace(**self.overrides)
 
