@@ -21,7 +21,7 @@ from kvswap.errors import ModelError
 
 WORDS = st.sampled_from(["", " ", "-", "--", "~", "~no-such-user/x", "@", "\udcff", "caf\udce9", "\x1b[2J", "é" * 90])
 NUMBERS = st.sampled_from(
-    ["0", "1", "-1", "64", "1e-40", "1e400", "nan", "inf", "-inf", "9" * 30, "9" * 5000, "0x10", "\u0661"]
+    ["0", "1", "-1", "64", "1e-40", "1e400", "nan", "inf", "-inf", "9" * 30, "9" * 5000, "0x10", "\u0661", "\xb2"]
 )
 SIZES = st.sampled_from(["1MiB", "24MiB", "0", "-1", "1e9GiB", "9" * 400, "9" * 400 + "GiB", "1.5.5MiB", "MiB", "auto"])
 FILES = st.sampled_from(
@@ -174,7 +174,7 @@ def captured(lines: str = "") -> Iterator[tuple[io.StringIO, io.StringIO]]:
         yield out, err
 
 
-def fuzz(here: Path, cases: int) -> None:
+def fuzz(cases: int) -> None:
     @settings(max_examples=cases, deadline=None, suppress_health_check=list(HealthCheck))
     @given(commands())
     def any_words(words: list[str]) -> None:
@@ -187,18 +187,17 @@ def fuzz(here: Path, cases: int) -> None:
         assert not set(said + out.getvalue()) & set("\x1b\x07\x00")
         errors = [line for line in said.splitlines() if line.startswith("error: ")]
         assert len(errors) <= 1 and (errors or code != 2 or not words)
-        assert not os.path.exists(here / "home" / "logs")
 
     any_words()
 
 
 def test_any_words(here: Path) -> None:
-    fuzz(here, 60)
+    fuzz(60)
 
 
 @pytest.mark.slow
 def test_any_words_2000_times(here: Path) -> None:
-    fuzz(here, 2_000)
+    fuzz(2_000)
 
 
 # ---- the lines of a chat

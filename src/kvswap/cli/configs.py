@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,10 @@ if TYPE_CHECKING:
     from kvswap.config import Config
     from kvswap.models.loading import LoadedModel
     from kvswap.tuning.solution import TunedConfig
+
+
+_NUMBER = re.compile(r"0*[1-9][0-9]{0,8}")
+"""Up to 999,999,999: no context or batch is longer. str.isdigit would also accept digits that int does not read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +63,8 @@ def split_numbers(option: str, text: str) -> list[int]:
     """As ``split_list``, for integers from 1 up."""
     parts = split_list(option, text)
     for part in parts:
-        if not part.isdigit() or int(part) < 1:
-            raise ConfigError(f"{option}: got {part!r}", hint="give whole numbers from 1 up, such as 4096,8192")
+        if not _NUMBER.fullmatch(part):
+            raise ConfigError(f"{option}: got {part[:40]!r}", hint="give whole numbers from 1 up, such as 4096,8192")
     return [int(part) for part in parts]
 
 
