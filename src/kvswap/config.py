@@ -177,8 +177,8 @@ class Config(_Fields):
     def from_file(cls, path: str | Path) -> Config:
         """Read a JSON object of config keys, as ``to_dict`` gives them. Raises ConfigError."""
         try:
-            values = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+            values = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
+        except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: no such user after ~, or nested too deeply
             raise ConfigError(f"config file {path}: {error}", hint="it must be a JSON object of config keys") from error
         if not isinstance(values, dict):
             raise ConfigError(f"config file {path}: not a JSON object", hint='write for example {"select_tokens": 400}')

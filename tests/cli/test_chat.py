@@ -106,3 +106,40 @@ def test_chat_takes_what_run_takes() -> None:
 
     names = {parameter.opts[0] for parameter in run.params} - {"--ask", "--method", "--stats-json"}
     assert names == {parameter.opts[0] for parameter in chat_command.params}
+
+
+@pytest.fixture
+def asked(monkeypatch) -> list[str]:
+    """The questions that reach the engine."""
+    from kvswap.app.engine import Engine
+
+    found: list[str] = []
+    real = Engine.ask
+
+    def ask(self: Engine, question: str, *args: object, **options: object) -> object:
+        found.append(question)
+        return real(self, question, *args, **options)
+
+    monkeypatch.setattr(Engine, "ask", ask)
+    return found
+
+
+def test_lines_that_begin_with_a_path_are_questions(chat, asked) -> None:
+    lines = ["/etc/hosts says what?", "/tmp/a.txt", "//tmp is full", "  //undo", "///", "/2026 or /2025?"]
+    code, _, err = chat(*lines, words=())
+    assert code == 0 and err.count("error: ") == 0
+    assert asked == ["/etc/hosts says what?", "/tmp/a.txt", "/tmp is full", "/undo", "//", "/2026 or /2025?"]
+    code, _, err = chat("/tmp is full", "/", "/quit now", "/help", words=())
+    assert code == 0 and err.count("a question that begins with / is written with //") == 3
+    assert len(asked) == 6 and "//..." in err
+
+
+def test_bytes_that_are_not_utf8_cost_one_line(chat, tiny, tmp_path, monkeypatch, capfd) -> None:
+    lines = b"Who?\ncaf\xe9\n\xff\xfe\n/fork \xff\nCaf\xc3\xa9?\n"
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(lines), encoding="utf-8"))
+    capfd.readouterr()
+    code = run_command(["chat", "--model", str(tiny), "--kv-dir", str(tmp_path / "kv"), "--max-new-tokens", "4"])
+    out, err = capfd.readouterr()
+    assert code == 0 and out.count("\n") >= 2
+    assert err.count("error: the question is not UTF-8 text") == 2
+    assert err.count("error: ") == 3 and "Traceback" not in err

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import io
+import unicodedata
 
-from kvswap.cli.display import Display
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvswap.cli.display import Display, printable, show_answer
 
 
 def test_a_notice_is_shown_once() -> None:
@@ -23,3 +28,31 @@ def test_progress_without_a_terminal_is_a_few_lines() -> None:
     lines = stream.getvalue().splitlines()
     assert 4 <= len(lines) <= 5
     assert all(line.startswith("reading the prompt: ") for line in lines) and "100%" in lines[-1]
+
+
+@given(st.text(st.characters()))
+def test_text_from_elsewhere_cannot_steer_the_terminal(text: str) -> None:
+    """Neither control characters, nor marks that turn the direction of text, nor what cannot be encoded."""
+    for shown, kept in ((printable(text), ""), (printable(text, lines=True), "\t\n")):
+        assert not [c for c in shown if unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") and c not in kept]
+        assert not [c for c in shown if unicodedata.bidirectional(c) in ("LRE", "RLE", "LRO", "RLO", "PDF")]
+        shown.encode()
+    if text.isprintable():
+        assert printable(text) == text
+
+
+def test_answers_are_exact_where_no_terminal_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    for stream, expected in ((io.StringIO(), "a\x1b[2J\n"), (Terminal(), "a\\x1b[2J\n")):
+        monkeypatch.setattr("sys.stdout", stream)
+        show_answer("a\x1b[2J\n")
+        assert stream.getvalue() == expected
+
+
+def test_notices_and_summaries_are_printable() -> None:
+    stream = io.StringIO()
+    Display(stream).notice("model \x1b]0;owned\x07\nerror: x")
+    assert stream.getvalue() == "note: model \\x1b]0;owned\\x07\\nerror: x\n"

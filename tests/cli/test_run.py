@@ -145,10 +145,10 @@ def test_document_that_is_no_text(base, story, content, words, capfd):
 
 
 def test_unreadable_document(base, monkeypatch, capfd):
-    def deny(self: Path) -> bytes:
+    def deny(self: Path, mode: str) -> None:
         raise PermissionError(13, "Permission denied", str(self))
 
-    monkeypatch.setattr(Path, "read_bytes", deny)
+    monkeypatch.setattr(Path, "open", deny)
     assert "cannot be read: Permission denied" in refused(capfd, base)
 
 

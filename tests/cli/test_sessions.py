@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
+import random
 import stat
+import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -304,3 +309,95 @@ def test_key_goes_to_the_keyring_once(sessions, monkeypatch) -> None:
 def test_absent_session(words, sessions, kv_dir) -> None:
     code, _, err = sessions(*words)
     assert code == 2 and "there is no session none; see: kvswap sessions list" in err
+
+
+def rewrite(source: Path, target: Path, change) -> None:
+    """Copy an archive member by member; ``change`` may alter each header and its bytes, for tarfile to write as PAX."""
+    with tarfile.open(source) as old, tarfile.open(target, "w", format=tarfile.PAX_FORMAT) as new:
+        for member in old:
+            data = old.extractfile(member).read()
+            member, data = change(member, data)
+            if member is not None:
+                new.addfile(member, io.BytesIO(data))
+
+
+def sparse(form: str):
+    """Make the groups of the layers sparse members: a few bytes in the archive stand for all of them."""
+
+    def change(member: tarfile.TarInfo, data: bytes) -> tuple[tarfile.TarInfo, bytes]:
+        if member.name.startswith("data-"):
+            long = str(member.size)
+            if form == "0.1":
+                member.pax_headers = {"GNU.sparse.map": "0,16", "GNU.sparse.size": long, "GNU.sparse.numblocks": "1"}
+            elif form == "0.1 bad":
+                member.pax_headers = {"GNU.sparse.map": "0,x", "GNU.sparse.size": long}
+            else:
+                member.pax_headers = {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.realsize": long}
+                data = b"1\n0\n16\n".ljust(512, b"\0") + data
+            data = data[: 512 + 16 if form == "1.0" else 16]
+            member.size = len(data)
+        return member, data
+
+    return change
+
+
+def test_archive_never_writes_more_than_it_has(tale, sessions, tmp_path, monkeypatch) -> None:
+    """A sparse member stands for more bytes than the archive has, in each of the ways that tar writes it."""
+    from kvswap.disk.private_folder import PrivateFolder
+
+    written: list[int] = []
+    real = PrivateFolder.append
+
+    def append(self: PrivateFolder, name: str, offset_bytes: int, data: bytes) -> None:
+        written.append(len(data))
+        real(self, name, offset_bytes, data)
+
+    archive = tmp_path / "tale.kvswap"
+    assert sessions("export", "tale", archive)[0] == 0
+    monkeypatch.setattr(PrivateFolder, "append", append)
+    rewrite(archive, tmp_path / "plain.kvswap", lambda member, data: (member, data))
+    assert sessions("import", tmp_path / "plain.kvswap")[0] == 0 and sum(written) > 100_000
+    for form in ("0.1", "1.0", "0.1 bad"):
+        small = tmp_path / f"small{form[:1]}.kvswap"
+        rewrite(archive, small, sparse(form))
+        with contextlib.suppress(ValueError), tarfile.open(small) as seen:
+            assert any(member.issparse() and member.size > 30_000 for member in seen)
+        written.clear()
+        code, _, err = sessions("import", small, "--name", "other")
+        assert code in (1, 2) and err.startswith("error: ") and "log" not in err, form
+        assert sum(written) <= small.stat().st_size
+        assert not (tale.parent / "other").exists() and not list(tale.parent.glob(".new-*"))
+
+
+def test_headers_of_whatever_bytes_are_an_error(tale, sessions, tmp_path) -> None:
+    archive = tmp_path / "tale.kvswap"
+    assert sessions("export", "tale", archive)[0] == 0
+    whole, rng = archive.read_bytes(), random.Random(5)
+    with tarfile.open(archive) as seen:
+        starts = [member.offset for member in seen]
+    for _ in range(150):
+        data = bytearray(whole)
+        for _ in range(rng.choice((1, 2, 8))):
+            data[rng.choice(starts) + rng.randrange(512)] = rng.choice(b"\0\x80\xff09SxLKg -")
+        if rng.random() < 0.7:  # with the right checksum
+            for start in starts:
+                data[start + 148 : start + 156] = b" " * 8
+                data[start + 148 : start + 156] = b"%06o\0 " % sum(data[start : start + 512])
+        archive.write_bytes(data)
+        code, _, err = sessions("import", archive, "--name", "other")
+        assert code in (0, 1, 2) and "the log is in" not in err
+        if code == 0:
+            assert sessions("rm", "other")[0] == 0
+
+
+def test_names_in_manifests_cannot_steer_the_terminal(tale, ask, sessions, kv_dir) -> None:
+    from kvswap.sessions.manifest_json import encode
+
+    evil = "/models/\x1b[2Jevil\x1b]0;owned\x07\u202e\nsession nice  9 tokens"
+    with open_store(str(kv_dir), "tale") as store:
+        model = replace(store.manifest.model, name=evil, fingerprint="another")
+        store.folder.replace("manifest", encode(replace(store.manifest, model=model), store.sealer.sign))
+    for out in (*sessions("list"), *sessions("list", "--json"), *sessions("show", "tale"), *ask("And?")):
+        assert not set(str(out)) & {"\x1b", "\x07", "\u202e"}
+    code, out, _ = sessions("list")
+    assert code == 0 and "\\x1b[2Jevil" in out and out.count("\n") == 2

@@ -12,7 +12,7 @@ from platformdirs.macos import MacOS
 from platformdirs.unix import Unix
 
 from kvswap.disk import folders, prepare_dir
-from kvswap.errors import StorageError
+from kvswap.errors import InputError, StorageError
 from kvswap.sessions.catalog import session_path
 
 EVERYTHING = (
@@ -20,6 +20,7 @@ EVERYTHING = (
     folders.tables_folder,
     folders.profiles_folder,
     folders.models_folder,
+    folders.logs_folder,
     lambda: folders.kv_folder(None),
     lambda: folders.sessions_folder(None),
 )
@@ -52,6 +53,7 @@ def test_everything_lies_in_the_users_cache_folder(tmp_path: Path) -> None:
         "tables",
         "profiles",
         "models",
+        "logs",
         "kv",
         "kv/sessions",
     ]
@@ -119,3 +121,13 @@ def test_read_only_home_is_told_what_to_set(monkeypatch: pytest.MonkeyPatch, tmp
     monkeypatch.setattr(os, "mkdir", refuse)
     with pytest.raises(StorageError, match=r"Read-only file system.*--kv-dir.*KVSWAP_HOME"):
         prepare_dir(folders.kv_folder(None))
+
+
+def test_paths_of_users_are_expanded_in_one_place() -> None:
+    """``~`` works wherever a user gives a path, and an unknown user is an error that says so, not a RuntimeError."""
+    source = Path(folders.__file__).parents[1]
+    calls = {path.relative_to(source).as_posix() for path in source.rglob("*.py") if "expanduser" in path.read_text()}
+    assert calls == {"disk/folders.py", "config.py"}  # config.py may import nothing, and translates the error itself
+    assert folders.user_path("~/a.json") == Path.home() / "a.json"
+    with pytest.raises(InputError, match=r"no-such-user-of-ours.*give the path without ~"):
+        folders.user_path("~no-such-user-of-ours/a.json")

@@ -195,3 +195,18 @@ def test_missing_file_and_folder(tmp_path: Path) -> None:
 def test_layer_budgets_that_cannot_be_are_refused(value: object) -> None:
     with pytest.raises(ConfigError, match="layer_select_tokens"):
         Config(layer_select_tokens=value)
+
+
+def test_file_below_the_home_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "config.json").write_text('{"group_tokens": 8}')
+    assert Config.from_file("~/config.json").group_tokens == 8
+    for path in ("~no-such-user-of-ours/config.json", "a\0b", "\ud800"):
+        with pytest.raises(ConfigError, match="config file"):
+            Config.from_file(path)
+
+
+def test_file_that_is_nested_without_end(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("[" * 100_000)
+    with pytest.raises(ConfigError, match="config file"):
+        Config.from_file(tmp_path / "config.json")

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from kvswap.app.documents import Document, read_document
-from kvswap.app.prompt import Conversation, Request, make_request
+from kvswap.app.prompt import Conversation, Request, check_length, make_request
 from kvswap.app.quality import QualityMeter
 from kvswap.app.stats import RunStats, blank_stats, latency_percentiles_ms, resolved_config, tokens_per_s
 from kvswap.config import Config
@@ -219,6 +219,7 @@ class Engine:
         started_s = time.perf_counter()
         texts = [item if isinstance(item, Document) else read_document(item) for item in documents]
         request = make_request(question, texts)
+        check_length(self._loaded.tokenizer, request, context_limit(self._loaded.model))
         text, ids, continues = self._conversation.prompt(self._loaded.tokenizer, request)
         sampling = self._fit(len(ids), sampling)
         self._match_context(ids, continues)

@@ -16,6 +16,9 @@ from kvswap.errors import DamagedError, InputError
 from kvswap.models import tokens
 from kvswap.models.chat_template import apply_template, has_template
 
+PIECE_CHARACTERS = 1 << 14
+"""So much text is tokenized at a time while its length is checked."""
+
 
 @dataclass(frozen=True, slots=True)
 class Request:
@@ -34,13 +37,45 @@ class Turn:
 
 
 def make_request(question: str, documents: Sequence[Document] = ()) -> Request:
-    """Join the documents. Raises InputError when the question is empty."""
+    """Join the documents. Raises InputError when the question is empty, or a text cannot be encoded in UTF-8."""
     if not question.strip():
         raise InputError("the question is empty", hint="ask something")
+    for what, text in (("the question", question), *((f"document {each.name}", each.text) for each in documents)):
+        _check_encodable(what, text)
     texts = [document.text.strip() for document in documents]
     if len(documents) > 1:  # a name is of use only where there are several documents
         texts = [f"Document {document.name}:\n\n{text}" for document, text in zip(documents, texts, strict=True)]
     return Request("\n\n".join(texts), question.strip())
+
+
+def _check_encodable(what: str, text: str) -> None:
+    """Raise InputError for lone surrogates: what Python makes of bytes that are not UTF-8, and no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"{what} is not UTF-8 text (character {error.start:,})", hint="write it in UTF-8") from error
+
+
+def check_length(tokenizer: Any, request: Request, limit: int | None) -> None:
+    """Refuse a request that is far too long for a model, before all of it is tokenized.
+
+    A text of at most eight characters for each token of ``limit`` is short enough to be tokenized whole. A longer one
+    is counted in pieces, and counting stops at twice ``limit`` tokens. A cut between two pieces can change a few tokens
+    around it, so a request that is only a little too long passes: ``Conversation.prompt`` gives its exact length.
+    Without a limit nothing is checked. Raises InputError.
+    """
+    if limit is None or len(request.context) + len(request.question) <= 8 * limit:
+        return
+    count = 0
+    for text in (request.context, request.question):
+        for start in range(0, len(text), PIECE_CHARACTERS):
+            piece = text[start : start + PIECE_CHARACTERS]
+            count += len(tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"])
+            if count > 2 * limit:
+                raise InputError(
+                    f"the context has more than {count:,} tokens, and the model's limit is {limit:,}",
+                    hint="give fewer or shorter documents, or a model with a longer context",
+                )
 
 
 def render(tokenizer: Any, turns: Sequence[Turn], request: Request) -> str:

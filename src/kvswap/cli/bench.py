@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from kvswap.cli.configs import plain_config, split_list, split_numbers
+from kvswap.cli.display import printable
 
 if TYPE_CHECKING:
     from kvswap.config import Config
@@ -217,4 +218,4 @@ def _print_table(rows: list[Row]) -> None:
     from kvswap.lab.tables import plain_table
 
     for line in plain_table(rows):
-        click.echo(line)
+        click.echo(printable(line))

@@ -5,6 +5,8 @@ Answers go to stdout, everything else to stderr. Ctrl-C ends an answer, Ctrl-D t
 
 from __future__ import annotations
 
+import io
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -12,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from kvswap.cli.display import printable, show_answer
 from kvswap.cli.options import read_options, shared
 from kvswap.errors import SessionError, UserError
 
@@ -25,7 +28,9 @@ HELP = {
     "/save": "say what is on disk; every turn is, as soon as it is complete",
     "/help": "these lines",
     "/quit": "end the chat; so does Ctrl-D",
+    "//...": "a question that begins with /, such as //tmp; a path with more than one / needs no second one",
 }
+_COMMAND = re.compile(r"/[A-Za-z]*")
 _PROMPT = "> "
 
 
@@ -56,24 +61,24 @@ def _converse(engine: Engine, display: Any, documents: list[Any], sampling: dict
         if not words:
             continue
         try:
-            if words[0].startswith("/"):
-                if words[0] == "/quit":
-                    return
+            if words == ["/quit"]:
+                return
+            if _COMMAND.fullmatch(words[0]):
                 _command(engine, display, words)
                 continue
-            _answer(engine, display, line, documents, sampling)
+            question = line.strip().removeprefix("/") if words[0].startswith("//") else line
+            _answer(engine, display, question, documents, sampling)
             documents = []
         except UserError as error:  # a mistake does not end the chat
             display.finish()
-            click.echo(f"error: {error}", err=True)
+            click.echo(f"error: {printable(str(error))}", err=True)
 
 
 def _answer(engine: Engine, display: Any, question: str, documents: list[Any], sampling: dict[str, Any]) -> None:
     try:
         for text in engine.ask(question, documents, **sampling):
             display.finish()
-            click.echo(text, nl=False)
-            sys.stdout.flush()
+            show_answer(text)
     except KeyboardInterrupt:
         display.finish()
     click.echo()
@@ -92,7 +97,10 @@ def _command(engine: Engine, display: Any, words: list[str]) -> None:
     }
     expected = 2 if words[0] == "/fork" else 1
     if words[0] not in commands or len(words) != expected:
-        raise SessionError(f"command {' '.join(words)[:60]!r}", hint=f"use one of {', '.join(HELP)}")
+        raise SessionError(
+            f"command {' '.join(words)[:60]!r}",
+            hint=f"use one of {_names()}; a question that begins with / is written with //",
+        )
     commands[words[0]](*words[1:])
 
 
@@ -117,6 +125,10 @@ def _session(engine: Engine) -> Any:
     return engine.session
 
 
+def _names() -> str:
+    return ", ".join(command for command in HELP if not command.startswith("//"))
+
+
 def _help() -> None:
     for command, meaning in HELP.items():
         click.echo(f"{command:12} {meaning}", err=True)
@@ -127,6 +139,8 @@ def _help() -> None:
 
 def _lines(display: Any) -> Iterator[str]:
     """Lines from stdin; from a terminal with a prompt, and with line editing where prompt_toolkit is installed."""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # bytes that are not UTF-8 make one line a mistake, not all
     if not sys.stdin.isatty():
         yield from (line.rstrip("\n") for line in sys.stdin)
         return

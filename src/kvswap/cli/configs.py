@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,10 @@ if TYPE_CHECKING:
     from kvswap.config import Config
     from kvswap.models.loading import LoadedModel
     from kvswap.tuning.solution import TunedConfig
+
+
+_NUMBER = re.compile(r"0*[1-9][0-9]{0,8}")
+"""Up to 999,999,999: no context or batch is longer. str.isdigit would also accept digits that int does not read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,13 +31,14 @@ class TunedChoice:
 
         A session uses the one for the longest context, so that it stays the same as the session grows.
         """
-        from kvswap.app.prompt import encode, render
-        from kvswap.models.adapter import inspect
+        from kvswap.app.prompt import check_length, encode, render
+        from kvswap.models.adapter import context_limit, inspect
         from kvswap.models.identity import attention_fingerprint
 
         self.tuned.check_model(attention_fingerprint(inspect(loaded.model)))
         tokens = max(solution.context_tokens for solution in self.tuned.solutions)
         if request is not None:
+            check_length(loaded.tokenizer, request, context_limit(loaded.model))
             tokens = len(encode(loaded.tokenizer, render(loaded.tokenizer, [], request), first=True)) + new_tokens
         return self.tuned.config(context_tokens=tokens).replace(**self.overrides)
 
@@ -57,8 +63,8 @@ def split_numbers(option: str, text: str) -> list[int]:
     """As ``split_list``, for integers from 1 up."""
     parts = split_list(option, text)
     for part in parts:
-        if not part.isdigit() or int(part) < 1:
-            raise ConfigError(f"{option}: got {part!r}", hint="give whole numbers from 1 up, such as 4096,8192")
+        if not _NUMBER.fullmatch(part):
+            raise ConfigError(f"{option}: got {part[:40]!r}", hint="give whole numbers from 1 up, such as 4096,8192")
     return [int(part) for part in parts]
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from typing import TYPE_CHECKING, Any, TextIO
+
+import click
 
 from kvswap.units import format_bytes, format_parts, format_s
 
@@ -99,7 +102,32 @@ class Display:
         self._progress.start()
 
     def _write(self, line: str) -> None:
-        print(line, file=self._stream, flush=True)
+        print(printable(line), file=self._stream, flush=True)
+
+
+# ---- text from elsewhere on a terminal
+
+_CONTROLS = r"\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff"
+"""Control characters apart from tab and new line, marks that turn the direction of text, and halves of characters."""
+_IN_A_LINE, _IN_A_TEXT = re.compile(rf"[\t\n{_CONTROLS}]"), re.compile(f"[{_CONTROLS}]")
+
+
+def printable(text: str, *, lines: bool = False) -> str:
+    """The text with its control characters written out (``\\x1b``), so that it cannot steer the terminal.
+
+    Names in files come from others, and so do answers. ``lines`` keeps tabs and new lines as they are.
+    """
+    return (_IN_A_TEXT if lines else _IN_A_LINE).sub(_written_out, text)
+
+
+def _written_out(found: re.Match[str]) -> str:
+    return found[0].encode("unicode_escape").decode("ascii")
+
+
+def show_answer(text: str) -> None:
+    """Write a piece of an answer to stdout at once: to a terminal as ``printable``, elsewhere as it is."""
+    click.echo(printable(text, lines=True) if sys.stdout.isatty() else text, nl=False)
+    sys.stdout.flush()
 
 
 def summary_rows(stats: RunStats) -> list[tuple[str, str]]:

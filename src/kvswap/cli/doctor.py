@@ -39,10 +39,13 @@ def doctor(kv_dir: str | None, json_file: Path | None) -> None:
     """
     from rich.console import Console
 
+    from kvswap.disk.folders import user_path
     from kvswap.disk.json_files import write_json
     from kvswap.errors import ConfigError
     from kvswap.tuning.checkup import check_up
 
+    if json_file is not None:
+        json_file = user_path(json_file)
     if json_file is not None and (json_file.is_dir() or not json_file.absolute().parent.is_dir()):
         raise ConfigError(
             f"--json {json_file}: not a file in an existing folder",

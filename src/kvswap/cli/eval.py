@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from kvswap.cli.configs import plain_config, split_list, split_numbers
+from kvswap.cli.display import printable
 from kvswap.lab.evals.tasks import TASKS
 
 if TYPE_CHECKING:
@@ -156,7 +157,7 @@ def evaluate(
     from kvswap.app.documents import read_document
     from kvswap.cli.files import check_writable
     from kvswap.disk.files import prepare_dir
-    from kvswap.disk.folders import kv_folder
+    from kvswap.disk.folders import kv_folder, user_path
     from kvswap.lab.evals.evaluation_text import evaluation_text
     from kvswap.lab.evals.tasks.longbench import read_dataset
     from kvswap.lab.plots import plot_eval
@@ -167,7 +168,7 @@ def evaluate(
     config = plain_config(config_file, kv_dir=kv_dir)
     plan = _plan(tasks, methods, contexts, kv_memory, samples, settings, config)
     passages = evaluation_text([read_document(path) for path in documents], seed)
-    files = [Path(name) for name in datasets if read_dataset(Path(name))]
+    files = [path for path in map(user_path, datasets) if read_dataset(path)]
     prepare_dir(kv_folder(config.kv_dir))
     from kvswap.cli.display import Display
     from kvswap.cli.loading import load_weights
@@ -196,6 +197,7 @@ def _evaluate(
     prompts: str | None,
     minutes: float | None,
 ) -> list[Any]:
+    from kvswap.disk.folders import user_path
     from kvswap.lab.evals.prompt_cache import PromptCache
     from kvswap.lab.evals.run import evaluate as run
 
@@ -205,7 +207,7 @@ def _evaluate(
         plan,
         source,
         file=file,
-        prompts=PromptCache(None if prompts is None else Path(prompts)),
+        prompts=PromptCache(None if prompts is None else user_path(prompts)),
         limit_s=None if minutes is None else 60 * minutes,
         on_progress=display.progress,
         on_notice=display.notice,
@@ -277,9 +279,9 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
         cells = (
             cell.ljust(w) if n < 2 else cell.rjust(w) for n, (cell, w) in enumerate(zip(line, widths, strict=True))
         )
-        click.echo("  ".join(cells).rstrip())
+        click.echo(printable("  ".join(cells).rstrip()))
     for note in dict.fromkeys(row["note"] for row in rows if row["note"]):
-        click.echo(f"note: {note}", err=True)
+        click.echo(f"note: {printable(note)}", err=True)
 
 
 def _number(value: float | None) -> str:

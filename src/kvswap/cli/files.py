@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from kvswap.disk.atomic import try_atomic_file
+from kvswap.disk.folders import user_path
 from kvswap.errors import ConfigError
 
 
 def check_writable(option: str, path: str) -> Path:
     """Check before a run that its results can be written to ``path``; return the absolute path. Raises ConfigError."""
-    target = Path(path).expanduser().absolute()
+    target = user_path(path).absolute()
     if target.is_dir():
         raise ConfigError(f"{option} {path}: a directory, not a file", hint="give the name of a file")
     try:

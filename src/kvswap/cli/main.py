@@ -1,7 +1,8 @@
 """The ``kvswap`` command. Subcommands are imported when called, so that ``--help`` loads nothing heavy.
 
 Every expected error becomes one line on stderr and an exit code: 2 for mistakes of the user, 1 for failures at run
-time, 130 for Ctrl-C, 143 for SIGTERM.
+time, 130 for Ctrl-C, 143 for SIGTERM. An exception that nobody expected is one line as well, which says where its log
+is (``last_resort``). A traceback is shown only with ``-v``.
 
 Warnings of the logger ``kvswap`` appear on stderr as notices. With ``-v``, before or after the subcommand, its debug
 messages appear too, each with its level and its module.
@@ -12,16 +13,18 @@ from __future__ import annotations
 import contextlib
 import copy
 import importlib
+import io
 import logging
 import os
 import signal
 import sys
 from collections.abc import Iterator
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import click
 
+from kvswap.cli.display import printable
 from kvswap.errors import KVSwapError
 
 COMMANDS = {
@@ -57,6 +60,16 @@ class LazyGroup(click.Group):
         with formatter.section("Commands"):
             formatter.write_dl([(name, summary) for name, (_, summary) in COMMANDS.items()])
 
+    def invoke(self, ctx: click.Context) -> Any:
+        """Call the command; with ``--verbose``, show the traceback of its error before the error ends it."""
+        try:
+            return super().invoke(ctx)
+        except (click.ClickException, click.exceptions.Exit, click.Abort):
+            raise
+        except Exception:
+            logging.getLogger("kvswap.cli").debug("the command failed", exc_info=True)
+            raise
+
 
 def _version(ctx: click.Context, param: click.Parameter, value: bool) -> None:
     if value and not ctx.resilient_parsing:
@@ -75,7 +88,7 @@ class _StderrHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write one record to stderr."""
-        click.echo(self.format(record), err=True)
+        click.echo(printable(self.format(record), lines=True), err=True)
 
 
 @contextlib.contextmanager
@@ -127,11 +140,30 @@ def main() -> NoReturn:
     """Run the command of ``sys.argv`` and exit with its code."""
     signal.signal(signal.SIGTERM, _interrupt)
     signal.signal(signal.SIGINT, _interrupt)
-    sys.exit(run_command(sys.argv[1:]))
+    _open_streams()
+    from kvswap.cli.last_resort import install
+
+    install(_show_error, sys.argv[1:])
+    code = run_command(sys.argv[1:])
+    try:
+        sys.stdout.flush()
+    except OSError:
+        code = max(code, _fail_to_write())
+    sys.exit(code)
 
 
 def run_command(arguments: list[str]) -> int:
     """Run a command and return its exit code. An error becomes one line on stderr."""
+    try:
+        return _run(arguments)
+    except BrokenPipeError:  # whoever read stdout has ended
+        return _fail_to_write()
+    except Exception as error:  # noqa: BLE001 - whatever it is, the user gets a line that says what to do
+        return _fail(_unexpected(error, arguments), 1)
+
+
+def _run(arguments: list[str]) -> int:
+    """As ``run_command``, for the errors that are expected."""
     try:
         with log_to_stderr(verbose=False):
             result = kvswap.main(arguments, prog_name="kvswap", standalone_mode=False)
@@ -148,19 +180,47 @@ def run_command(arguments: list[str]) -> int:
         return _fail(f"{error.format_message()} See: {context.command_path if context else 'kvswap'} --help", 2)
     except (KeyboardInterrupt, click.Abort):
         return _fail("interrupted", 130)
-    except BrokenPipeError:  # whoever read stdout has ended
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except OSError as error:
-        return _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error), 1)
-    except MemoryError:
-        return _fail("out of memory: use a smaller model or a shorter context", 1)
+
+
+def _unexpected(error: Exception, arguments: list[str]) -> str:
+    """The line about an exception that no command has made into an error of kvswap."""
+    from kvswap.cli.last_resort import is_out_of_memory, report
+
+    if is_out_of_memory(error):
+        return "out of memory: use a smaller model or a shorter context"
+    line = report(error, arguments)
+    if isinstance(error, OSError) and error.filename:
+        return f"{error.filename}: {error.strerror}; {line}"
+    return line
 
 
 def _fail(message: str, code: int) -> int:
-    sys.stdout.flush()
-    click.echo(f"error: {' '.join(message.split())}", err=True)
+    with contextlib.suppress(OSError):  # a full disk behind stdout must not hide the message
+        sys.stdout.flush()
+    _show_error(message)
     return code
+
+
+def _show_error(message: str) -> None:
+    with contextlib.suppress(OSError):
+        click.echo(f"error: {printable(' '.join(message.split()))}", err=True)
+
+
+def _fail_to_write() -> int:
+    """Leave what stdout still holds, because nobody can take it: Python would try again at its end, and complain."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 1
+
+
+def _open_streams() -> None:
+    """Give a command all three streams, also where the shell closed one, and let any text be written to them."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 - until the command ends
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

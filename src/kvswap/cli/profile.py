@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -52,10 +51,11 @@ def profile(model: str | None, kv_dir: str | None, json_file: str | None, plot_f
     for option, path in (("--json", json_file), ("--plot", plot_file)):
         if path is not None:
             check_writable(option, path)
+    picture = None
     if plot_file is not None:
         from kvswap.tuning.plots import check_plot
 
-        check_plot(plot_file)
+        picture = check_plot(plot_file)
     display = Display()
     loaded = None
     if model is not None:
@@ -72,11 +72,11 @@ def profile(model: str | None, kv_dir: str | None, json_file: str | None, plot_f
     if target is not None:
         found.save(target)
         console.print(f"written to {target}", markup=False, soft_wrap=True)
-    if plot_file is not None:
+    if picture is not None:
         from kvswap.tuning.plots import draw_reads
 
-        draw_reads(found.disks, Path(plot_file))
-        console.print(f"plotted to {plot_file}", markup=False, soft_wrap=True)
+        draw_reads(found.disks, picture)
+        console.print(f"plotted to {picture}", markup=False, soft_wrap=True)
 
 
 def show(console: Console, found: Profile) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -59,7 +58,7 @@ def run(question: str, method: str, stats_json: str | None, **values: Any) -> No
 def _answer(
     options: RunOptions, question: str, request: Request, session: SessionStore | None, method: str
 ) -> RunStats:
-    from kvswap.cli.display import Display
+    from kvswap.cli.display import Display, show_answer
 
     display = Display()
     try:
@@ -68,8 +67,7 @@ def _answer(
                 engine.new_conversation()
             for text in engine.ask(question, options.documents, **options.sampling):
                 display.finish()
-                click.echo(text, nl=False)
-                sys.stdout.flush()
+                show_answer(text)
             click.echo()
             display.summary(engine.stats)
             return engine.stats

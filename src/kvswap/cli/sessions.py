@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from kvswap.cli.display import printable
+
 if TYPE_CHECKING:
     from kvswap.sessions.catalog import Entry
 
@@ -47,14 +49,14 @@ def list_(context: click.Context, as_json: bool) -> None:
         click.echo(json.dumps([_facts(entry) for entry in found], indent=1))
         return
     if not found:
-        click.echo(f"no sessions in {root}")
+        _say(f"no sessions in {root}")
     width = max((len(entry.name) for entry in found), default=0)
     for entry in found:
-        click.echo(f"{entry.name:{width}}  {_line(entry)}")
+        _say(f"{entry.name:{width}}  {_line(entry)}")
     for path in quarantined(root):
-        click.echo(f"quarantine: {path}")
+        _say(f"quarantine: {path}")
     if found:
-        click.echo(f"{format_bytes(used_bytes(root))} of disk in all")
+        _say(f"{format_bytes(used_bytes(root))} of disk in all")
 
 
 @sessions.command()
@@ -90,17 +92,17 @@ def check(context: click.Context, names: tuple[str, ...]) -> int:
         except KVSwapError as error:
             if len(names) == 1:
                 raise
-            click.echo(str(error))
+            _say(str(error))
             wrong += 1
             continue
         if report.problems:
             wrong += 1
-            click.echo(f"{name}: damaged")
+            _say(f"{name}: damaged")
             for problem in report.problems:
-                click.echo(f"  {problem}")
-            click.echo(f"  kvswap sessions repair {name} keeps what is undamaged")
+                _say(f"  {problem}")
+            _say(f"  kvswap sessions repair {name} keeps what is undamaged")
         else:
-            click.echo(f"{name}: sound, {report.groups:,} groups, {format_bytes(report.read_bytes)} read")
+            _say(f"{name}: sound, {report.groups:,} groups, {format_bytes(report.read_bytes)} read")
     return 1 if wrong else 0
 
 
@@ -112,9 +114,9 @@ def repair(context: click.Context, name: str) -> None:
     from kvswap.sessions.check import repair_session
 
     words, place = repair_session(_path(context, name))
-    click.echo(f"{name}: {words}")
+    _say(f"{name}: {words}")
     if place is not None:
-        click.echo(f"the damaged files are in {place}")
+        _say(f"the damaged files are in {place}")
 
 
 @sessions.command()
@@ -129,7 +131,7 @@ def fork(context: click.Context, name: str, new_name: str) -> None:
 
     with open_store(context.obj, name) as store:
         new_bytes = fork_store(store, _path(context, new_name))
-    click.echo(f"{new_name}: {format_bytes(new_bytes)} written, the rest is shared with {name}")
+    _say(f"{new_name}: {format_bytes(new_bytes)} written, the rest is shared with {name}")
 
 
 @sessions.command()
@@ -141,7 +143,7 @@ def rm(context: click.Context, names: tuple[str, ...]) -> None:
 
     for name in names:
         remove(_path(context, name))
-        click.echo(f"{name}: removed")
+        _say(f"{name}: removed")
 
 
 @sessions.command()
@@ -153,8 +155,8 @@ def wipe(context: click.Context, names: tuple[str, ...]) -> None:
     from kvswap.units import format_bytes
 
     for name in names:
-        click.echo(f"{name}: {format_bytes(remove(_path(context, name), wipe=True))} overwritten, then removed")
-    click.echo(_WIPE_LIMITS)
+        _say(f"{name}: {format_bytes(remove(_path(context, name), wipe=True))} overwritten, then removed")
+    _say(_WIPE_LIMITS)
 
 
 @sessions.command()
@@ -166,7 +168,7 @@ def key(keyring: bool) -> None:
     created = new_key()
     if keyring:
         store_in_keyring(created)
-        click.echo("the keyring has a key now; sessions made with --encrypt take it from there")
+        _say("the keyring has a key now; sessions made with --encrypt take it from there")
     else:
         click.echo(created)
         click.echo(f"keep it where others cannot read it, and set {KEY_VARIABLE} to it", err=True)
@@ -181,9 +183,9 @@ def prune(context: click.Context) -> None:
 
     removed = prune_all(sessions_dir(context.obj))
     for words in removed:
-        click.echo(f"removed {words}")
+        _say(f"removed {words}")
     if not removed:
-        click.echo("nothing to remove")
+        _say("nothing to remove")
 
 
 @sessions.command("export")
@@ -192,12 +194,13 @@ def prune(context: click.Context) -> None:
 @click.pass_context
 def export(context: click.Context, name: str, file: Path) -> None:
     """Write the current context of a session to one file, where its text can be read unless it is encrypted."""
+    from kvswap.disk.folders import user_path
     from kvswap.sessions.catalog import open_store
     from kvswap.sessions.export_import import export_session
     from kvswap.units import format_bytes
 
     with open_store(context.obj, name) as store:
-        click.echo(f"{file}: {format_bytes(export_session(store, file.expanduser().absolute()))}")
+        _say(f"{file}: {format_bytes(export_session(store, user_path(file).absolute()))}")
 
 
 @sessions.command("import")
@@ -206,14 +209,20 @@ def export(context: click.Context, name: str, file: Path) -> None:
 @click.pass_context
 def import_(context: click.Context, file: Path, name: str | None) -> None:
     """Create a session from an exported file, after everything in it was checked."""
+    from kvswap.disk.folders import user_path
     from kvswap.sessions.catalog import prepare_parent
     from kvswap.sessions.export_import import import_session
 
     path = _path(context, name or file.name.split(".")[0])
     prepare_parent(path)
-    manifest = import_session(file.expanduser().absolute(), path)
+    manifest = import_session(user_path(file).absolute(), path)
     tokens = manifest.current.tokens if manifest.current else 0
-    click.echo(f"{path.name}: {tokens:,} tokens")
+    _say(f"{path.name}: {tokens:,} tokens")
+
+
+def _say(line: str) -> None:
+    """Write one line to stdout. Names in it come from folders and manifests, which others may have written."""
+    click.echo(printable(line))
 
 
 def _facts(entry: Entry) -> dict[str, Any]:

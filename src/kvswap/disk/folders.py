@@ -8,6 +8,7 @@ sessions          ``home()/kv/sessions``                             ``kv_dir`` 
 calibration       ``home()/calibration``
 tables, profiles  ``home()/tables``, ``home()/profiles``
 converted models  ``home()/models``
+logs of failures  ``home()/logs``
 ================  =================================================  ==========================
 
 ``home()`` is the folder that the environment variable KVSWAP_HOME names, else the user's cache folder as the system
@@ -22,7 +23,7 @@ from pathlib import Path
 
 import platformdirs
 
-from kvswap.errors import StorageError
+from kvswap.errors import InputError, StorageError
 
 VARIABLE = "KVSWAP_HOME"
 ELSEWHERE = f"choose another folder with --kv-dir (kv_dir in Python) or {VARIABLE}"
@@ -70,6 +71,19 @@ def profiles_folder() -> Path:
 def models_folder() -> Path:
     """Models that were converted from GGUF files. Raises StorageError."""
     return home() / "models"
+
+
+def logs_folder() -> Path:
+    """Logs of commands that failed in a way nobody expected. Raises StorageError."""
+    return home() / "logs"
+
+
+def user_path(path: str | Path) -> Path:
+    """A path that a user gave, ``~`` and ``~user`` replaced. Raises InputError for a user who does not exist."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise InputError(f"path {path}: {error}", hint="give the path without ~") from error
 
 
 def absolute(path: str | Path) -> Path:

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from kvswap.disk.atomic import atomic_write
+from kvswap.disk.folders import user_path
 from kvswap.errors import ConfigError
 
 T = TypeVar("T")
@@ -26,7 +27,7 @@ def write_json(target: Path, content: Any) -> None:
 
 def save_json(path: str | Path, content: dict[str, Any]) -> None:
     """Write ``content`` to a file that a user named. Raises ConfigError when that cannot be."""
-    target = Path(path).expanduser().absolute()
+    target = user_path(path).absolute()
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         write_json(target, content)
@@ -42,7 +43,7 @@ def read_json(path: str | Path, *, kind: str, version: int, command: str) -> dic
     ``command`` is what makes such a file.
     """
     try:
-        values = msgspec.json.decode(Path(path).expanduser().read_bytes())
+        values = msgspec.json.decode(user_path(path).read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         reason = error.strerror if isinstance(error, OSError) else f"damaged JSON: {error}"
         raise ConfigError(f"{path}: {reason}", hint=f"give a file that `{command}` wrote") from error

@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from kvswap.disk.folders import user_path
 from kvswap.errors import ConfigError, ModelError
 from kvswap.models.gguf import bundled_model, converted
 from kvswap.models.hub import has_cached, look_like_path, problem_with
@@ -45,7 +46,7 @@ class LoadedModel:
     @property
     def short_name(self) -> str:
         """The name for files that others read: of a local folder or file only the last part."""
-        path = Path(self.name).expanduser()
+        path = user_path(self.name)
         return path.resolve().name if path.exists() else self.name
 
 
@@ -105,7 +106,7 @@ def _source(name: str, notice: Callable[[str], None]) -> tuple[str, bool]:
     """What transformers should load, and whether only from local files."""
     if name == BUNDLED:
         return str(bundled_model(notice)), True
-    path = Path(name).expanduser()
+    path = user_path(name)
     if path.is_dir():
         _check_folder(path)
         return str(path), True

@@ -2,7 +2,8 @@
 
 ``export_session`` compares every group with its seal while it writes; an encrypted session stays encrypted, under the
 same key. ``import_session`` reads everything again before the session gets its name. It takes only the names of the
-format from an archive, as plain files, with the sizes that the manifest states. Imports no torch.
+format from an archive, as plain files, with the sizes that the manifest states, and never writes more bytes than the
+archive has. Imports no torch.
 """
 
 from __future__ import annotations
@@ -11,10 +12,10 @@ import io
 import os
 import tarfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import IO
+from typing import IO, TypeVar
 
 import numpy as np
 
@@ -33,6 +34,7 @@ from kvswap.sessions.manifest_json import LIMIT_BYTES, encode, parse
 from kvswap.sessions.seal import text_sum
 
 _PIECE_BYTES = 4 << 20
+_T = TypeVar("_T")
 
 
 def export_session(store: SessionStore, target: Path) -> int:
@@ -93,7 +95,7 @@ def import_session(source: Path, path: Path) -> Manifest:
     """
     label = f"archive {source.name}"
     try:
-        with new_session_folder(path) as folder, tarfile.open(source, mode="r:") as archive:
+        with new_session_folder(path) as folder, _header(lambda: tarfile.open(source, mode="r:")) as archive:
             check_free(path.parent, source.stat().st_size)
             manifest = _unpack(archive, folder, label)
             with SessionStore.open(folder.path, write=False) as store:
@@ -108,8 +110,8 @@ def import_session(source: Path, path: Path) -> Manifest:
 
 
 def _unpack(archive: tarfile.TarFile, folder: PrivateFolder, label: str) -> Manifest:
-    first = archive.next()
-    if first is None or first.name != MANIFEST or not first.isreg() or first.size > LIMIT_BYTES:
+    first = _header(archive.next)
+    if first is None or first.name != MANIFEST or not _is_plain(first) or first.size > LIMIT_BYTES:
         raise InputError(f"{label} does not begin with a manifest", hint="give a file from export")
     data = _content(archive, first).read()
     manifest = parse(data, label)
@@ -117,8 +119,8 @@ def _unpack(archive: tarfile.TarFile, folder: PrivateFolder, label: str) -> Mani
     sizes, layout = manifest.files(), manifest.layout
     if layout is None or len(manifest.segments) != 1 or len(manifest.checkpoints) != 1:
         raise DamagedError(f"{label} does not contain exactly one context", hint="export it again")
-    while (member := archive.next()) is not None:
-        if not member.isreg() or sizes.pop(member.name, None) != member.size:
+    while (member := _header(archive.next)) is not None:
+        if not _is_plain(member) or sizes.pop(member.name, None) != member.size:
             raise DamagedError(f"{label}: unexpected member {member.name[:40]!r}", hint="export it again")
         _copy(_content(archive, member), folder, member)
     if sizes:
@@ -128,6 +130,19 @@ def _unpack(archive: tarfile.TarFile, folder: PrivateFolder, label: str) -> Mani
     folder.sync()
     folder.replace(MANIFEST, encode(fresh, sealer.sign))
     return fresh
+
+
+def _header(read: Callable[[], _T]) -> _T:
+    """What ``read`` makes of the next header of an archive. Raises TarError for a header of whatever bytes."""
+    try:
+        return read()
+    except (ValueError, OverflowError, RecursionError) as error:  # no numbers, or headers about headers without end
+        raise tarfile.ReadError(f"damaged header: {error}") from error
+
+
+def _is_plain(member: tarfile.TarInfo) -> bool:
+    """Whether a member is a plain file whose bytes are all in the archive. A sparse one is made longer by its holes."""
+    return member.isreg() and not member.issparse()
 
 
 def _content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> IO[bytes]:

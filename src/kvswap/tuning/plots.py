@@ -6,6 +6,7 @@ import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 
+from kvswap.disk.folders import user_path
 from kvswap.errors import ConfigError
 from kvswap.tuning.cost import DiskCosts
 from kvswap.units import KIB
@@ -15,7 +16,7 @@ KINDS = (".png", ".svg", ".pdf")
 
 def check_plot(path: str | Path) -> Path:
     """Return the absolute path of a plot. Raises ConfigError for an unknown kind of file or a missing matplotlib."""
-    target = Path(path).expanduser().absolute()
+    target = user_path(path).absolute()
     if target.suffix.lower() not in KINDS:
         raise ConfigError(
             f"--plot {target.name}: unknown kind of picture", hint=f"end the file name with one of {', '.join(KINDS)}"

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from kvswap.config import Config
+from kvswap.disk.folders import user_path
 from kvswap.disk.json_files import build, read_json, save_json
 from kvswap.errors import ConfigError
 
@@ -130,8 +131,8 @@ def load_tuned(path: str | Path) -> TunedConfig:
 def is_tuned(path: str | Path) -> bool:
     """Return whether a file claims to be one that ``kvswap tune`` wrote; False also where it cannot be read."""
     try:
-        values = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        values = json.loads(user_path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
         return False
     return isinstance(values, dict) and values.get("format") == FORMAT
 

@@ -30,7 +30,7 @@ from safetensors.numpy import save_file
 
 from kvswap.config import Config
 from kvswap.disk.atomic import atomic_file
-from kvswap.disk.folders import tables_folder
+from kvswap.disk.folders import tables_folder, user_path
 from kvswap.disk.json_files import build
 from kvswap.errors import ConfigError
 from kvswap.selection.transform_sketch import TransformSketch
@@ -227,7 +227,7 @@ class Tables:
 
     def save(self, path: str | Path) -> None:
         """Write the file, or replace it atomically. Raises ConfigError when that fails."""
-        target = Path(path).expanduser().absolute()
+        target = user_path(path).absolute()
         about = {"format": FORMAT, "version": VERSION, **dataclasses.asdict(self.facts)}
         tensors: dict[str, NDArray[Any]] = {}
         for (tokens, group_tokens), ranking in self.rankings.items():
@@ -248,10 +248,10 @@ def load_tables(path: str | Path, fingerprint: str, layers: int, *, force: bool 
     """
     hint = "compute them again: run `kvswap tune` without --tables"
     try:
-        with safe_open(Path(path).expanduser(), framework="np") as file:
+        with safe_open(user_path(path), framework="np") as file:
             about = json.loads((file.metadata() or {}).get("kvswap", "null"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
         reason = (error.strerror or str(error)) if isinstance(error, OSError) else f"damaged: {error}"
         raise ConfigError(f"tables {path}: {reason}", hint=hint) from error
     if not isinstance(about, dict) or about.pop("format", None) != FORMAT:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from kvswap.config import Config
+from kvswap.disk.folders import user_path
 from kvswap.errors import ConfigError, StorageError
 from kvswap.models.adapter import inspect
 from kvswap.models.loading import LoadedModel, load_model
@@ -142,7 +143,7 @@ def find_tables(
     """
     if isinstance(given, Tables):
         return given
-    if given is not None and Path(given).expanduser().exists():
+    if given is not None and user_path(given).exists():
         return load_tables(given, facts.fingerprint, facts.layers, force=force)
     if given is not None:
         found = measure_tables(loaded, on_progress=on_progress)

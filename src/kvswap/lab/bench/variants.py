@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from kvswap.config import Config
+from kvswap.disk.folders import user_path
 from kvswap.errors import ConfigError
 from kvswap.lab.rivals.registry import DISK, check_name
 from kvswap.tuning.solution import TunedConfig, is_tuned, load_tuned
@@ -108,7 +109,7 @@ def _read(text: str, method: str, path: str, overrides: dict[str, Any]) -> Varia
         raise ConfigError(f"--methods {text}: {method} has no configuration", hint=f"use one of {', '.join(DISK)}")
     if not path:
         raise ConfigError(f"--methods {text}: no file after {MARK}", hint=f"write for example {method}@tuned.json")
-    file = Path(path).expanduser()
+    file = user_path(path)
     name = f"{method}{MARK}{file.stem}"
     try:
         source = load_tuned(file) if is_tuned(file) else Config.from_file(file)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from kvswap.config import Config
@@ -26,10 +27,12 @@ class SketchSetting:
     def parse(cls, text: str) -> SketchSetting:
         """Parse ``relaxed``, ``tight``, or either with ``:G``, such as ``tight:8``. Raises ConfigError."""
         name, colon, size = text.partition(":")
-        if name not in PUBLISHED or (colon and not size.isdigit()):
+        if name not in PUBLISHED or (colon and not re.fullmatch(r"[0-9]{1,9}", size)):
             raise ConfigError(
-                f"setting: got {text!r}", hint=f"use {' or '.join(PUBLISHED)}, with :G for groups of G tokens"
+                f"setting: got {text[:40]!r}", hint=f"use {' or '.join(PUBLISHED)}, with :G for groups of G tokens"
             )
+        if colon:
+            Config(group_tokens=int(size))  # raises where no configuration may have it
         return cls(name, int(size) if colon else None)
 
     def __str__(self) -> str:

@@ -34,7 +34,7 @@ def read_dataset(path: Path) -> list[dict[str, Any]]:
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(
                 f"dataset {path}, line {number}: not JSON: {error}", hint="each line must be one JSON object"
             ) from error
