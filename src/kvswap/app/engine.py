@@ -28,10 +28,10 @@ from kvswap.core.layer_major import FullCache, InMemory, Progress
 from kvswap.core.load_or_recompute import Choice
 from kvswap.errors import InputError, SessionError, UnsupportedError
 from kvswap.memory.available import peak_rss_bytes
-from kvswap.models.adapter import context_limit
+from kvswap.models.adapter import check_token_ids, context_limit
 from kvswap.models.loading import LoadedModel, load_model
 from kvswap.models.sampling import Sampling
-from kvswap.models.streaming import Generation, end_tokens
+from kvswap.models.streaming import Generation
 from kvswap.selection.kvswap import method as own_method
 from kvswap.selection.method import Method
 from kvswap.sessions.catalog import open_or_create_store
@@ -173,6 +173,12 @@ class Engine:
         """The numbers of the last answer."""
         return self._stats
 
+    def knows(self, documents: Sequence[Document]) -> bool:
+        """Whether the conversation has all of these documents already."""
+        return all(
+            any(each.text.strip() in turn.request.context for turn in self._conversation.turns) for each in documents
+        )
+
     def new_conversation(self) -> None:
         """Begin another conversation. A session keeps the part of its context that the next prompt begins with."""
         self._conversation = Conversation()
@@ -217,28 +223,32 @@ class Engine:
         texts = [item if isinstance(item, Document) else read_document(item) for item in documents]
         request = make_request(question, texts)
         text, ids, continues = self._conversation.prompt(self._loaded.tokenizer, request)
-        sampling = self._fit(len(ids), sampling)
-        self._match_context(ids, continues)
-        cache = self._cache or self._open_cache()
-        started_s -= self._setup_s - self._calibration_s
-        before, stored = cache.stats, cache.get_seq_length()
-        if self._session is not None:
-            self._session.commit_prompt(ids, self._conversation.to_json())
-        checked = self.check_quality and isinstance(cache, KVSwapCache)
-        meter = QualityMeter(self._loaded.model, cache) if checked else None
-        generation = Generation(self._loaded.model, self._loaded.tokenizer, ids, cache, sampling, meter)
-        self._generation = generation
+        sampling = self._fit(len(check_token_ids(self._loaded.model, ids)), sampling)
+        kept = False
         try:
-            yield from generation
+            self._match_context(ids, continues)
+            cache = self._cache or self._open_cache()
+            started_s -= self._setup_s - self._calibration_s
+            before, stored = cache.stats, cache.get_seq_length()
+            if self._session is not None:
+                self._session.commit_prompt(ids, self._conversation.to_json())
+            checked = self.check_quality and isinstance(cache, KVSwapCache)
+            meter = QualityMeter(self._loaded.model, cache) if checked else None
+            generation = Generation(self._loaded.model, self._loaded.tokenizer, ids, cache, sampling, meter)
+            self._generation = generation
+            try:
+                yield from generation
+            finally:
+                self._generation = None
+                if generation.error is None:
+                    self._add_turn(request, text, ids, generation.token_ids)
+                    kept = True
+                    stats = self._measure(generation, ids, stored, started_s, before, cache.stats)
+                    self._stats = replace(stats, quality=meter.stats if meter else None)
+                    self._setup_s = self._calibration_s = 0.0
         finally:
-            self._generation = None
-            if generation.error is not None:
-                self._rollback()  # a forward failed: layers have different numbers of tokens
-            else:
-                self._add_turn(request, text, ids, generation.token_ids)
-                stats = self._measure(generation, sampling, ids, stored, started_s, before, cache.stats)
-                self._stats = replace(stats, quality=meter.stats if meter else None)
-                self._setup_s = self._calibration_s = 0.0
+            if not kept:  # layers may have different numbers of tokens, and the session what only this question needs
+                self._rollback()
 
     def _match_context(self, ids: list[int], continues: bool) -> None:
         """See that what is stored is the beginning of the prompt ``ids``."""
@@ -249,7 +259,7 @@ class Engine:
             self._rollback()
 
     def _match_session(self, session: Session, ids: list[int]) -> None:
-        source = session.share_prefix(ids)
+        source = session.share_prefix(ids, self._conversation.to_json())
         before = session.tokens
         kept = session.truncate(session.common_tokens(ids))
         self._cache = session.cache
@@ -354,7 +364,6 @@ class Engine:
     def _measure(
         self,
         generation: Generation,
-        sampling: Sampling,
         ids: list[int],
         stored: int,
         started_s: float,
@@ -378,7 +387,7 @@ class Engine:
             session_written_bytes=self._session.store.manifest.written_bytes if self._session else 0,
             sessions_written_bytes=self._session.written_bytes.total_bytes if self._session else 0,
             new_tokens=len(token_ids),
-            finish_reason=self._finish_reason(token_ids, sampling),
+            finish_reason=generation.finish_reason,
             token_ids=token_ids,
             text=loaded.tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False),
             **cache,
@@ -389,8 +398,3 @@ class Engine:
             process_peak_rss_bytes=peak_rss_bytes(),
             notices=list(self._notices),
         )
-
-    def _finish_reason(self, token_ids: list[int], sampling: Sampling) -> str:
-        if token_ids and token_ids[-1] in (end_tokens(self._loaded.model, self._loaded.tokenizer) or ()):
-            return "stop"
-        return "length" if len(token_ids) >= sampling.max_new_tokens else "interrupted"

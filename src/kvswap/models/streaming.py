@@ -49,6 +49,14 @@ class Generation:
         """When each token was there, by ``time.perf_counter``."""
         return self._streamer.times_s
 
+    @property
+    def finish_reason(self) -> str:
+        """``stop`` after an end token, ``length`` after as many tokens as were asked for, or ``interrupted``."""
+        ids = self.token_ids
+        if ids and ids[-1] in (end_tokens(self._model, self._tokenizer) or ()):
+            return "stop"
+        return "length" if len(ids) >= self._sampling.max_new_tokens else "interrupted"
+
     def checkpoint(self) -> None:
         """Called by the generating thread between pieces of a prompt; raises Stopped there when it is to end."""
         if self.stop.is_set():
