@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from kvswap.cli.main import run_command
+from kvswap.sessions.catalog import open_store
 
 pytestmark = pytest.mark.usefixtures("cache_home")
 
@@ -60,6 +61,27 @@ def test_document_comes_before_the_first_question(chat, tmp_path) -> None:
     code, _, err = chat("Who?", "/stats", words=("--document", str(story)))
     assert code == 0 and "tokens in" in err
     assert chat("Who?", words=("--document", "absent.txt"))[0] == 2
+
+
+def test_document_that_a_session_has_is_not_added_again(chat, tmp_path) -> None:
+    story, more = tmp_path / "story.txt", tmp_path / "more.txt"
+    story.write_text("Once upon a time. " * 30)
+    more.write_text("Another day. " * 30)
+    words = ("--session", "diary", "--document", str(story))
+    assert chat("Who?", words=words)[0] == 0
+    before = len(stored_ids(tmp_path))
+    code, _, err = chat("And?", words=words)
+    assert code == 0 and "the documents are part of it already" in err
+    assert len(stored_ids(tmp_path)) < before + 100
+    code, _, err = chat("And now?", words=(*words, "--document", str(more)))
+    assert code == 0 and "part of it already" not in err
+
+
+def stored_ids(tmp_path: Path) -> list[int]:
+    with open_store(str(tmp_path / "kv"), "diary", write=False) as store:
+        contents = store.load(tail_only=True)
+    assert contents is not None
+    return contents.ids
 
 
 def test_options_of_run(chat, tmp_path, monkeypatch) -> None:

@@ -104,18 +104,16 @@ def _recover(folder: Path, states: list[list[int]]) -> int | str:
     if not os.path.lexists(session_path(config(folder).kv_dir, NAME)):
         return 0  # killed before there was a session
     with Session.open(NAME, MODEL, config(folder)) as session:
-        cut = [states[7][:count] for count in range(4, len(states[7]), 4)]  # align commits its cut before it appends
         found = session.token_ids
         reached = max((n for n, ids in enumerate(states) if ids == found), default=None)
-        if reached is None and found not in cut:
+        if reached is None:
             return f"{len(found)} tokens are no committed state"
         if problems := check(session.store).problems:
             return f"check: {problems}"
-        if reached is not None:
-            for number in range(reached, len(OPERATIONS)):
-                apply(session, number)
-                if session.token_ids != states[number + 1]:
-                    return f"wrong tokens after operation {number}, resumed at {reached}"
+        for number in range(reached, len(OPERATIONS)):
+            apply(session, number)
+            if session.token_ids != states[number + 1]:
+                return f"wrong tokens after operation {number}, resumed at {reached}"
     root = session_path(config(folder).kv_dir, NAME).parent
     prune(root)
     for entry in entries(root):
@@ -125,4 +123,4 @@ def _recover(folder: Path, states: list[list[int]]) -> int | str:
         if names != set(entry.manifest.files()):
             return f"{entry.name}: leaked {names ^ set(entry.manifest.files())}"
     leaked = [name for name in os.listdir(root) if name.startswith(".") and name != ".usage"]
-    return f"leaked {leaked}" if leaked else reached or 0
+    return f"leaked {leaked}" if leaked else reached

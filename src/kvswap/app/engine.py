@@ -28,7 +28,7 @@ from kvswap.core.layer_major import FullCache, InMemory, Progress
 from kvswap.core.load_or_recompute import Choice
 from kvswap.errors import InputError, SessionError, UnsupportedError
 from kvswap.memory.available import peak_rss_bytes
-from kvswap.models.adapter import context_limit
+from kvswap.models.adapter import check_token_ids, context_limit
 from kvswap.models.generation_config import remarks
 from kvswap.models.loading import LoadedModel, load_model
 from kvswap.models.sampling import Sampling
@@ -176,6 +176,12 @@ class Engine:
         """The numbers of the last answer."""
         return self._stats
 
+    def knows(self, documents: Sequence[Document]) -> bool:
+        """Whether the conversation has all of these documents already."""
+        return all(
+            any(each.text.strip() in turn.request.context for turn in self._conversation.turns) for each in documents
+        )
+
     def new_conversation(self) -> None:
         """Begin another conversation. A session keeps the part of its context that the next prompt begins with."""
         self._conversation = Conversation()
@@ -221,28 +227,32 @@ class Engine:
         request = make_request(question, texts)
         check_length(self._loaded.tokenizer, request, context_limit(self._loaded.model))
         text, ids, continues = self._conversation.prompt(self._loaded.tokenizer, request)
-        sampling = self._fit(len(ids), sampling)
-        self._match_context(ids, continues)
-        cache = self._cache or self._open_cache()
-        started_s -= self._setup_s - self._calibration_s
-        before, stored = cache.stats, cache.get_seq_length()
-        if self._session is not None:
-            self._session.commit_prompt(ids, self._conversation.to_json())
-        checked = self.check_quality and isinstance(cache, KVSwapCache)
-        meter = QualityMeter(self._loaded.model, cache) if checked else None
-        generation = Generation(self._loaded.model, self._loaded.tokenizer, ids, cache, sampling, meter)
-        self._generation = generation
+        sampling = self._fit(len(check_token_ids(self._loaded.model, ids)), sampling)
+        kept = False
         try:
-            yield from generation
+            self._match_context(ids, continues)
+            cache = self._cache or self._open_cache()
+            started_s -= self._setup_s - self._calibration_s
+            before, stored = cache.stats, cache.get_seq_length()
+            if self._session is not None:
+                self._session.commit_prompt(ids, self._conversation.to_json())
+            checked = self.check_quality and isinstance(cache, KVSwapCache)
+            meter = QualityMeter(self._loaded.model, cache) if checked else None
+            generation = Generation(self._loaded.model, self._loaded.tokenizer, ids, cache, sampling, meter)
+            self._generation = generation
+            try:
+                yield from generation
+            finally:
+                self._generation = None
+                if generation.error is None:
+                    self._add_turn(request, text, ids, generation.token_ids)
+                    kept = True
+                    stats = self._measure(generation, ids, stored, started_s, before, cache.stats)
+                    self._stats = replace(stats, quality=meter.stats if meter else None)
+                    self._setup_s = self._calibration_s = 0.0
         finally:
-            self._generation = None
-            if generation.error is not None:
-                self._rollback()  # a forward failed: layers have different numbers of tokens
-            else:
-                self._add_turn(request, text, ids, generation.token_ids)
-                stats = self._measure(generation, ids, stored, started_s, before, cache.stats)
-                self._stats = replace(stats, quality=meter.stats if meter else None)
-                self._setup_s = self._calibration_s = 0.0
+            if not kept:  # layers may have different numbers of tokens, and the session what only this question needs
+                self._rollback()
 
     def _match_context(self, ids: list[int], continues: bool) -> None:
         """See that what is stored is the beginning of the prompt ``ids``."""
@@ -253,7 +263,7 @@ class Engine:
             self._rollback()
 
     def _match_session(self, session: Session, ids: list[int]) -> None:
-        source = session.share_prefix(ids)
+        source = session.share_prefix(ids, self._conversation.to_json())
         before = session.tokens
         kept = session.truncate(session.common_tokens(ids))
         self._cache = session.cache

@@ -134,11 +134,16 @@ class Conversation:
 
     @classmethod
     def from_json(cls, data: bytes, ids: list[int], label: str) -> Conversation:
-        """What ``to_json`` wrote; ``ids`` begin with the token ids of the conversation. Raises DamagedError."""
+        """What ``to_json`` wrote; ``ids`` begin with the token ids of the conversation. Raises DamagedError.
+
+        Without ``data`` nobody has asked anything yet: the first question comes after ``ids``, whoever stored them.
+        """
         if not data:
-            return cls()
+            return cls(ids=ids)
         try:
             found = json.loads(data)
+            if found == {}:  # lost in a repair
+                return cls()
             turns = [Turn(Request(*_texts(turn[:2])), *_texts(turn[2:])) for turn in found["turns"]]
             (text,), tokens = _texts([found["text"]]), int(found["tokens"])
             if not 0 <= tokens <= len(ids):

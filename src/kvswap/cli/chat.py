@@ -56,6 +56,9 @@ def chat(**values: Any) -> None:
 def _converse(engine: Engine, display: Any, documents: list[Any], sampling: dict[str, Any]) -> None:
     if engine.session is not None and engine.session.tokens:
         display.notice(f"session {engine.session.name} continues with {engine.session.tokens:,} stored tokens")
+        if documents and engine.knows(documents):
+            display.notice("the documents are part of it already")
+            documents = []
     for line in _lines(display):
         words = line.split()
         if not words:

@@ -71,7 +71,7 @@ class KVSwapCache(LayerMajorCache):
         self._binding = binding
         self._recomputing, self._rates = False, Rates()
         self.after_prompt: Callable[[], None] | None = None
-        """Called between forwards when a prompt is through, by the thread that runs the model."""
+        """Called once, between forwards, when a prompt is through, by the thread that runs the model."""
         if binding is not None:
             binding.restore_layers(layers, [part.order for part in parts.layers], parts.dtype, parts.device)
         self._state: BatchState | None = None
@@ -113,7 +113,8 @@ class KVSwapCache(LayerMajorCache):
         """Run one decoder layer; see the base class."""
         output = super().run_layer(part, forward, hidden, kwargs)
         if self.after_prompt is not None and hidden.shape[1] > 1 and not self._running:
-            self.after_prompt()
+            after_prompt, self.after_prompt = self.after_prompt, None
+            after_prompt()
         return output
 
     def end(self, tokens: int) -> None:

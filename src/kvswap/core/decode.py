@@ -8,6 +8,8 @@ over groups or tokens. Used by the cache, in the thread that runs the model.
 
 from __future__ import annotations
 
+import contextlib
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -16,6 +18,7 @@ import torch
 
 from kvswap.core.batch_state import BatchState
 from kvswap.core.query_prediction import QueryPredictor
+from kvswap.errors import DamagedError, DiskError
 from kvswap.memory.lookup import Found, find
 from kvswap.models.adapter import LayerParts, ModelParts
 from kvswap.native.arrays import BoolArray, IntArray
@@ -168,6 +171,11 @@ class Decode:
         else:
             assert query is not None
             scores = state.method.score(state.sketches[layer], query, state.shape.scaling, state.window.group_tokens)
+            if math.isnan(float(scores[:, first : int(max(step.ends))].sum())):  # NaN compares with nothing
+                raise DamagedError(
+                    f"layer {layer}: keys or the query are not finite, so no group can be chosen",
+                    hint="check the model in its own dtype, or store_dtype, and begin the context anew",
+                )
             groups = top_groups(scores, first, step.ends, count).cpu().numpy()
         if step.fewest_candidates >= groups.shape[1]:  # every sequence has as many
             return groups, None
@@ -191,6 +199,7 @@ class Decode:
 
     def _wait_for_abandoned(self) -> None:
         """Wait for the reads of a step that broke off: they must not arrive in memory that is used again."""
-        for fetch in self._fetches.values():
-            self.state.store.backend.wait(fetch.ticket)
-        self._fetches.clear()
+        while self._fetches:
+            _, fetch = self._fetches.popitem()  # a ticket is waited for once, also where its reads fail
+            with contextlib.suppress(DiskError):
+                self.state.store.backend.wait(fetch.ticket)

@@ -8,6 +8,7 @@ attends to it exactly: the layer's stored K, V stream from disk in tiles, merged
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -19,9 +20,10 @@ from kvswap.core.batch_state import BatchState
 from kvswap.errors import StorageError
 from kvswap.memory.budget import SKETCH_TILE_TOKENS
 from kvswap.store.layout import STREAM_TILE_TOKENS, tile_groups
-from kvswap.terms import ceil_div
+from kvswap.terms import FLOAT16_MAX, ceil_div
 
 FLOAT16_SAFE = 30_000.0  # half of what float16 holds: decode may bring larger values than the prompt did
+_logger = logging.getLogger("kvswap")
 
 
 def chunk_spans(tokens: int, chunk_tokens: int) -> Iterator[tuple[int, int]]:
@@ -94,8 +96,10 @@ class Prefill:
     def finish(self, layer: int) -> None:
         """The layer is through: its K, V go to disk, into the sketch and into the pinned slots."""
         state = self.state
-        if not state.flushed[layer].any():
+        if not state.tokens.any():  # decided once: what is stored already is read as what it was stored
             state.pool.dtypes[layer] = self._store_dtype()
+        if state.pool.dtypes[layer] == torch.float16:
+            self._clamp()
         for sequence in range(state.batch):
             first = int(state.flushed[layer, sequence])
             begin = first * state.window.group_tokens if self._recompute else int(self.pads[sequence])
@@ -125,6 +129,16 @@ class Prefill:
             cut = slice(start, min(start + STREAM_TILE_TOKENS, stop))
             attention.add(self._kv[0, sequence, :, cut], self._kv[1, sequence, :, cut], causal[:, cut])
         return attention.result()
+
+    def _clamp(self) -> None:
+        """Keep values within float16, which a later prompt or float16 arithmetic may exceed, as decode steps do."""
+        kv = self._kv[:, :, :, : self._filled]
+        low, high = torch.aminmax(kv)
+        if max(-float(low), float(high)) > FLOAT16_MAX:
+            _logger.warning(
+                "keys or values are beyond float16, in which this context is stored; they are cut to its end"
+            )
+            kv.clamp_(-FLOAT16_MAX, FLOAT16_MAX)
 
     def _store_dtype(self) -> torch.dtype:
         """float16 unless values come near its end, then bfloat16 (when the choice is ours)."""

@@ -9,8 +9,9 @@ what is missing.
 from __future__ import annotations
 
 import inspect as signatures
+import operator
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import get_layer_types_and_kwargs
 
-from kvswap.errors import ModelError
+from kvswap.errors import InputError, ModelError
 from kvswap.models.fused import Norm, fused_norm, fused_rope
 
 _STRETCHED = ("yarn", "llama3")
@@ -135,6 +136,33 @@ def context_limit(model: PreTrainedModel) -> int | None:
     if rope.get("rope_type") not in _STRETCHED or not isinstance(rope.get("factor"), int | float):
         return limit
     return max(limit, int(rope["factor"] * (rope.get("original_max_position_embeddings") or limit)))
+
+
+def check_length(model: PreTrainedModel, tokens: int, label: str) -> None:
+    """Raise InputError where the model has no positions for ``tokens``; ``label`` says whose they would be."""
+    limit = context_limit(model)
+    if limit is not None and tokens > limit:
+        raise InputError(
+            f"{label} would have {tokens:,} tokens, the model's limit is {limit:,}",
+            hint="append less, or generate less",
+        )
+
+
+def check_token_ids(model: PreTrainedModel, ids: Iterable[int]) -> list[int]:
+    """The ids as a list of int. Raises InputError where the model has no embedding for one of them."""
+    try:
+        found = [operator.index(each) for each in ids]
+    except TypeError as error:
+        raise InputError("token ids have to be whole numbers", hint="use the tokenizer of this model") from error
+    embeddings = model.get_input_embeddings()
+    vocabulary = getattr(embeddings, "num_embeddings", None) or model.config.get_text_config().vocab_size
+    for position, each in enumerate(found):
+        if not 0 <= each < vocabulary:
+            raise InputError(
+                f"token id {each} at position {position} is not one of the model's {vocabulary:,} (from 0 on)",
+                hint="use the tokenizer of this model",
+            )
+    return found
 
 
 def inspect(model: PreTrainedModel) -> ModelParts:

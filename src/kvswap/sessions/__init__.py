@@ -12,6 +12,7 @@ The other modules, from the bytes upward:
 | module | what it holds |
 |---|---|
 | ``manifest``, ``manifest_json`` | what is committed, as values; these values as text |
+| ``committed`` | the manifest file: read, and replaced in one move |
 | ``arrays``, ``index``, ``checkpoint`` | named arrays, the index of groups, the contents of one checkpoint, as bytes |
 | ``encryption`` | the user's key, and encryption of groups and files |
 | ``lock`` | one writer a session, and new sessions that appear whole or not at all |

@@ -20,6 +20,9 @@ from kvswap.core.batch_state import BatchState
 from kvswap.core.load_or_recompute import Rates
 from kvswap.disk.backend import ReadBackend
 from kvswap.errors import ConfigError, DamagedError, SessionError, UnsupportedError
+from kvswap.models.adapter import inspect
+from kvswap.models.identity import rope_hash, tokenizer_hash, weights_hash
+from kvswap.models.loading import LoadedModel
 from kvswap.selection.basis import Basis
 from kvswap.selection.sketch import LayerSketch
 from kvswap.selection.transform_sketch import full_precision_basis
@@ -230,6 +233,18 @@ class SessionBinding:
                     f"{self.session.label} belongs to {stored.name}; the model given {words}{detail}",
                     hint="give the model that it was made with, or start another session",
                 )
+
+
+def identify(loaded: LoadedModel) -> Model:
+    """What a session stores of its model, to know it again."""
+    parts = inspect(loaded.model)
+    return Model(
+        name=loaded.name[:1024],
+        fingerprint=weights_hash(parts),
+        tokenizer=tokenizer_hash(loaded.tokenizer),
+        rope=rope_hash(parts),
+        dtype=str(parts.dtype).removeprefix("torch."),
+    )
 
 
 def compatible(manifest: Manifest, model: Model, config: Config) -> bool:

@@ -73,7 +73,11 @@ def repair(store: SessionStore) -> tuple[str, Path | None]:
     kept = tuple(each for each in manifest.checkpoints if _is_intact(manifest, each, report))
     groups, layout = _groups_before_damage(store, report), manifest.layout
     if layout is not None and groups * layout.group_tokens > (kept[-1].tokens if kept else 0):
+        whole = store.load(tail_only=True)
         store.truncate(groups * layout.group_tokens)
+        contents = store.load(tail_only=True)
+        assert whole is not None and contents is not None
+        store.commit_text(contents.ids, b"{}" if whole.conversation else b"", interim=True)
         kept = (*kept, store.manifest.checkpoints[-1])
     elif not kept:
         store.close()

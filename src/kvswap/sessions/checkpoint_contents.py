@@ -73,11 +73,15 @@ def replace_text(contents: CheckpointContents, ids: Sequence[int], conversation:
     return tail | ({"conversation": np.frombuffer(conversation, np.uint8)} if conversation else {})
 
 
-def truncate_contents(layout: Layout, contents: CheckpointContents, groups: int) -> tuple[Counts, Arrays]:
-    """``flushed`` and the tail of the first ``groups`` whole groups of a checkpoint."""
+def truncate_contents(
+    layout: Layout, contents: CheckpointContents, groups: int, conversation: bytes = b""
+) -> tuple[Counts, Arrays]:
+    """``flushed`` and the tail of the first ``groups`` whole groups of a checkpoint, with another conversation."""
     tokens = groups * layout.group_tokens
     flushed = tuple(min(each, groups) for each in contents.flushed)
     tail: Arrays = {"ids": np.array(contents.ids[:tokens], np.int64)}
+    if conversation:
+        tail["conversation"] = np.frombuffer(conversation, np.uint8)
     for layer, (old, new) in enumerate(zip(contents.flushed, flushed, strict=True)):
         waiting = contents.tail[f"waiting-{layer}"].reshape(2 * layout.kv_heads, -1)
         kept_bytes = max(0, tokens - old * layout.group_tokens) * layout.head_dim * layout.geometry.itemsize_bytes

@@ -1,8 +1,8 @@
 """One session's folder as a store with commits (docs/file-format.md).
 
-``SessionStore.commit`` makes a new state durable; ``undo``, ``truncate`` and ``rollback`` go back. ``publish`` is the
-one place where a state becomes the committed one: it replaces the manifest. An interruption before that leaves the last
-committed state.
+``SessionStore.commit`` makes a new state durable; ``undo`` and ``rollback`` go back. ``truncate`` takes tokens back in
+memory, for the next commit. ``publish`` is the one place where a state becomes the committed one: it replaces the
+manifest. An interruption anywhere leaves the last committed state or the new one (``committed.py``).
 
 A writer holds the session's lock from ``open`` to ``close``. Readers hold none. Everything that is read is checked
 against checksums, shapes and limits before it is used, and raises DamagedError where it is not what was written. Whole
@@ -25,11 +25,12 @@ from numpy.typing import NDArray
 
 from kvswap.core.load_or_recompute import Rates
 from kvswap.disk.private_folder import PrivateFolder
-from kvswap.errors import SessionError
+from kvswap.errors import KVSwapError, SessionError
 from kvswap.sessions import lock
 from kvswap.sessions.arrays import Arrays, damaged, decode_arrays, encode_arrays
 from kvswap.sessions.checkpoint_contents import CheckpointContents, decode_tail, replace_text, truncate_contents
-from kvswap.sessions.encryption import authenticated_sealer, create_sealer, new_encryption
+from kvswap.sessions.committed import MANIFEST, Committed
+from kvswap.sessions.encryption import create_sealer, new_encryption
 from kvswap.sessions.index import LayerIndex, batch_name, decode_index, empty_index, encode_batch, join_indexes
 from kvswap.sessions.manifest import (
     MAX_CHECKPOINTS,
@@ -42,33 +43,27 @@ from kvswap.sessions.manifest import (
     Model,
     Segment,
 )
-from kvswap.sessions.manifest_json import LIMIT_BYTES, encode, parse
+from kvswap.sessions.manifest_json import encode
 from kvswap.sessions.seal import Sealer, text_sum
 
-MANIFEST, BASIS = "manifest", "basis"
+BASIS = "basis"
 
 _logger = logging.getLogger("kvswap")
 
 
 class SessionStore:
-    """An open session's folder.
-
-    ``manifest`` is what is committed now. ``label`` is "session NAME", for messages. ``starts_anew`` says whether
-    ``truncate`` has kept nothing, so that the next commit starts from nothing.
-    """
+    """An open session's folder. ``label`` is "session NAME", for messages."""
 
     def __init__(self, folder: PrivateFolder, *, write: bool, check_files: bool = True) -> None:
         self.folder, self.writable = folder, write
         self.name = folder.path.name
         self.label = f"session {self.name}"
-        self._sealer: Sealer | None = None
-        self._manifest_bytes = b""
         self._lock: int | None = lock.acquire(folder, self.label) if write else None
         self._new_segment: Segment | None = None  # written to, but not committed yet
-        self.starts_anew = False
+        self._cut: tuple[Checkpoint | None, Arrays] | None = None  # what ``truncate`` has kept, and its tail
         self._sound = False
         try:
-            self.manifest = self._read_manifest()
+            self._committed = Committed(folder, self.label)
             if check_files:
                 self._check_files()
             if write and check_files:
@@ -110,7 +105,7 @@ class SessionStore:
         """
         locked, self._lock = self._lock, None
         try:
-            if locked is not None and self._sound:
+            if locked is not None and self._sound and self._is_settled():
                 if discard_empty and not self.manifest.checkpoints and self.manifest.written_bytes == 0:
                     shutil.rmtree(self.folder.path, ignore_errors=True)
                 else:
@@ -129,25 +124,31 @@ class SessionStore:
     # ---- reading
 
     @property
+    def manifest(self) -> Manifest:
+        """What is committed now."""
+        return self._committed.manifest
+
+    @property
     def base(self) -> Checkpoint | None:
         """The checkpoint that the next commit continues; None where it starts from nothing."""
-        return None if self.starts_anew else self.manifest.current
+        return self._cut[0] if self._cut is not None else self.manifest.current
+
+    @property
+    def truncated(self) -> bool:
+        """Whether ``truncate`` has taken tokens back since the last commit."""
+        return self._cut is not None
 
     @property
     def sealer(self) -> Sealer:
-        """What seals and unseals this session. Raises SessionError without its key, DamagedError for a forged manifest.
-
-        The key is asked for when it is first needed: a session can be listed and removed without it.
-        """
-        if self._sealer is None:
-            self._sealer = authenticated_sealer(self.manifest, self._manifest_bytes, self.label)
-        return self._sealer
+        """What seals and unseals this session; see ``Committed.sealer``."""
+        return self._committed.sealer
 
     def load(self, checkpoint: Checkpoint | None = None, *, tail_only: bool = False) -> CheckpointContents | None:
         """The contents of a checkpoint, ``base`` unless another one is given; None where there is none.
 
         Raises DamagedError, SessionError.
         """
+        cut = self._cut if checkpoint is None else None
         manifest, checkpoint = self.manifest, checkpoint or self.base
         if checkpoint is None or manifest.layout is None:
             return None
@@ -156,7 +157,7 @@ class SessionStore:
         for (segment, ends), (number, index_bytes) in zip(manifest.ends(checkpoint), pairs, strict=False):
             data, label = self._read(f"index-{number}", index_bytes), f"{self.label}: index-{number}"
             indexes.append(decode_index(data, layout, self.sealer, number, segment.start, ends, label))
-        tail = decode_tail(self._read_blob(checkpoint.tail), layout, checkpoint, self.label)
+        tail = cut[1] if cut else decode_tail(self._read_blob(checkpoint.tail), layout, checkpoint, self.label)
         groups = join_indexes(indexes) if indexes else empty_index(layout, self.sealer)
         return CheckpointContents(tokens=checkpoint.tokens, flushed=checkpoint.flushed, tail=tail, groups=groups)
 
@@ -248,23 +249,26 @@ class SessionStore:
                 segments=segments,
             )
         )
-        self._new_segment, self.starts_anew = None, False
+        self._new_segment, self._cut = None, None
         _logger.debug("%s: committed %d tokens, %d bytes written", self.label, tokens, written_bytes)
 
     def commit_text(self, ids: Sequence[int], conversation: bytes, *, interim: bool) -> None:
         """Make other token ids and another conversation durable, for K, V that the base stores. Raises DiskError."""
         current, contents = self.base, self.load(tail_only=True)
         assert current is not None and contents is not None
-        self._commit_tail(replace(current, interim=interim), replace_text(contents, ids, conversation))
+        manifest, before_bytes = self.manifest, self.folder.written_bytes
+        tail = encode_arrays(replace_text(contents, ids, conversation))
+        blob = self.write_tail(self.folder, manifest.commits, tail)
+        found = manifest.with_checkpoint(replace(current, interim=interim, commit=manifest.commits, tail=blob))
+        written_bytes = self.folder.written_bytes - before_bytes
+        self.publish(replace(found, written_bytes=manifest.written_bytes + written_bytes))
+        self._cut = None
 
     def publish(self, manifest: Manifest, *, sealer: Sealer | None = None) -> None:
         """Replace the manifest, durably: from here on ``manifest`` is what is committed, sealed with ``sealer``."""
         sealer = sealer or self.sealer
         manifest = replace(manifest, used=int(time.time())).without_unused_segments(self._is_shared)
-        data = encode(manifest, sealer.sign)
-        self.folder.sync()
-        self.folder.replace(MANIFEST, data)
-        self.manifest, self._sealer = manifest, sealer
+        self._committed.replace(manifest, sealer)
         self._remove_leftovers()
 
     def write_tail(self, folder: PrivateFolder, commit: int, data: bytes) -> Blob:
@@ -275,7 +279,7 @@ class SessionStore:
 
     def undo(self) -> None:
         """Go back to the checkpoint before the newest one. Raises SessionError when there is none."""
-        if self.starts_anew:
+        if self._cut is not None:
             return self.rollback()
         if not self.manifest.checkpoints:
             raise SessionError(f"{self.label} has nothing to take back", hint="it contains no tokens")
@@ -289,34 +293,26 @@ class SessionStore:
     def truncate(self, tokens: int) -> None:
         """Keep the first ``tokens`` tokens of the base, up to the last whole group.
 
-        Where at least one group is kept, the result is committed at once, as an interim checkpoint. Otherwise the next
-        commit starts from nothing; ``undo`` still goes back to what was there before. A context with sliding-window
-        layers cannot go back into its middle, so nothing of it is kept.
+        Nothing changes on disk before the next commit, which replaces what was taken back. Until then ``rollback`` and
+        ``undo`` bring it back. A context with sliding-window layers cannot go back into its middle, so nothing of it is
+        kept. Where nothing is kept, the next commit starts from nothing.
         """
-        manifest, layout, current = self.manifest, self.manifest.layout, self.base
+        layout, current = self.manifest.layout, self.base
         groups = max(0, min(tokens, current.tokens)) // layout.group_tokens if layout and current else 0
         contents = self.load(tail_only=True) if groups else None
+        self._new_segment = None
         if layout is None or current is None or contents is None or contents.has_sliding_layers:
-            self.starts_anew, self._new_segment = bool(manifest.checkpoints), None
+            self._cut = (None, {}) if self.manifest.checkpoints else None
             return
         flushed, tail = truncate_contents(layout, contents, groups)
-        kept = replace(current, tokens=groups * layout.group_tokens, flushed=flushed, interim=True)
-        self._commit_tail(kept, tail)
+        self._cut = replace(current, tokens=groups * layout.group_tokens, flushed=flushed), tail
 
     def rollback(self) -> None:
-        """Forget everything since the last commit: groups that were written, and ``truncate(0)``."""
-        self.starts_anew, self._new_segment = False, None
+        """Forget everything since the last commit: groups that were written, and what was truncated."""
+        self._cut, self._new_segment = None, None
         self._remove_leftovers()
 
     # ---- details
-
-    def _commit_tail(self, checkpoint: Checkpoint, tail: Arrays) -> None:
-        """Commit a checkpoint whose groups are stored already, with a new tail."""
-        manifest, before_bytes = self.manifest, self.folder.written_bytes
-        blob = self.write_tail(self.folder, manifest.commits, encode_arrays(tail))
-        found = manifest.with_checkpoint(replace(checkpoint, commit=manifest.commits, tail=blob))
-        written_bytes = self.folder.written_bytes - before_bytes
-        self.publish(replace(found, written_bytes=manifest.written_bytes + written_bytes))
 
     def _append_index(
         self, new_groups: Sequence[LayerIndex], flushed: Counts, layout: Layout
@@ -356,15 +352,12 @@ class SessionStore:
                 for name in [name for name in sizes if name.startswith(f"data-{segment.number}-")]:
                     self.folder.truncate(name, sizes[name])
 
-    def _read_manifest(self) -> Manifest:
+    def _is_settled(self) -> bool:
+        """Whether it is known what is committed. Where the disk cannot say, nothing of the session is touched."""
         try:
-            data = self.folder.read(MANIFEST, LIMIT_BYTES + 1)
-        except FileNotFoundError as error:
-            raise damaged(self.label, "it has no manifest") from error
-        if len(data) > LIMIT_BYTES:
-            raise damaged(self.label, "its manifest is too long")
-        self._manifest_bytes = data
-        return parse(data, self.label)
+            return self.manifest is not None
+        except (KVSwapError, OSError):
+            return False
 
     def _check_files(self) -> None:
         for name, size_bytes in self.manifest.files().items():

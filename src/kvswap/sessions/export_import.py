@@ -25,7 +25,8 @@ from kvswap.disk.private_folder import PrivateFolder
 from kvswap.errors import DamagedError, InputError, SessionError
 from kvswap.sessions.arrays import encode_arrays
 from kvswap.sessions.check import check
-from kvswap.sessions.commits import BASIS, MANIFEST, SessionStore
+from kvswap.sessions.commits import BASIS, SessionStore
+from kvswap.sessions.committed import MANIFEST
 from kvswap.sessions.encryption import authenticated_sealer
 from kvswap.sessions.index import LayerIndex, batch_name, encode_batch
 from kvswap.sessions.lock import new_session_folder

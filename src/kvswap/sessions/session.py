@@ -1,9 +1,9 @@
 """``Session``: a model together with one stored context.
 
 A session is created once and opened again later. It appends to its context, generates from it, takes turns back and
-forks. What ``append``, ``generate``, ``undo`` or ``fork`` has done is durable when the call returns; an interruption
-before that leaves the session as it was. After ``close`` and ``open`` the session continues with the same tokens as if
-it had never been closed.
+forks. What ``append``, ``generate``, ``undo`` or ``fork`` has done is durable when the call returns. After a failure or
+an interruption the session goes back to its last commit, in memory too. After ``close`` and ``open`` it continues with
+the same tokens as if it had never been closed.
 
 One writer a session, in this process or any other. One thread uses a session; generation runs in a second thread, which
 ends before its iterator does.
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from typing import Any, Self
 
@@ -25,41 +25,30 @@ from kvswap.core.cache import KVSwapCache
 from kvswap.core.layer_major import Progress
 from kvswap.core.load_or_recompute import Choice, load_or_recompute
 from kvswap.core.prefill import chunk_spans
-from kvswap.errors import InputError
+from kvswap.errors import InputError, KVSwapError
 from kvswap.models import tokens
-from kvswap.models.adapter import cache_keyword, context_limit, inspect
-from kvswap.models.identity import rope_hash, tokenizer_hash, weights_hash
+from kvswap.models.adapter import cache_keyword, check_length, check_token_ids, inspect
 from kvswap.models.loading import LoadedModel, load_model
 from kvswap.models.sampling import Sampling
 from kvswap.models.streaming import Generation
-from kvswap.sessions.binding import SessionBinding, compatible
+from kvswap.sessions.binding import SessionBinding, compatible, identify
 from kvswap.sessions.catalog import create_store, open_store, session_path
 from kvswap.sessions.commits import SessionStore
-from kvswap.sessions.manifest import Model
 from kvswap.sessions.quota import Limits, Quota, WrittenBytes, add_written_bytes, read_written_bytes
 from kvswap.sessions.sharing import common_tokens, fork, share_prefix
 
 COMMIT_PROMPT_TOKENS = 512
 """A prompt with so many new tokens is committed before the answer is generated."""
 
+_STILL_GENERATING, _READ_ON = "text is still being generated", "read it to its end or close its iterator first"
 _logger = logging.getLogger("kvswap")
 
 
 class Session:
     """An open session, from ``create`` or ``open``. Close it, or use it in a ``with`` block.
 
-    Parameters
-    ----------
-    store
-        The session's folder, open for writing. The session closes it; if the constructor fails, the caller does.
-    loaded
-        Model and tokenizer, as ``load_model`` gives them.
-    verify
-        Whether groups are compared with their checksums when they are read.
-    limits
-        How much disk all sessions together may take, and how much may be written a day.
-    on_progress, on_notice
-        As for ``kvswap.load``.
+    ``store`` is the session's folder, open for writing. The session closes it; if the constructor fails, the caller
+    does. The other arguments are as for ``kvswap.load``.
     """
 
     def __init__(
@@ -75,14 +64,14 @@ class Session:
     ) -> None:
         self.store, self.config = store, config
         self._loaded, self._verify = loaded, verify
-        self._on_progress = on_progress
-        self._on_notice = on_notice or _logger.warning
+        self._on_progress, self._on_notice = on_progress, on_notice or _logger.warning
         self._quota = Quota(store.folder.path, limits or Limits(), self._on_notice)
         self._stack = ExitStack()
         self._cache: KVSwapCache | None = None
         self._generating = self._closed = False
+        self._broken = False  # a change runs or was broken off: only what is committed counts
         self._ids, self._conversation, self._tokens = list[int](), b"", 0
-        self._identity = self._identify()
+        self._identity = identify(loaded)
         self._read_committed()
 
     @classmethod
@@ -96,7 +85,7 @@ class Session:
         encrypt: bool = False,
         **options: Any,
     ) -> Session:
-        """A new session of a model, given by name or loaded. It is empty, or has ``prompt`` appended.
+        """A new session of a model, which is given by name or loaded; empty, or with ``prompt`` appended.
 
         Where a closed session stores the beginning of the prompt, it is shared instead of computed: see
         ``share_prefix``. With ``encrypt`` nothing but sizes and the manifest can be read without the key, which comes
@@ -167,27 +156,28 @@ class Session:
     def cache(self) -> KVSwapCache:
         """The context as a cache for ``generate``, attached to the model at first use. ``commit`` makes it durable."""
         self._check_open()
+        return self._open_cache()
+
+    def _open_cache(self) -> KVSwapCache:
         if self._cache is None:
             binding = SessionBinding(self.store, self._identity, verify=self._verify, reserve=self._quota.reserve)
-            (cache,) = self._stack.enter_context(
-                attach_each(
-                    self._loaded.model,
-                    [(None, self.config)],
-                    tokenizer=self._loaded.tokenizer,
-                    on_progress=self._on_progress,
-                    on_notice=self._on_notice,
-                    binding=binding,
-                )
+            tell: dict[str, Any] = {"on_progress": self._on_progress, "on_notice": self._on_notice}
+            each = attach_each(
+                self._loaded.model, [(None, self.config)], tokenizer=self._loaded.tokenizer, binding=binding, **tell
             )
+            (cache,) = self._stack.enter_context(each)
             assert isinstance(cache, KVSwapCache)
             self._cache = cache
         return self._cache
 
     def encode(self, new: str | Sequence[int]) -> list[int]:
-        """Token ids of text to append. In an empty session the tokenizer adds its special tokens."""
-        if not isinstance(new, str):
-            return [int(each) for each in new]
-        return tokens.encode(self._loaded.tokenizer, new, first=not self._ids, special=True)
+        """Token ids of text to append. In an empty session the tokenizer adds its special tokens.
+
+        Raises InputError for ids that the model does not have.
+        """
+        if isinstance(new, str):
+            new = tokens.encode(self._loaded.tokenizer, new, first=not self._ids, special=True)
+        return check_token_ids(self._loaded.model, new)
 
     # ---- going on
 
@@ -201,12 +191,16 @@ class Session:
         whole = [*self._ids, *self.encode(new)]
         if len(whole) == len(self._ids):
             raise InputError("nothing to append", hint="give some text")
-        self._check_length(len(whole))
+        check_length(self._loaded.model, len(whole), self.store.label)
         stored = self.tokens
+        if stored > len(self._ids):
+            what = f"{self.store.label} has computed {stored - len(self._ids):,} tokens that are not committed"
+            raise InputError(what, hint="call commit with their token ids, or rollback")
         compute = whole[stored : max(1, len(whole) - 1)]
-        if compute:
-            self._forward(compute)
-        self.commit(whole, self._conversation)
+        with self._changing():
+            if compute:
+                self._forward(compute)
+            self._commit(whole, self._conversation)
         return len(compute)
 
     def generate(
@@ -221,35 +215,38 @@ class Session:
         self._check_open()
         return fork(self.store, session_path(self.config.kv_dir, name))
 
-    def share_prefix(self, ids: Sequence[int]) -> str | None:
+    def share_prefix(self, ids: Sequence[int], conversation: bytes = b"") -> str | None:
         """Let an empty session begin with the prefix of ``ids`` that a closed session of the same model stores.
 
-        Returns the name of that session. Files are shared, its conversation and turns are not. None where no session
-        shares enough (see ``sharing``), or where this session is not empty.
+        Returns the name of that session. Files are shared, its conversation and turns are not: ``conversation`` (JSON)
+        takes their place. None where no session shares enough (see ``sharing``), or where this session is not empty.
         """
         self._check_open()
         if self.tokens or self.store.manifest.checkpoints:
             return None
         fits = partial(compatible, model=self._identity, config=self.config)
-        source, written_bytes = share_prefix(self.store, ids, fits)
+        ids = check_token_ids(self._loaded.model, ids)
+        with self._changing():
+            source, written_bytes = share_prefix(self.store, ids, fits, conversation)
+            if source:
+                self._detach()
+                self._read_committed()
         if not source:
             return None
-        self._detach()
         add_written_bytes(self._quota.root, written_bytes)
-        self._read_committed()
         return source
 
     def load_or_recompute(self, tokens: int) -> Choice:
-        """Whether to load what is stored of a prompt of ``tokens``, or to recompute it: the cheaper.
-
-        Decided by rates measured in this session; until a prompt was computed and one appended, it is to load. To
-        recompute, call ``cache.recompute`` and give the whole prompt to the next forward.
+        """Whether to load what is stored of a prompt of ``tokens`` or to recompute it: the cheaper by measured rates.
+        Until a prompt was computed and one appended, it is to load. To recompute, call ``cache.recompute`` and give the
+        whole prompt to the next forward.
         """
         self._check_open()
         if any(part.order is None for part in inspect(self._loaded.model).layers):
             return Choice()
-        passes = sum(1 for _ in chunk_spans(tokens - self.tokens, self.config.chunk_tokens))
-        choice = load_or_recompute(self.store.manifest.rates, self.tokens, passes if tokens - self.tokens > 1 else 0)
+        new = tokens - self.tokens
+        passes = sum(1 for _ in chunk_spans(new, self.config.chunk_tokens)) if new > 1 else 0
+        choice = load_or_recompute(self.store.manifest.rates, self.tokens, passes)
         _logger.debug("%s: %d of %d prompt tokens are stored; %s", self.store.label, self.tokens, tokens, choice)
         return choice
 
@@ -259,32 +256,41 @@ class Session:
         The next commit replaces an ``interim`` one, so that ``undo`` takes back both at once.
         """
         self._check_open()
-        ids = list(ids)
-        unchanged = self.tokens == self._tokens and not self.store.starts_anew
-        if unchanged and ids == self._ids and conversation == self._conversation:
+        ids = check_token_ids(self._loaded.model, ids)
+        if not self.tokens <= len(ids) <= self.tokens + 1:
+            raise ValueError(f"{len(ids)} token ids for {self.tokens} tokens")
+        with self._changing():
+            self._commit(ids, conversation, interim=interim)
+
+    def _commit(self, ids: list[int], conversation: bytes, *, interim: bool = False) -> None:
+        unchanged = self.tokens == self._tokens
+        if unchanged and not self.store.truncated and (ids, conversation) == (self._ids, self._conversation):
             return
         before_bytes = self.store.manifest.written_bytes
         if unchanged and self._tokens:
             self.store.commit_text(ids, conversation, interim=interim)
         else:
-            self.cache.commit(ids, conversation, interim=interim)
+            self._open_cache().commit(ids, conversation, interim=interim)
         add_written_bytes(self._quota.root, self.store.manifest.written_bytes - before_bytes)
         self._ids, self._conversation, self._tokens = ids, conversation, self.tokens
 
     def commit_prompt(self, ids: Sequence[int], conversation: bytes = b"") -> None:
         """Have a long prompt ``ids`` committed as soon as it is computed, so that a kill does not cost it."""
-        long = len(ids) - self.tokens >= COMMIT_PROMPT_TOKENS
-        self.cache.after_prompt = partial(self.commit, list(ids), conversation, interim=True) if long else None
+
+        def commit() -> None:  # in the thread that generates
+            with self._changing():
+                self._commit(list(ids), conversation, interim=True)
+
+        self.cache.after_prompt = commit if len(ids) - self.tokens >= COMMIT_PROMPT_TOKENS else None
 
     # ---- going back
 
     def undo(self) -> None:
         """Take back the last ``append`` or ``generate``. Raises SessionError when nothing can be taken back."""
         self._check_open()
-        self._detach()
-        try:
+        with self._changing():
+            self._detach()
             self.store.undo()
-        finally:
             self._read_committed()
 
     def common_tokens(self, ids: Sequence[int]) -> int:
@@ -295,23 +301,26 @@ class Session:
         """Keep the first ``tokens`` tokens of the context, up to the last whole group; returns how many are kept.
 
         ``truncate(0)`` begins a new context, as does a number below one group. So does any truncation for a model with
-        sliding-window layers, which cannot go back into the middle of a context. A new context becomes durable with the
-        next commit, a truncated one at once. ``undo`` goes back to what was there before.
+        sliding-window layers, which cannot go back into the middle of a context. Nothing changes on disk before the
+        next commit. ``rollback`` and ``undo`` go back to what was there before, and so does ``close``.
         """
         self._check_open()
         if tokens >= self.tokens:
             self._ids = self._ids[:tokens]
             return self.tokens
-        self._detach()
-        self.store.truncate(tokens)
-        self._read_committed()
+        with self._changing():
+            self._detach()
+            self.store.truncate(tokens)
+            self._read_committed()
         return self._tokens
 
     def rollback(self) -> None:
         """Go back to the last commit, as after a forward that failed."""
+        self._broken = True
         self._detach()
         self.store.rollback()
         self._read_committed()
+        self._broken = False
 
     def close(self, *, discard_empty: bool = False) -> None:
         """Give back the model, the memory and the writer's lock. May be called twice.
@@ -319,7 +328,7 @@ class Session:
         With ``discard_empty`` a session that nothing was ever committed to is removed.
         """
         if self._generating:
-            raise InputError("text is still being generated", hint="read it to its end or close its iterator first")
+            raise InputError(_STILL_GENERATING, hint=_READ_ON)
         self._closed = True
         try:
             self._detach()
@@ -338,10 +347,10 @@ class Session:
         self._check_open()
         if len(self._ids) <= self.tokens:
             raise InputError("the context has no token to continue from", hint="append some text first")
-        self._check_length(len(self._ids) + sampling.max_new_tokens - 1)
         loaded = self._loaded
+        check_length(loaded.model, len(self._ids) + sampling.max_new_tokens - 1, self.store.label)
         generation = Generation(loaded.model, loaded.tokenizer, self._ids, self.cache, sampling, None, self._on_notice)
-        self._generating = True
+        self._generating = self._broken = True
         try:
             yield from generation
         finally:
@@ -349,17 +358,26 @@ class Session:
             if generation.error is not None:
                 self.rollback()
             else:
-                self.commit(self._ids + generation.token_ids, self._conversation)
+                with self._changing():
+                    self._commit(self._ids + generation.token_ids, self._conversation)
 
     @torch.no_grad()
     def _forward(self, ids: list[int]) -> None:
         model = self._loaded.model
         tokens = torch.tensor([ids], device=model.device)
+        model(input_ids=tokens, use_cache=True, logits_to_keep=1, **{cache_keyword(model): self._open_cache()})
+
+    @contextmanager
+    def _changing(self) -> Iterator[None]:
+        """Around a change: where it breaks off, the session goes back to its last commit, now or when next used."""
+        self._broken = True
         try:
-            model(input_ids=tokens, use_cache=True, logits_to_keep=1, **{cache_keyword(model): self.cache})
+            yield
         except BaseException:
-            self.rollback()
+            with suppress(KVSwapError, OSError):  # the first error is the one to raise
+                self.rollback()
             raise
+        self._broken = False
 
     def _read_committed(self) -> None:
         """Take over token ids and conversation of the store."""
@@ -373,26 +391,10 @@ class Session:
         self._cache = None
         self._stack.close()
 
-    def _identify(self) -> Model:
-        parts = inspect(self._loaded.model)
-        return Model(
-            name=self._loaded.name[:1024],
-            fingerprint=weights_hash(parts),
-            tokenizer=tokenizer_hash(self._loaded.tokenizer),
-            rope=rope_hash(parts),
-            dtype=str(parts.dtype).removeprefix("torch."),
-        )
-
-    def _check_length(self, tokens: int) -> None:
-        limit = context_limit(self._loaded.model)
-        if limit is not None and tokens > limit:
-            raise InputError(
-                f"{self.store.label} would have {tokens:,} tokens, the model's limit is {limit:,}",
-                hint="append less, or generate less",
-            )
-
     def _check_open(self) -> None:
         if self._closed:
             raise InputError(f"{self.store.label} is closed", hint="open it again")
         if self._generating:
-            raise InputError("text is still being generated", hint="read it to its end or close its iterator first")
+            raise InputError(_STILL_GENERATING, hint=_READ_ON)
+        if self._broken:
+            self.rollback()

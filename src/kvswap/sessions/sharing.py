@@ -23,7 +23,8 @@ from kvswap.errors import KVSwapError
 from kvswap.sessions.arrays import encode_arrays
 from kvswap.sessions.catalog import sibling_paths
 from kvswap.sessions.checkpoint_contents import CheckpointContents, replace_text, truncate_contents
-from kvswap.sessions.commits import MANIFEST, SessionStore
+from kvswap.sessions.commits import SessionStore
+from kvswap.sessions.committed import MANIFEST
 from kvswap.sessions.lock import new_session_folder
 from kvswap.sessions.manifest import Checkpoint, Manifest, Segment
 from kvswap.sessions.manifest_json import encode
@@ -99,7 +100,9 @@ def find_prefix(paths: Sequence[Path], ids: Sequence[int], fits: Callable[[Manif
     return sorted((each for each in found if each[0] >= MIN_SHARED_TOKENS), reverse=True)
 
 
-def share_prefix(target: SessionStore, ids: Sequence[int], fits: Callable[[Manifest], bool]) -> tuple[str, int]:
+def share_prefix(
+    target: SessionStore, ids: Sequence[int], fits: Callable[[Manifest], bool], conversation: bytes = b""
+) -> tuple[str, int]:
     """Let an empty session begin with the longest prefix of ``ids`` that a closed session beside it stores.
 
     Returns the name of that session, and bytes of new disk; no name where no session ``fits`` and shares enough.
@@ -116,17 +119,17 @@ def share_prefix(target: SessionStore, ids: Sequence[int], fits: Callable[[Manif
         except KVSwapError:
             continue
         with source:
-            written_bytes = _copy_prefix(target, source, tokens)
+            written_bytes = _copy_prefix(target, source, tokens, conversation)
             _logger.debug("%s: shares %d tokens with %s", target.label, tokens, source.label)
             return source.name, written_bytes
     return "", 0
 
 
-def _copy_prefix(target: SessionStore, source: SessionStore, tokens: int) -> int:
+def _copy_prefix(target: SessionStore, source: SessionStore, tokens: int, conversation: bytes) -> int:
     """Let an empty session begin with the first ``tokens`` of ``source``; bytes of new disk.
 
     Both are open for writing, and both are encrypted or none is. The target gets the key of the source, but neither its
-    earlier checkpoints nor its conversation. An interruption leaves the target empty.
+    earlier checkpoints nor its conversation, but ``conversation``. An interruption leaves the target empty.
     """
     manifest, contents = source.manifest, source.load()
     layout, current, basis = manifest.layout, manifest.current, manifest.basis
@@ -138,9 +141,9 @@ def _copy_prefix(target: SessionStore, source: SessionStore, tokens: int) -> int
     for segment in segments:
         names += [f"index-{segment.number}", *(f"data-{segment.number}-{layer}" for layer in range(layout.layers))]
     _share_files(source.folder, target.folder, names)
-    flushed, tail = current.flushed, replace_text(contents, contents.ids[: current.tokens], b"")
+    flushed, tail = current.flushed, replace_text(contents, contents.ids[: current.tokens], conversation)
     if tokens < current.tokens:
-        flushed, tail = truncate_contents(layout, contents, tokens // layout.group_tokens)
+        flushed, tail = truncate_contents(layout, contents, tokens // layout.group_tokens, conversation)
     blob = source.write_tail(target.folder, 0, encode_arrays(tail))
     checkpoint = replace(current, commit=0, interim=False, tokens=tokens, flushed=flushed, tail=blob)
     written_bytes = target.folder.written_bytes - before_bytes

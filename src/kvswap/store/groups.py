@@ -9,6 +9,7 @@ other one.
 
 from __future__ import annotations
 
+import contextlib
 import time
 
 import numpy as np
@@ -138,11 +139,11 @@ class TileReader:
     ) -> None:
         self._store, self._row, self._tile, self._dtype = store, row, tile_groups, dtype
         self._first, self._groups = first, groups
+        self._ticket: int | None = None
         self._slabs = [Slab(tile_groups * store.layout.slot_bytes) for _ in range(2)]
 
     def __iter__(self) -> TileReader:
         self._next = self._first
-        self._ticket: int | None = None
         self._start_read()
         return self
 
@@ -150,7 +151,8 @@ class TileReader:
         if self._ticket is None:
             raise StopIteration
         started_s = time.perf_counter()
-        self._store.backend.wait(self._ticket)
+        ticket, self._ticket = self._ticket, None  # a ticket is waited for once, also where its reads fail
+        self._store.backend.wait(ticket)
         first = self._next
         count = min(self._tile, self._groups - first)
         slab = self._slabs[(first - self._first) // self._tile % 2]
@@ -180,9 +182,12 @@ class TileReader:
         self._ticket = self._store.submit(one * self._row, one * self._next, one * count, one * slab.address)
 
     def close(self) -> None:
-        """Wait for a read in flight, then release the tiles."""
-        if self._ticket is not None:
-            self._store.backend.wait(self._ticket)
-            self._ticket = None
-        for slab in self._slabs:
-            slab.close()
+        """Wait for a read in flight, whose bytes nobody needs any more, then release the tiles."""
+        ticket, self._ticket = self._ticket, None
+        try:
+            if ticket is not None:
+                with contextlib.suppress(DiskError):
+                    self._store.backend.wait(ticket)
+        finally:
+            for slab in self._slabs:
+                slab.close()
