@@ -321,22 +321,12 @@ class Engine:
 
     def _open_cache(self) -> KVSwapCache | FullCache:
         started_s = time.perf_counter()
-        loaded = self._loaded
         if self._session is not None:
             self._cache = self._session.cache
-            self._setup_s = time.perf_counter() - started_s
-            self._calibration_s = self._cache.trace.calibration_s
-            return self._cache
-        self._cache = self._stack.enter_context(
-            attach(
-                loaded.model,
-                self.config,
-                tokenizer=loaded.tokenizer,
-                method=self.method,
-                on_progress=self._report,
-                on_notice=self._notice,
-            )
-        )
+        else:
+            options: dict[str, Any] = {"on_progress": self._report, "on_notice": self._notice}
+            options |= {"tokenizer": self._loaded.tokenizer, "method": self.method}
+            self._cache = self._stack.enter_context(attach(self._loaded.model, self.config, **options))
         self._setup_s = time.perf_counter() - started_s
         self._calibration_s = self._cache.trace.calibration_s
         return self._cache
