@@ -20,8 +20,9 @@ from kvswap.config import Config
 from kvswap.core.binding import Binding
 from kvswap.core.cache import KVSwapCache
 from kvswap.core.calibration import calibrate
-from kvswap.core.layer_major import FullCache, InMemory, LayerMajorCache, Progress
+from kvswap.core.layer_major import FullCache, InMemory, LayerMajorCache, Progress, ordinary_tensors
 from kvswap.core.model_patch import Attachment
+from kvswap.core.prediction_check import check_prediction
 from kvswap.disk import create_backend
 from kvswap.disk.files import check_free, prepare_dir
 from kvswap.disk.folders import kv_folder
@@ -51,7 +52,7 @@ def attach(
     The block gets a cache for ``model.generate(**inputs, cache=cache)``. As with the caches of transformers, the caller
     vouches that what it stores is a prefix of the input. At the end of the block, also after an exception, the
     files are gone and the model is as it was. A model takes one attachment at a time. The block and ``generate`` may be
-    in different threads.
+    in different threads: where ``generate`` still runs at the end of the block, it gets an UnsupportedError.
 
     Parameters
     ----------
@@ -99,19 +100,24 @@ def attach_each(
     attachment = Attachment(model)
     caches: list[KVSwapCache | FullCache] = []
     try:
-        for method, config in variants:
-            method = method or own_method()
-            if not isinstance(method, Method | InMemory):
-                raise ConfigError(f"method: got {method!r}", hint=f"pass kvswap.lab.rivals.find({method!r})")
-            if binding is not None and method.name != own_method().name:
-                raise UnsupportedError(f"a session with method {method.name}", hint="only kvswap keeps sessions")
-            if isinstance(method, InMemory):
-                caches.append(method.open(attachment.parts, attachment.implementation, config, on_progress))
-            else:
-                opener = _Opener(attachment, method, tokenizer, on_progress, notice, binding)
-                caches.append(opener.open(config))
+        with ordinary_tensors():
+            if any(not isinstance(method, InMemory) for method, _ in variants):
+                check_prediction(attachment.parts, attachment.implementation)
+            for method, config in variants:
+                method = method or own_method()
+                if not isinstance(method, Method | InMemory):
+                    raise ConfigError(f"method: got {method!r}", hint=f"pass kvswap.lab.rivals.find({method!r})")
+                if binding is not None and method.name != own_method().name:
+                    raise UnsupportedError(f"a session with method {method.name}", hint="only kvswap keeps sessions")
+                if isinstance(method, InMemory):
+                    caches.append(method.open(attachment.parts, attachment.implementation, config, on_progress))
+                else:
+                    opener = _Opener(attachment, method, tokenizer, on_progress, notice, binding)
+                    caches.append(opener.open(config))
         yield caches
     finally:
+        for cache in caches:
+            cache.stop()
         attachment.restore()
         for cache in caches:
             cache.close()

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from kvswap.config import Config
 from kvswap.core.cache_stats import Trace
 from kvswap.disk.backend import ReadBackend
-from kvswap.memory.budget import OWNER_BYTES, WRITE_QUEUE_BYTES, MemoryNeeds, capacity_for
+from kvswap.memory.budget import OWNER_BYTES, MemoryNeeds, capacity_for
 from kvswap.memory.ledger import Ledger
 from kvswap.memory.slots import SlotPool
 from kvswap.selection.method import Method, Sketch, SketchMaker
@@ -170,7 +170,7 @@ def open_state(
         device=shape.device,
         **size,
     )
-    size |= {"backend": backend, "queue_bytes": WRITE_QUEUE_BYTES, "groups": groups}
+    size |= {"backend": backend, "queue_bytes": needs.write_queue_bytes, "groups": groups}
     store = GroupStore(**size) if files is None else PersistentGroupStore(files, **size)
     return BatchState(
         config=config,

@@ -78,6 +78,8 @@ class KVSwapCache(LayerMajorCache):
         self._decode: Decode | None = None
         self._prefill: Prefill | None = None
         self._pads: NDArray[np.int64] = np.zeros(0, np.int64)
+        # with positions in two dimensions, a picture takes fewer positions than tokens
+        self._counts_pictures = "mrope_section" in repr(getattr(parts.config, "rope_parameters", None))
         self._decode_type: type[Decode] = method.decode or Decode
 
     # ---- a forward
@@ -111,6 +113,8 @@ class KVSwapCache(LayerMajorCache):
 
     def run_layer(self, part: LayerParts, forward: LayerForward, hidden: torch.Tensor, kwargs: dict[str, Any]) -> Any:
         """Run one decoder layer; see the base class."""
+        if part.index == 0 and not self._running:
+            self._check_positions(kwargs.get("position_ids"))
         output = super().run_layer(part, forward, hidden, kwargs)
         if self.after_prompt is not None and hidden.shape[1] > 1 and not self._running:
             after_prompt, self.after_prompt = self.after_prompt, None
@@ -205,6 +209,17 @@ class KVSwapCache(LayerMajorCache):
         if self._prefill is None:
             return self.padded_tokens + query_length
         return self._prefill.filled_tokens + query_length
+
+    def _check_positions(self, position_ids: torch.Tensor | None) -> None:
+        """Raise UnsupportedError where new tokens do not begin behind the stored ones: a prompt given twice."""
+        if position_ids is None or position_ids.dim() != 2 or self._state is None or self._counts_pictures:
+            return
+        first, stored = position_ids[:, 0].cpu().numpy(), self.padded_tokens - self._pads
+        if (first != stored).any():
+            raise UnsupportedError(
+                f"the input begins at position {int(first[0]):,}, but {int(stored[0]):,} tokens are stored",
+                hint="pass the stored tokens and new ones after them, or leave the attach block for another prompt",
+            )
 
     def _check_memory(self, hidden: torch.Tensor) -> int:
         """Temporary memory that a prompt needs, in bytes. Raises MemoryBudgetError where less is free."""

@@ -7,8 +7,10 @@ with the same chunked prefill, for comparison. One thread, the one that runs the
 from __future__ import annotations
 
 import copy
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
@@ -25,6 +27,7 @@ from kvswap.models.masks import DeferredMask, resolve
 
 Progress = Callable[[str, int, int], None]
 LayerForward = Callable[..., torch.Tensor]
+_PATIENCE_S = 1.0
 
 
 class LayerMajorCache(Cache):
@@ -48,8 +51,52 @@ class LayerMajorCache(Cache):
         self._started_s = 0.0
         self._running = False
         self._stored = 0  # padded tokens stored before the running forward
+        self._turn = threading.Lock()  # held while a layer runs
+        self._runner: threading.Thread | None = None  # is between two layers of a forward, or within one
+        self._stopped = False
 
     # ---- one layer of a forward, called by the wrapper round each decoder layer
+
+    def call_layer(self, part: LayerParts, forward: LayerForward, hidden: torch.Tensor, kwargs: dict[str, Any]) -> Any:
+        """``run_layer`` for the wrapper round a decoder layer: never at once with ``stop``, which ends the forward."""
+        if torch.is_inference_mode_enabled():
+            with ordinary_tensors():
+                return self.call_layer(part, forward, hidden, kwargs)
+        with self._turn:
+            try:
+                self._check_running()
+                self._runner = threading.current_thread()
+                output = self.run_layer(part, forward, hidden, kwargs)
+            except BaseException:
+                self._runner = None
+                raise
+            if part.index == len(self.parts.layers) - 1:
+                self._runner = None
+            return output
+
+    def stop(self) -> None:
+        """Have no layer run any more, so that memory and the model's patches can go. Waits for the running layer.
+
+        A forward of another thread gets UnsupportedError at its next layer.
+        """
+        with self._turn:
+            self._stopped = True
+        runner, end_s = self._runner, time.monotonic() + _PATIENCE_S
+        while runner is not None and runner is not threading.current_thread() and runner.is_alive():
+            if self._runner is not runner or time.monotonic() > end_s:  # it may have broken off between two layers
+                return
+            time.sleep(0.001)
+
+    def update(self, *args: Any, **kwargs: Any) -> Any:
+        """Take new K, V of a layer; see ``Cache``. Raises UnsupportedError after the end of the attach block."""
+        self._check_running()
+        return super().update(*args, **kwargs)
+
+    def _check_running(self) -> None:
+        if self._stopped:
+            raise UnsupportedError(
+                "the attach block of this cache has been left", hint="call the model within the block, to its end"
+            )
 
     def run_layer(self, part: LayerParts, forward: LayerForward, hidden: torch.Tensor, kwargs: dict[str, Any]) -> Any:
         """Run one decoder layer on ``hidden`` ``[B, T, E]`` with the keyword arguments the model gave."""
@@ -271,6 +318,16 @@ class InMemory:
 
     name: str
     open: Callable[[ModelParts, str, Config, Progress | None], FullCache]
+
+
+@contextmanager
+def ordinary_tensors() -> Iterator[None]:
+    """No inference mode within: its tensors could not be written to by a later call outside of it."""
+    if not torch.is_inference_mode_enabled():
+        yield
+        return
+    with torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 def _copy_window(layer: Any) -> None:

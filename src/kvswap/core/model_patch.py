@@ -20,7 +20,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from kvswap.core.layer_major import LayerMajorCache
 from kvswap.errors import ModelError
-from kvswap.models.adapter import LayerParts, cache_keyword, inspect
+from kvswap.models.adapter import LayerParts, check_placement, inspect
 from kvswap.models.masks import NAME, defer_mask, resolve
 
 _MARK = "_kvswap_attachment"
@@ -30,16 +30,17 @@ class Attachment:
     """One model under kvswap. ``restore`` leaves it as it was."""
 
     def __init__(self, model: PreTrainedModel) -> None:
-        if getattr(model, _MARK, None) is not None:
-            raise ModelError("this model is attached already", hint="leave the first attach block before the second")
         self.parts = inspect(model)
+        decoder = self.parts.decoder  # carries the mark: ``model`` may be one of several wrappers
+        if getattr(decoder, _MARK, None) is not None:
+            raise ModelError("this model is attached already", hint="leave the first attach block before the second")
+        check_placement(self.parts)
         self.implementation: str = self.parts.config._attn_implementation
-        self._cache_keyword = cache_keyword(model)
         self._restore: list[Callable[[], None]] = []
         AttentionInterface.register(NAME, _attention)
         AttentionMaskInterface.register(NAME, defer_mask)
-        setattr(model, _MARK, self)
-        self._restore.append(partial(delattr, model, _MARK))
+        setattr(decoder, _MARK, self)
+        self._restore.append(partial(delattr, decoder, _MARK))
         for part in self.parts.layers:
             self._wrap(part)
         self.parts.config._attn_implementation = NAME
@@ -65,12 +66,12 @@ class Attachment:
     def _forward(
         self, part: LayerParts, forward: Callable[..., Any], hidden_states: torch.Tensor, **kwargs: Any
     ) -> Any:
-        cache = kwargs.get(self._cache_keyword)
-        if not isinstance(cache, LayerMajorCache) or cache.parts is not self.parts:
+        cache = next((each for each in kwargs.values() if isinstance(each, LayerMajorCache)), None)
+        if cache is None or cache.parts is not self.parts:
             mask = resolve(kwargs.pop("attention_mask", None), self.implementation)
             return forward(hidden_states, attention_mask=mask, **kwargs)
         ours = _Call(cache, part) if part.order is not None else None
-        output = cache.run_layer(part, forward, hidden_states, {**kwargs, "kvswap_call": ours})
+        output = cache.call_layer(part, forward, hidden_states, {**kwargs, "kvswap_call": ours})
         if ours is not None and not ours.attended:
             raise ModelError(
                 f"{type(self.parts.model).__name__}: layer {part.index} hands no keyword arguments to attention",

@@ -49,5 +49,5 @@ class QueryPredictor:
         self, layer_type: str, hidden: torch.Tensor, position_ids: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if layer_type not in self._ropes:
-            self._ropes[layer_type] = self._parts.position_embeddings(hidden, position_ids, layer_type)
+            self._ropes[layer_type] = self._parts.rotary(hidden, position_ids, layer_type)
         return self._ropes[layer_type]

@@ -10,10 +10,10 @@ from kvswap.config import BACKENDS
 from kvswap.disk.backend import ReadBackend
 from kvswap.disk.buffered_backend import BufferedBackend
 from kvswap.disk.direct import probe_direct
-from kvswap.disk.files import prepare_dir
+from kvswap.disk.files import prepare_dir, raise_open_files
 from kvswap.disk.memory_backend import MemoryBackend
 from kvswap.disk.threads_backend import ThreadsBackend
-from kvswap.disk.uring_backend import UringBackend, probe_uring
+from kvswap.disk.uring_backend import UringBackend, probe_uring, why
 from kvswap.errors import StorageError
 
 log = logging.getLogger("kvswap")
@@ -32,6 +32,7 @@ def create_backend(name: str, directory: str | Path, depth: int, *, on_notice: C
 
 
 def _create(name: str, directory: str | Path, depth: int, on_notice: Callable[[str], None]) -> ReadBackend:
+    raise_open_files()
     if name not in BACKENDS:
         raise StorageError(f"backend {name!r} is unknown", hint=f"use one of {', '.join(BACKENDS)}")
     if name == "memory":
@@ -51,7 +52,10 @@ def _create(name: str, directory: str | Path, depth: int, on_notice: Callable[[s
     if name != "threads":
         works, reason = probe_uring()
         if works:
-            return UringBackend(folder, alignment_bytes, depth)
+            try:
+                return UringBackend(folder, alignment_bytes, depth)
+            except OSError as error:  # a small ring was allowed, one of ``depth`` is not
+                reason = f"a ring for {depth} reads: {why(error)}"
         if name == "uring":
             raise StorageError(f"backend uring: io_uring cannot be used here: {reason}", hint='use backend="threads"')
         log.debug("io_uring cannot be used here: %s", reason)

@@ -14,12 +14,19 @@ import secrets
 import shutil
 from pathlib import Path
 
+try:
+    import resource
+except ImportError:  # not a Unix system
+    resource = None  # type: ignore[assignment]
+
 from kvswap.disk.folders import ELSEWHERE, absolute
 from kvswap.errors import DiskFullError, DiskWriteError, StorageError
 from kvswap.units import format_bytes
 
 IN_MEMORY = ("tmpfs", "ramfs", "devtmpfs", "hugetlbfs")
 """File systems whose files are in memory, so KV files there would save nothing."""
+OPEN_FILES = 65_536
+"""Open files that a process is given where the system's own limit is higher."""
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # glibc falls back to writing a byte per block, which a direct descriptor answers with EINVAL.
 _NO_FALLOCATE = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
@@ -48,6 +55,7 @@ def prepare_dir(path: str | Path) -> Path:
     try:
         os.close(_create_unlinked(folder, os.O_RDWR))
     except OSError as error:
+        check_open_files(error)
         raise StorageError(f"KV folder {folder} cannot be written: {error.strerror}", hint=ELSEWHERE) from error
     return folder
 
@@ -106,6 +114,7 @@ def open_unlinked(directory: str | Path, size_bytes: int, direct: bool) -> int:
     except OSError as error:
         if error.errno in _FULL:
             raise full_error(f"a file in {directory} cannot be created", error) from error
+        check_open_files(error)
         what = " with direct I/O" if direct else ""
         raise StorageError(f"a file in {directory} cannot be opened{what}: {error.strerror}", hint=ELSEWHERE) from error
     try:
@@ -134,6 +143,31 @@ def ensure_size(fd: int, size_bytes: int) -> None:
         if error.errno in _FULL:
             raise full_error(what, error) from error
         raise DiskWriteError(f"{what}: {error.strerror}", hint="check the disk") from error
+
+
+def raise_open_files() -> None:
+    """Let this process open as many files as the system allows it: every layer and sequence has one."""
+    if resource is None:
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, OPEN_FILES)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+
+
+def check_open_files(error: OSError) -> None:
+    """Raise StorageError where ``error`` says that no more files can be opened."""
+    if error.errno == errno.EMFILE and resource is not None:
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        raise StorageError(
+            f"this process may have {limit:,} files open and needs more: one for each layer and sequence",
+            hint=f"raise the limit with ulimit -n {max(4096, 2 * limit)}",
+        ) from error
+    if error.errno == errno.ENFILE:
+        raise StorageError(
+            "the system has as many files open as it allows", hint="close other programs, or raise fs.file-max"
+        ) from error
 
 
 def is_full(error: OSError) -> bool:

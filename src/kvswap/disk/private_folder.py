@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from kvswap.disk.atomic import NO_LINKS
-from kvswap.disk.files import full_error, is_full
+from kvswap.disk.files import check_open_files, full_error, is_full
 from kvswap.errors import DiskReadError, DiskWriteError, StorageError
 
 _READ_BYTES = 1 << 24
@@ -237,6 +237,7 @@ def translate_os_errors(what: str) -> Iterator[None]:
 
 
 def _read_error(what: str, error: OSError) -> DiskReadError:
+    check_open_files(error)
     name = errno.errorcode.get(error.errno or 0, "?")
     return DiskReadError(f"{what}: {name}, {error.strerror}", hint="check the disk (dmesg), then try again")
 
@@ -244,5 +245,6 @@ def _read_error(what: str, error: OSError) -> DiskReadError:
 def _write_error(what: str, error: OSError) -> DiskWriteError:
     if is_full(error):
         return full_error(what, error)
+    check_open_files(error)
     name = errno.errorcode.get(error.errno or 0, "?")
     return DiskWriteError(f"{what}: {name}, {error.strerror}", hint="check the disk (dmesg) and its permissions")

@@ -34,9 +34,13 @@ def probe_uring() -> tuple[bool, str]:
     try:
         Ring(8).close()
     except OSError as error:
-        name = errno.errorcode.get(error.errno or 0, "?")
-        return False, f"{name}, {error.strerror}"
+        return False, why(error)
     return True, ""
+
+
+def why(error: OSError) -> str:
+    """Why a ring was refused: name and text of the error."""
+    return f"{errno.errorcode.get(error.errno or 0, '?')}, {error.strerror}"
 
 
 class _Ticket:

@@ -65,6 +65,11 @@ class MemoryNeeds:
         """Groups that can land for one layer."""
         return self.batch * max(1, int(self.window.fetch_groups * STAGING_SLACK))
 
+    @property
+    def write_queue_bytes(self) -> int:
+        """The write queue: one group fills while another is written, however large they are."""
+        return max(WRITE_QUEUE_BYTES, 2 * self.slot_bytes)
+
     def parts(self, capacity_tokens: int) -> dict[str, int]:
         """Bytes of every part but the slots when the context may grow to ``capacity_tokens``."""
         window = self.window
@@ -81,7 +86,7 @@ class MemoryNeeds:
             "tails": self.sequences * window.pinned_groups * self.slot_bytes,
             "staging": 2 * self.staging_groups * self.slot_bytes,
             "scratch": gathered + scoring + self.extra_scratch_bytes,
-            "write_queue": WRITE_QUEUE_BYTES,
+            "write_queue": self.write_queue_bytes,
         }
 
     def minimum_parts(self, tokens: int) -> dict[str, int]:

@@ -24,6 +24,8 @@ from kvswap.errors import InputError, ModelError
 from kvswap.models.fused import Norm, fused_norm, fused_rope
 
 _STRETCHED = ("yarn", "llama3")
+_CONSTANT = {"sliding_attention", "chunked_attention", "linear_attention", "conv", "mamba", "moe"}
+"""Types of layers whose state does not grow with the context."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,28 +98,21 @@ class ModelParts:
         dtype: torch.dtype = self.model.dtype
         return dtype
 
-    def position_embeddings(
-        self, hidden: torch.Tensor, position_ids: torch.Tensor, layer_type: str
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin of the RoPE of one layer type, for families in which types differ (Gemma 3)."""
-        rotary: Any = self.decoder.rotary_emb
-        cos, sin = rotary(hidden, position_ids, layer_type)
-        return cos, sin
-
     def rotary(
         self, like: torch.Tensor, position_ids: torch.Tensor, layer_type: str
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin ``[1, n, d]`` in the dtype of ``like``, in any family."""
-        rotary: Any = self.decoder.rotary_emb
-        if "layer_type" in signatures.signature(rotary.forward).parameters:
-            return self.position_embeddings(like, position_ids, layer_type)
-        cos, sin = rotary(like, position_ids)
-        return cos, sin
+        """cos and sin ``[1, n, d]`` of the RoPE of one layer type, in the dtype of ``like``, in any family."""
+        return _rotary(self.decoder, like, position_ids, layer_type)
 
 
 def cache_keyword(model: PreTrainedModel) -> str:
-    """The keyword by which transformers takes a cache: ``cache`` since 5.24, ``past_key_values`` before."""
-    return "cache" if "cache" in signatures.signature(model.forward).parameters else "past_key_values"
+    """The keyword by which transformers takes a cache: ``cache`` since 5.24, ``past_key_values`` before.
+
+    The class of the decoder tells: the forward of ``model`` may be a wrapper that takes anything.
+    """
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+    forward = type(decoder if isinstance(decoder, nn.Module) else model).forward
+    return "cache" if "cache" in signatures.signature(forward).parameters else "past_key_values"
 
 
 def context_limit(model: PreTrainedModel) -> int | None:
@@ -174,12 +169,15 @@ def inspect(model: PreTrainedModel) -> ModelParts:
         raise ModelError(f"{name}: no decoder with a list of layers", hint="use a decoder-only causal language model")
     config = decoder.config
     kinds, layer_kwargs = get_layer_types_and_kwargs(config)
-    layers = _layers(name, modules, kinds)
+    _check_rope(name, decoder)
+    layers = _layers(name, decoder, kinds)
     full = [part.attention for part in layers if part.order is not None]
     if not full:
         raise ModelError(
             f"{name}: no full-attention layer, only {', '.join(sorted(set(kinds)))}",
-            hint="its cache does not grow with the context, so run it without kvswap",
+            hint="its cache does not grow with the context, so run it without kvswap"
+            if not set(kinds) - _CONSTANT
+            else "layers of that kind are not supported yet, so run it without kvswap",
         )
     shapes = {(a.q_proj.out_features // a.head_dim, a.k_proj.out_features // a.head_dim, a.head_dim) for a in full}
     if len(shapes) > 1 or len({a.scaling for a in full}) > 1:
@@ -198,9 +196,58 @@ def inspect(model: PreTrainedModel) -> ModelParts:
     )
 
 
-def _layers(name: str, modules: nn.ModuleList, kinds: list[str]) -> tuple[LayerParts, ...]:
+def check_placement(parts: ModelParts) -> None:
+    """Raise ModelError where the layers are not in the memory of one device, or were compiled as they are."""
+    name = type(parts.model).__name__
+    modules: list[Any] = [parts.model, parts.decoder, *(part.module for part in parts.layers)]
+    if any(hasattr(each, "_orig_mod") or getattr(each, "_compiled_call_impl", None) is not None for each in modules):
+        raise ModelError(f"{name} is compiled, and compiled code keeps its attention", hint="attach it uncompiled")
+    devices = {str(tensor.device) for part in parts.layers for tensor in part.module.parameters()}
+    if "meta" in devices:
+        raise ModelError(
+            f"{name}: weights are not in memory but offloaded (device meta)",
+            hint="load the whole model on one device, without device_map",
+        )
+    if len(devices) > 1:
+        raise ModelError(
+            f"{name}: its layers are on several devices: {', '.join(sorted(devices))}",
+            hint="load the whole model on one device, without device_map",
+        )
+
+
+def _rotary(
+    decoder: Any, like: torch.Tensor, position_ids: torch.Tensor, layer_type: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    typed = "layer_type" in signatures.signature(decoder.rotary_emb.forward).parameters
+    cos, sin = decoder.rotary_emb(like, position_ids, *([layer_type] if typed else []))
+    return cos, sin
+
+
+def _check_rope(name: str, decoder: Any) -> None:
+    """Refuse RoPE whose frequencies depend on what was asked before: stored keys would not fit later queries."""
+    found = getattr(getattr(decoder, "rotary_emb", None), "rope_type", None)
+    if "dynamic" in (found.values() if isinstance(found, dict) else [found]):
+        raise ModelError(
+            f"{name}: dynamic NTK scaling of RoPE changes with the length of the context, and stored keys do not",
+            hint='use another rope_type in config.json, such as "yarn" or "linear"',
+        )
+
+
+def _rope_width(decoder: Any, layer_type: str, head_dim: int) -> int:
+    """Elements of a head that RoPE turns: fewer than ``head_dim`` in some families."""
+    try:
+        device = next(decoder.rotary_emb.buffers()).device
+        cos, _ = _rotary(
+            decoder, torch.zeros(1, 1, 1, device=device), torch.ones(1, 1, device=device).long(), layer_type
+        )
+    except (AttributeError, RuntimeError, StopIteration, TypeError, ValueError):
+        return head_dim  # the check at attach tells
+    return int(cos.shape[-1])
+
+
+def _layers(name: str, decoder: Any, kinds: list[str]) -> tuple[LayerParts, ...]:
     layers, order = [], 0
-    for index, (module, kind) in enumerate(zip(modules, kinds, strict=False)):
+    for index, (module, kind) in enumerate(zip(decoder.layers, kinds, strict=False)):
         offload = kind == "full_attention"
         attention = getattr(module, "self_attn", None)
         if offload:
@@ -209,7 +256,10 @@ def _layers(name: str, modules: nn.ModuleList, kinds: list[str]) -> tuple[LayerP
         rope = getattr(family, "apply_rotary_pos_emb", None)
         if offload and rope is None:
             raise ModelError(f"{name}: its family has no apply_rotary_pos_emb", hint="only RoPE models are supported")
-        fused = fused_rope(rope, attention.head_dim) if offload and rope and attention else None
+        fused = None
+        if offload and rope and attention is not None:
+            width = _rope_width(decoder, kind, attention.head_dim)
+            fused = fused_rope(rope, attention.head_dim, width)
         norm = fused_norm(getattr(module, "input_layernorm", None))
         layers.append(LayerParts(index, order if offload else None, kind, module, attention, norm, fused))
         order += offload

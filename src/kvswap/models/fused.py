@@ -50,13 +50,20 @@ def fused_norm(norm: Any) -> Norm:
 
 
 @torch.no_grad()
-def fused_rope(rope: Rope, head_dim: int) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]:
-    """RoPE of a query ``[B, H, d]`` with cos and sin ``[B or 1, 1, d]``, fused where that equals the family's own."""
+def fused_rope(
+    rope: Rope, head_dim: int, rope_dim: int | None = None
+) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]:
+    """RoPE of a query ``[B, H, d]`` with cos and sin ``[B or 1, 1, d]``, fused where that equals the family's own.
+
+    ``rope_dim`` is the last dimension of cos and sin where that is not ``head_dim``.
+    """
 
     def own(query: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         apart = query[:, :, None]
         return rope(apart, apart[:, :1], cos, sin)[0][:, :, 0]
 
+    if rope_dim not in (None, head_dim):
+        return own
     trial = torch.linspace(-1, 2, 2 * 3 * head_dim).sin().view(2, 3, head_dim)
     cos, sin = torch.linspace(0, 3, 4 * head_dim).cos().view(2, 2, 1, head_dim)
     if _same(lambda: own(trial, cos, sin), lambda: rotate_halves(trial, cos, sin), torch.float32):

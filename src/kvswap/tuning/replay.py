@@ -132,7 +132,7 @@ class ReplayCache(LayerMajorCache):
             if target.order is not None:
                 cos, sin = kwargs["position_embeddings"]
                 if target.layer_type != part.layer_type:
-                    cos, sin = self.parts.position_embeddings(hidden, kwargs["position_ids"], target.layer_type)
+                    cos, sin = self.parts.rotary(hidden, kwargs["position_ids"], target.layer_type)
                 self._queries[target.order] = target.predict_query(hidden, cos, sin)
         output = super().decode_layer(part, forward, hidden, kwargs)
         self.filled_tokens = self.padded_tokens
