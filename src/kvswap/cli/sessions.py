@@ -176,12 +176,15 @@ def key(keyring: bool) -> None:
 
 @sessions.command()
 @click.pass_context
-def prune(context: click.Context) -> None:
+@click.option("--quarantine", is_flag=True, help="Remove the damaged files that repairs have put aside as well.")
+def prune(context: click.Context, quarantine: bool) -> None:
     """Remove leftovers of interrupted work, and empty sessions."""
     from kvswap.sessions.catalog import prune as prune_all
     from kvswap.sessions.catalog import sessions_dir
+    from kvswap.sessions.check import remove_quarantined
 
-    removed = prune_all(sessions_dir(context.obj))
+    root = sessions_dir(context.obj)
+    removed = [*prune_all(root), *(remove_quarantined(root) if quarantine else [])]
     for words in removed:
         _say(f"removed {words}")
     if not removed:

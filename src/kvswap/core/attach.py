@@ -155,7 +155,9 @@ class _Opener:
                 backend=backend,
                 makers=makers,
                 store_dtype=_store_dtype(config, self._parts),
-                check_space=binding.reserve if binding is not None else partial(check_free, folder),
+                check_space=partial(binding.reserve, planned=True)
+                if binding is not None
+                else partial(check_free, folder),
                 on_progress=self._on_progress,
                 binding=binding,
             )

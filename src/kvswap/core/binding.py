@@ -34,8 +34,8 @@ class Binding(Protocol):
     def bases(self, device: torch.device) -> list[tuple[Basis, int]] | None:
         """The directions of every layer's sketch and their bits, as stored; None in an empty session."""
 
-    def reserve(self, nbytes: int) -> None:
-        """Called before files take ``nbytes`` more; raises StorageError to refuse."""
+    def reserve(self, nbytes: int, *, planned: bool = False) -> None:
+        """Called before files take ``nbytes`` more, and with all that is ``planned``; raises StorageError to refuse."""
 
     def files(self, backend: ReadBackend, layers: int) -> PersistentFiles:
         """The session's files, opened in ``backend``."""

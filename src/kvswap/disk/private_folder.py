@@ -57,6 +57,14 @@ class PrivateFolder:
             os.close(self._fd)
             self._fd = -1
 
+    def in_place(self) -> bool:
+        """Whether the folder still has its path: nobody has removed or moved it since it was opened."""
+        try:
+            found = os.stat(self.path, follow_symlinks=False)
+        except OSError:
+            return False
+        return os.path.samestat(found, os.fstat(self._fd))
+
     # ---- descriptors
 
     def open(self, name: str, *, write: bool = False, direct: bool = False) -> int:

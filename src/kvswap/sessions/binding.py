@@ -48,11 +48,12 @@ _MODEL_WORDS = {
 class SessionBinding:
     """Binds one session to one cache (``core/binding.py``). ``tokens`` are stored when the cache begins.
 
-    ``reserve(bytes)`` is called before files take more space, and raises StorageError to refuse.
+    ``reserve(bytes, planned=...)`` is called before files take more space, and when a context is planned; it raises
+    StorageError to refuse.
     """
 
     def __init__(
-        self, session: SessionStore, model: Model, *, verify: bool = True, reserve: Callable[[int], None] | None = None
+        self, session: SessionStore, model: Model, *, verify: bool = True, reserve: Callable[..., None] | None = None
     ) -> None:
         self.session, self.model = session, model
         self._verify, self._reserve = verify, reserve
@@ -74,10 +75,10 @@ class SessionBinding:
         """What groups are aligned to on disk; 0 in an empty session."""
         return self.layout.alignment_bytes if self.layout else 0
 
-    def reserve(self, nbytes: int) -> None:
+    def reserve(self, nbytes: int, *, planned: bool = False) -> None:
         """Ask for more disk space; raises StorageError where it is refused."""
         if self._reserve is not None:
-            self._reserve(nbytes)
+            self._reserve(nbytes, planned=planned)
 
     def config(self, config: Config) -> Config:
         """``config`` with the settings that the session has fixed. Raises ConfigError where another was asked for."""

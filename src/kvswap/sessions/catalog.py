@@ -5,9 +5,11 @@ Whatever changes or removes a session takes its lock first. Imports no torch; an
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -141,6 +143,25 @@ def used_bytes(root: Path) -> int:
                 continue
             seen[status.st_dev, status.st_ino] = status.st_blocks * 512
     return sum(seen.values())
+
+
+def freed_by_removal(paths: Sequence[Path]) -> list[int]:
+    """Disk space that each removal frees when these sessions are removed in order; shared files go with the last name.
+
+    Files that another session or the quarantine shares are not freed.
+    """
+    removed: dict[tuple[int, int], int] = {}
+    freed = []
+    for path in paths:
+        freed_bytes = 0
+        for file in path.iterdir():
+            with contextlib.suppress(FileNotFoundError):  # a commit has just removed it
+                status = file.lstat()
+                key = status.st_dev, status.st_ino
+                removed[key] = removed.get(key, 0) + 1
+                freed_bytes += status.st_blocks * 512 if removed[key] == status.st_nlink else 0
+        freed.append(freed_bytes)
+    return freed
 
 
 def _session_paths(root: Path) -> list[Path]:

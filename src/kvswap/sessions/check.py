@@ -7,7 +7,9 @@ Imports no torch.
 
 from __future__ import annotations
 
+import contextlib
 import os
+import shutil
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -126,6 +128,16 @@ def quarantined(root: Path) -> list[Path]:
     """All folders in quarantine."""
     place = root / QUARANTINE
     return sorted(place.iterdir()) if place.is_dir() else []
+
+
+def remove_quarantined(root: Path) -> list[str]:
+    """Remove all folders in quarantine for good; what was removed, in words."""
+    removed = []
+    with lock.creation_lock(root, exclusive=True) if root.is_dir() else contextlib.nullcontext():
+        for path in quarantined(root):
+            shutil.rmtree(path)
+            removed.append(f"quarantined {path.name}")
+    return removed
 
 
 def move_away(path: Path, place: Path) -> None:

@@ -38,11 +38,11 @@ _TRIES, _PAUSE_S = 4, 0.02
 
 
 def acquire(folder: PrivateFolder, label: str) -> int:
-    """Take the writer's lock; returns the descriptor that holds it. Raises SessionError that names the holder."""
-    try:
-        fd = folder.open(NAME, write=True)
-    except FileNotFoundError:
-        fd = folder.make(NAME)
+    """Take the writer's lock; returns the descriptor that holds it.
+
+    Raises SessionError that names the holder, or where the folder was removed or moved since it was opened.
+    """
+    fd = _open_file(folder, label)
     try:
         _lock(fd)
     except OSError as error:
@@ -53,6 +53,9 @@ def acquire(folder: PrivateFolder, label: str) -> int:
         raise SessionError(
             f"{label} is in use by {holder}", hint="end that, or use a session of another name (kvswap sessions fork)"
         ) from error
+    if not folder.in_place() or os.fstat(fd).st_nlink == 0:
+        os.close(fd)
+        raise _removed(label)
     _write_owner(fd)
     return fd
 
@@ -89,6 +92,23 @@ def owner(folder: PrivateFolder) -> str:
         )
     except (OSError, ValueError, KeyError, TypeError):
         return "another process"
+
+
+def _open_file(folder: PrivateFolder, label: str) -> int:
+    for _ in range(_TRIES):
+        with contextlib.suppress(FileNotFoundError):
+            return folder.open(NAME, write=True)
+        try:
+            return folder.make(NAME)
+        except FileExistsError:  # another process has just made it
+            continue
+        except FileNotFoundError as error:
+            raise _removed(label) from error
+    raise _removed(label)
+
+
+def _removed(label: str) -> SessionError:
+    return SessionError(f"{label} was removed by another process", hint="see: kvswap sessions list")
 
 
 def _lock(fd: int) -> None:

@@ -19,12 +19,17 @@ from pathlib import Path
 
 from kvswap.disk.files import free_bytes
 from kvswap.errors import KVSwapError, StorageError
-from kvswap.sessions.catalog import entries, remove, used_bytes
+from kvswap.sessions.catalog import entries, freed_by_removal, remove, used_bytes
 from kvswap.units import format_bytes
 
 USAGE = ".usage"
 RESERVE_BYTES = 256 << 20
 """Space that sessions leave free on the disk, because other programs fail when it is full."""
+GRANTED_PART = 4
+"""One part in so many of what is left may be written before the folders are looked through again.
+
+Other processes write at the same time: together with three others this one stays within the quota.
+"""
 _USAGE_BYTES = 4096
 
 _logger = logging.getLogger("kvswap")
@@ -53,54 +58,66 @@ class Quota:
     def __init__(self, path: Path, limits: Limits, on_notice: Callable[[str], None]) -> None:
         self.root, self._path = path.parent, path
         self._limits, self._notice = limits, on_notice
+        self._unrecorded_bytes = 0  # reserved since the last ``record``
+        self._granted_bytes = 0  # may be reserved before the folders are looked through again
 
-    def reserve(self, nbytes: int) -> None:
+    def reserve(self, nbytes: int, *, planned: bool = False) -> None:
         """Check that ``nbytes`` more may be written now; under a limit on disk space, remove other sessions if needed.
 
-        Raises StorageError where they may not.
+        What is only ``planned`` is reserved again when it is written. Raises StorageError where it may not be.
         """
         self._check_writes(nbytes)
-        quota_bytes = self._limits.quota_bytes
-        if quota_bytes is not None:
-            excess_bytes = used_bytes(self.root) + nbytes - quota_bytes
-            if excess_bytes > 0:
-                self._evict(excess_bytes, quota_bytes)
+        if self._limits.quota_bytes is not None and (planned or nbytes > self._granted_bytes):
+            left_bytes = self._left_bytes(nbytes, self._limits.quota_bytes)
+            self._granted_bytes = left_bytes // GRANTED_PART + nbytes
         self._check_free(nbytes)
+        if not planned:
+            self._unrecorded_bytes += nbytes
+            self._granted_bytes -= min(nbytes, self._granted_bytes)
+
+    def record(self, nbytes: int) -> None:
+        """Count ``nbytes`` as written, in place of what was reserved since the last call."""
+        add_written_bytes(self.root, nbytes)
+        self._unrecorded_bytes = 0
 
     def _check_writes(self, nbytes: int) -> None:
         limit_bytes = self._limits.write_bytes
         if limit_bytes is None:
             return
-        today = read_written_bytes(self.root)
-        if today.day_bytes + nbytes > limit_bytes:
+        written_bytes = read_written_bytes(self.root).day_bytes + self._unrecorded_bytes
+        if written_bytes + nbytes > limit_bytes:
             raise StorageError(
-                f"write limit: {format_bytes(today.day_bytes)} of {format_bytes(limit_bytes)} are written today, "
+                f"write limit: {format_bytes(written_bytes)} of {format_bytes(limit_bytes)} are written today, "
                 f"{format_bytes(nbytes)} more are needed",
                 hint="raise --write-limit or go on tomorrow",
             )
 
-    def _evict(self, excess_bytes: int, quota_bytes: int) -> None:
-        """Remove closed sessions, least recently used first, until ``excess_bytes`` are free.
+    def _left_bytes(self, nbytes: int, quota_bytes: int) -> int:
+        """Bytes that are left under the quota after ``nbytes`` more, once closed sessions have made room for them.
 
-        Nothing is removed where removing all of them would not be enough.
+        Sessions go least recently used first, and none where removing all of them would not be enough.
         """
+        excess_bytes = used_bytes(self.root) + nbytes - quota_bytes
+        if excess_bytes <= 0:
+            return -excess_bytes
         others = [entry for entry in entries(self.root) if entry.path != self._path and not entry.in_use]
         closed = sorted(
             (e for e in others if e.manifest is not None), key=lambda e: e.manifest.used if e.manifest else 0
         )
-        if sum(entry.disk_bytes for entry in closed) >= excess_bytes:
-            while excess_bytes > 0 and closed:
-                entry = closed.pop(0)
+        gains_bytes = freed_by_removal([entry.path for entry in closed])
+        if sum(gains_bytes) >= excess_bytes:
+            for entry in closed:
                 with contextlib.suppress(KVSwapError):  # another process has just opened it
                     remove(entry.path)
-                    excess_bytes -= entry.disk_bytes
-                    _logger.debug("disk quota: evicted session %s, %d bytes", entry.name, entry.disk_bytes)
+                    _logger.debug("disk quota: evicted session %s", entry.name)
                     self._notice(f"disk quota: session {entry.name} was used longest ago and was removed")
-        if excess_bytes > 0:
-            raise StorageError(
-                f"disk quota: sessions would take {format_bytes(excess_bytes)} more than {format_bytes(quota_bytes)}",
-                hint="raise --disk-quota or remove sessions (kvswap sessions rm)",
-            )
+                excess_bytes = used_bytes(self.root) + nbytes - quota_bytes
+                if excess_bytes <= 0:
+                    return -excess_bytes
+        raise StorageError(
+            f"disk quota: sessions would take {format_bytes(excess_bytes)} more than {format_bytes(quota_bytes)}",
+            hint="raise --disk-quota or remove sessions (kvswap sessions rm, kvswap sessions prune --quarantine)",
+        )
 
     def _check_free(self, nbytes: int) -> None:
         free = free_bytes(self.root)

@@ -34,7 +34,7 @@ from kvswap.models.streaming import Generation
 from kvswap.sessions.binding import SessionBinding, compatible, identify
 from kvswap.sessions.catalog import create_store, open_store, session_path
 from kvswap.sessions.commits import SessionStore
-from kvswap.sessions.quota import Limits, Quota, WrittenBytes, add_written_bytes, read_written_bytes
+from kvswap.sessions.quota import Limits, Quota, WrittenBytes, read_written_bytes
 from kvswap.sessions.sharing import common_tokens, fork, share_prefix
 
 COMMIT_PROMPT_TOKENS = 512
@@ -233,7 +233,7 @@ class Session:
                 self._read_committed()
         if not source:
             return None
-        add_written_bytes(self._quota.root, written_bytes)
+        self._quota.record(written_bytes)
         return source
 
     def load_or_recompute(self, tokens: int) -> Choice:
@@ -271,7 +271,7 @@ class Session:
             self.store.commit_text(ids, conversation, interim=interim)
         else:
             self._open_cache().commit(ids, conversation, interim=interim)
-        add_written_bytes(self._quota.root, self.store.manifest.written_bytes - before_bytes)
+        self._quota.record(self.store.manifest.written_bytes - before_bytes)
         self._ids, self._conversation, self._tokens = ids, conversation, self.tokens
 
     def commit_prompt(self, ids: Sequence[int], conversation: bytes = b"") -> None:

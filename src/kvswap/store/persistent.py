@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kvswap.errors import DamagedError
+from kvswap.errors import DamagedError, DiskError
 from kvswap.store.group_seals import GroupSealer, Seals
 from kvswap.store.groups import GroupStore
 from kvswap.store.segments import Segments
@@ -61,6 +61,7 @@ class PersistentGroupStore(GroupStore):
         self._files, self._appendable = files, files.appendable
         self._stored_groups, self._seals = files.stored_groups.copy(), files.seals
         self._changed: NDArray[np.bool_] = np.zeros(len(files.stored_groups), np.bool_)
+        self._sync_error: DiskError | None = None
         self.checked = files.verify or files.sealer.encrypts
         files.sealer.begin()
         super().__init__(**common)
@@ -70,11 +71,23 @@ class PersistentGroupStore(GroupStore):
         return self._seals[layer, start:stop].copy()
 
     def sync(self) -> None:
-        """Make everything appended so far durable."""
+        """Make everything appended so far durable. After a failure the store takes nothing more.
+
+        The system may have dropped what it could not write. So a second try would succeed without the bytes.
+        """
+        self._check_sync()
         self.writer.flush()
         for row in np.flatnonzero(self._changed):
-            self.backend.sync(int(self.segments.files[-1, row]))
+            try:
+                self.backend.sync(int(self.segments.files[-1, row]))
+            except DiskError as error:
+                self._sync_error = error
+                raise
         self._changed[:] = False
+
+    def _check_sync(self) -> None:
+        if self._sync_error is not None:
+            raise self._sync_error
 
     def unseal(self, rows: Int, groups: Int, slots: NDArray[np.uint8], places: Int | None = None) -> None:
         """Check groups that were read, and decrypt them in place; see the base class."""
@@ -96,6 +109,7 @@ class PersistentGroupStore(GroupStore):
         return files.segments, (files.stored_groups - begun) * self.layout.slot_bytes
 
     def _make_room(self, row: int, first: int, end: int) -> int:
+        self._check_sync()
         if not self._appendable:
             starts = self._stored_groups.copy()
             self.segments.add(starts, self._files.begin_segment(starts))
