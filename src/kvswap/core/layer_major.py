@@ -51,7 +51,7 @@ class LayerMajorCache(Cache):
         self._started_s = 0.0
         self._running = False
         self._stored = 0  # padded tokens stored before the running forward
-        self._turn = threading.Lock()  # held while a layer runs
+        self._turn = threading.RLock()  # held while a layer runs; a failed commit after a prompt stops its own forward
         self._runner: threading.Thread | None = None  # is between two layers of a forward, or within one
         self._stopped = False
 
