@@ -126,7 +126,8 @@ def _written_out(found: re.Match[str]) -> str:
 
 def show_answer(text: str) -> None:
     """Write a piece of an answer to stdout at once: to a terminal as ``printable``, elsewhere as it is."""
-    click.echo(printable(text, lines=True) if sys.stdout.isatty() else text, nl=False)
+    shown = printable(text, lines=True) if sys.stdout.isatty() else text
+    click.echo(shown, nl=False, color=True)  # color: click would take escape sequences out of what is piped
     sys.stdout.flush()
 
 
