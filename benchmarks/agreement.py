@@ -104,7 +104,7 @@ def main() -> None:
         line = summary(rows[-1:])
         print(number, {key: round(value, 4) for key, value in line.items() if isinstance(value, float)}, flush=True)
     result = {
-        "arguments": {key: str(value) for key, value in vars(args).items() if key != "json"},
+        "arguments": {key: str(value) for key, value in vars(args).items() if key != "json"} | {"model": loaded.name},
         "config": config.to_dict(),
         "machine": {"cpu": platform.processor(), "system": platform.platform(), "torch": torch.__version__},
         "summary": summary(rows),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -64,3 +65,9 @@ def tables(page: str) -> list[str]:
 def test_text_around_the_tables_stays(tmp_path: Path) -> None:
     for update in (update_tables, update_page):
         assert update("# A page\n\nwithout tables\n", tmp_path) == "# A page\n\nwithout tables\n"
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("*.json")), ids=lambda path: path.name)
+def test_results_name_no_folder_of_a_machine(path: Path) -> None:
+    """A cloner does not have it, and it tells who measured."""
+    assert not re.search(r'"/(root|home|Users|work)/', path.read_text(encoding="utf-8"))
