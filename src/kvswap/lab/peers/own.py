@@ -1,0 +1,52 @@
+"""kvswap as a program to compare: the model, attached, with one cache. Runs in a process of its own (``worker``)."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from kvswap.app.documents import read_document
+from kvswap.config import Config
+from kvswap.core.attach import attach
+from kvswap.lab.bench.interleaved import timed_call
+from kvswap.lab.bench.run import encode
+from kvswap.lab.evals.evaluation_text import evaluation_text
+from kvswap.models.loading import LoadedModel, load_model, quieten
+
+
+class KVSwap:
+    """A loaded model that is attached when a prompt comes."""
+
+    def __init__(self, loaded: LoadedModel, config: Config) -> None:
+        self._loaded, self._config = loaded, config
+        self._attachment: Any = None
+        self._cache: Any = None
+
+    def encode(self, documents: Sequence[str]) -> list[int]:
+        """Token ids of the evaluation text, the user's documents first. Raises InputError."""
+        return encode(self._loaded.tokenizer, evaluation_text([read_document(path) for path in documents]))
+
+    def prefill(self, tokens: Sequence[int]) -> float:
+        """Take a prompt into a cache; returns seconds. Calibration, which happens once a model, is not part of it."""
+        self._attachment = attach(self._loaded.model, self._config, tokenizer=self._loaded.tokenizer)
+        self._cache = self._attachment.__enter__()
+        return timed_call(self._loaded.model, torch.tensor([list(tokens)]), self._cache)[1]
+
+    def steps(self, tokens: Sequence[int]) -> tuple[list[float], list[int]]:
+        """Take tokens one by one; returns the seconds of each step and the most likely token after it."""
+        calls = [timed_call(self._loaded.model, torch.tensor([[token]]), self._cache) for token in tokens]
+        return [took_s for _, took_s in calls], [int(row.argmax()) for row, _ in calls]
+
+    def versions(self) -> dict[str, str]:
+        """Versions of kvswap and of what computes for it."""
+        return {name: importlib.metadata.version(name) for name in ("kvswap", "torch", "transformers")}
+
+
+def open_program(request: dict[str, Any]) -> KVSwap:
+    """Load the model of a request. Raises ModelError, ConfigError, StorageError."""
+    torch.set_num_threads(request["threads"])
+    quieten()
+    return KVSwap(load_model(request["model"]), Config(**request["config"]))
