@@ -171,7 +171,9 @@ def converts_here(stored: torch.dtype, computed: torch.dtype, device: torch.devi
     return known and device.type == "cpu" and available()
 
 
-def gather(slots: torch.Tensor, index: NDArray[np.int64], shape: tuple[int, int, int, int]) -> torch.Tensor:
+def gather(
+    slots: torch.Tensor, index: NDArray[np.int64], shape: tuple[int, int, int, int], out: torch.Tensor | None = None
+) -> torch.Tensor:
     """Groups in slots as K, V in order of tokens, ``[2, B, H_kv, n * G, d]`` float32.
 
     Shared out to the threads that PyTorch uses.
@@ -184,6 +186,8 @@ def gather(slots: torch.Tensor, index: NDArray[np.int64], shape: tuple[int, int,
         ``[B, n]``: slots to take, in order.
     shape
         ``(2, H_kv, G, d)`` of a group, which its slot begins with.
+    out
+        Contiguous float32 for all elements, which the result is a view of; None takes new memory.
     """
     compiled = threaded_library()
     _, heads, group_tokens, head_dim = shape
@@ -191,7 +195,10 @@ def gather(slots: torch.Tensor, index: NDArray[np.int64], shape: tuple[int, int,
     if slots.stride(1) != 1 or 2 * heads * group_tokens * head_dim > slots.shape[1]:
         raise ValueError(f"slots {tuple(slots.shape)} do not hold groups {shape}")
     index = np.ascontiguousarray(index, np.int64)
-    result = torch.empty(2, batch, heads, count * group_tokens, head_dim)
+    size = (2, batch, heads, count * group_tokens, head_dim)
+    if out is not None and (out.dtype != torch.float32 or out.device.type != "cpu" or not out.is_contiguous()):
+        raise ValueError(f"memory for the result is {out.dtype} on {out.device}, which must be contiguous float32")
+    result = torch.empty(size) if out is None else out.view(size)
     known = compiled.kvswap_gather(
         slots.data_ptr(),
         len(slots),
