@@ -79,7 +79,7 @@ def check_length(tokenizer: Any, request: Request, limit: int | None) -> None:
 
 
 def room_for_answer(tokens: int, limit: int) -> int:
-    """Tokens that an answer to a prompt of ``tokens`` may have. Raises InputError where the prompt exceeds ``limit``."""
+    """Tokens that an answer to ``tokens`` of prompt may have. Raises InputError where the prompt exceeds ``limit``."""
     if tokens > limit:
         raise InputError(
             f"the context has {tokens:,} tokens, {tokens - limit:,} more than the model's limit of {limit:,}",

@@ -179,7 +179,7 @@ class KVSwapCache(LayerMajorCache):
     def adopt(self, source: FullCache) -> None:
         """Take over the prompt that ``source`` holds, as if this cache had computed it. Both unpadded, this one empty.
 
-        Prefill is exact, so that comparing methods takes one computation of each prompt.
+        Comparing methods takes one computation of each prompt then. It differs by the rounding of what is stored.
         """
         assert self._state is None, "a cache adopts a prompt once, before anything else"
         batch, _, tokens, _ = source.layers[self.parts.offloaded[0].index].keys.shape
