@@ -28,6 +28,7 @@ from tests.helpers.families import FAMILIES, given, tiny_model, tokens
 from tests.helpers.folders import byte_tokenizer
 
 NUMBERS = itertools.count()
+STEPS = ["append", "ask", "ask", "ask", "undo", "truncate", "fork", "reopen", "transfer"]
 SELECTING = Config(select_tokens=56, recent_tokens=16, sink_tokens=4, kv_memory="4MiB")
 EVERYTHING = SELECTING.replace(select_tokens=2000, kv_memory="16MiB")
 TIE = 1e-4  # logits that differ by less are told apart by the order of sums
@@ -122,8 +123,7 @@ class Walk:
         try:
             self.append(190)
             for _ in range(steps):
-                name = self.dice.choice(["append", "ask", "ask", "ask", "undo", "truncate", "fork", "reopen", "transfer"])
-                getattr(self, name)(self.dice.randint(1, 130))
+                getattr(self, self.dice.choice(STEPS))(self.dice.randint(1, 130))
                 if not self.session.token_ids:
                     self.append(30)
             self.ask(5)

@@ -22,7 +22,8 @@ from kvswap.core.attention import TiledAttention, chunk_attention
 from kvswap.core.batch_state import BatchState
 from kvswap.errors import StorageError
 from kvswap.memory.budget import SKETCH_TILE_TOKENS
-from kvswap.store.layout import STREAM_TILE_TOKENS, tile_groups
+from kvswap.native import loops
+from kvswap.store.layout import FEW_QUERIES, STREAM_TILE_TOKENS, tile_groups
 from kvswap.store.tiles import TileMemory, TileReader
 from kvswap.terms import FLOAT16_MAX, ceil_div
 
@@ -146,13 +147,18 @@ class Prefill:
         self._memory.close()
 
     def _attend_stored(self, layer: int, sequence: int, query: torch.Tensor) -> torch.Tensor:
-        state = self.state
+        state, reader = self.state, self._begin(layer, sequence)
         attention = TiledAttention(query, state.shape.kv_heads, state.shape.scaling)
-        reader = self._begun.pop((layer, sequence), None) or self._reader(layer, sequence)
+        packed = self._kv.shape[3] <= FEW_QUERIES and loops.attends_here(
+            state.pool.dtypes[layer], state.window.group_tokens, state.shape.device
+        )
+        while packed and (slots := reader.next_slots()) is not None:
+            self._begin_next(layer, sequence, reader)
+            attention.add_groups(slots, state.layout.group_shape)
         for _, keys, values in stored_tiles(state, layer, sequence, int(state.tokens[sequence]), reader):
-            if reader.all_begun:
-                self._begin_next(layer, sequence)
+            self._begin_next(layer, sequence, reader)
             attention.add(keys, values)
+        del self._begun[layer, sequence]
         stop = self._filled
         positions = torch.arange(stop, device=query.device)
         causal = positions[None, :] <= positions[stop - query.shape[1] :, None]
@@ -161,20 +167,26 @@ class Prefill:
             attention.add(self._kv[0, sequence, :, cut], self._kv[1, sequence, :, cut], causal[:, cut])
         return attention.result()
 
-    def _reader(self, layer: int, sequence: int) -> TileReader:
-        slot_bytes, queries = self.state.layout.slot_bytes, self._kv.shape[3]
-        groups = tile_groups(slot_bytes, self.state.window.group_tokens, queries=queries)
-        return stored_reader(self.state, layer, sequence, groups, self._memory)
+    def _begin(self, layer: int, sequence: int) -> TileReader:
+        """The reader of what is stored of a layer and sequence, whose first reads are on their way."""
+        found = self._begun.get((layer, sequence))
+        if found is None:
+            slot_bytes, queries = self.state.layout.slot_bytes, self._kv.shape[3]
+            groups = tile_groups(slot_bytes, self.state.window.group_tokens, queries=queries)
+            found = self._begun[layer, sequence] = stored_reader(self.state, layer, sequence, groups, self._memory)
+            found.begin()
+        return found
 
-    def _begin_next(self, layer: int, sequence: int) -> None:
-        """Start to read what is attended to next: by another sequence, by the next chunk, or in the next layer."""
+    def _begin_next(self, layer: int, sequence: int, reader: TileReader) -> None:
+        """Behind the last read of ``reader`` begin the next one: of a sequence, the next chunk or the next layer."""
+        if not reader.all_begun:
+            return
         if sequence + 1 < self.state.batch:
             following = layer, sequence + 1
         else:
             following = (layer if self._filled < self._kv.shape[3] else layer + 1), 0
-        if following[0] < self.state.shape.layers and following not in self._begun:
-            self._begun[following] = self._reader(*following)
-            self._begun[following].begin()
+        if following[0] < self.state.shape.layers:
+            self._begin(*following)
 
     def _choose_dtype(self, layer: int, largest: float) -> None:
         """Store float16 unless values come near its end, then bfloat16 (when the choice is ours)."""
@@ -216,19 +228,21 @@ def stored_tiles(
 ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
     """The first ``tokens`` stored tokens in order: first token, K and V ``[H_kv, n, d]``, valid until the next tile.
 
-    ``reader`` may have begun already; it is closed at the end.
+    ``reader`` may have begun already, and groups that it has given stay out; it is closed at the end.
     """
-    group_tokens, start = state.window.group_tokens, 0
+    window, flushed = state.window, int(state.flushed[layer, sequence])
     if reader is None:
-        reader = stored_reader(state, layer, sequence, tile_groups(state.layout.slot_bytes, group_tokens))
-    flushed = int(state.flushed[layer, sequence])
+        groups = tile_groups(state.layout.slot_bytes, window.group_tokens)
+        reader = stored_reader(state, layer, sequence, groups)
+    start = 0
     try:
         for keys, values in reader:
             yield start, keys, values
             start += keys.shape[1]
     finally:
         reader.close()
-    waiting = tokens - start
-    if waiting > 0:
-        head = state.pool.read_pinned(layer, sequence, flushed, ceil_div(waiting, group_tokens))[:, :, :waiting]
+    start = flushed * window.group_tokens
+    if tokens > start:
+        groups = ceil_div(tokens - start, window.group_tokens)
+        head = state.pool.read_pinned(layer, sequence, flushed, groups)[:, :, : tokens - start]
         yield start, head[0], head[1]

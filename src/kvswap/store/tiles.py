@@ -113,9 +113,23 @@ class TileReader:
         return self
 
     def __next__(self) -> tuple[torch.Tensor, torch.Tensor]:
+        rows = self.next_slots()
+        if rows is None:
+            raise StopIteration
+        layout = self._store.layout
+        if loops.converts_here(rows.dtype, torch.float32, rows.device):
+            floats = self._memory.floats(len(rows) * layout.group_elements)
+            keys, values = loops.gather(rows, np.arange(len(rows))[None], layout.group_shape, out=floats)[:, 0]
+            return keys, values
+        groups = rows[:, : layout.group_elements].unflatten(1, layout.group_shape)
+        keys, values = (groups[:, part].transpose(0, 1).flatten(1, 2) for part in (0, 1))
+        return keys, values
+
+    def next_slots(self) -> torch.Tensor | None:
+        """The next tile as it is stored, ``[n, slot_elements]``: groups with their padding; None after the last."""
         self._give_back()
         if not self._coming:
-            raise StopIteration
+            return None
         started_s = time.perf_counter()
         tile = self._coming.popleft()  # a ticket is waited for once, also where its reads fail
         self._used = tile.slab
@@ -128,19 +142,8 @@ class TileReader:
         self._store.unseal(rows, np.arange(tile.first, tile.first + tile.count), slots)
         self._store.streamed_s += time.perf_counter() - started_s
         self._store.streamed_bytes += slots.nbytes
-        return self._keys_values(tile)
-
-    def _keys_values(self, tile: _Tile) -> tuple[torch.Tensor, torch.Tensor]:
-        layout = self._store.layout
         raw = torch.from_numpy(tile.slab.array)[: tile.count * layout.slot_bytes].view(self._dtype)
-        rows = raw.view(tile.count, layout.slot_elements)
-        if loops.converts_here(rows.dtype, torch.float32, rows.device):
-            floats = self._memory.floats(tile.count * layout.group_elements)
-            keys, values = loops.gather(rows, np.arange(tile.count)[None], layout.group_shape, out=floats)[:, 0]
-            return keys, values
-        groups = rows[:, : layout.group_elements].unflatten(1, layout.group_shape)
-        keys, values = (groups[:, part].transpose(0, 1).flatten(1, 2) for part in (0, 1))
-        return keys, values
+        return raw.view(tile.count, layout.slot_elements)
 
     def _start_read(self) -> None:
         first, count = self._next, min(self._tile, self._groups - self._next)
