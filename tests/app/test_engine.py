@@ -13,6 +13,7 @@ import torch
 
 from kvswap.app.documents import Document
 from kvswap.app.engine import Engine, load
+from kvswap.app.prompt import render
 from kvswap.config import Config
 from kvswap.errors import ConfigError, InputError, MemoryBudgetError
 from kvswap.lab.rivals.registry import find
@@ -109,6 +110,29 @@ def test_template_that_rewrites_history_is_computed_anew(folder, select_all):
         list(engine.ask("What?", max_new_tokens=3))
         assert engine.stats.stored_tokens == 0
     assert "anew" in notices[0]
+
+
+DROPS_THINKING = (
+    "{% for m in messages %}<s>{{ m.role }}: "
+    "{{ m.content if loop.last or m.role == 'user' else m.content[3:] }}</s>{% endfor %}<s>assistant: "
+)
+
+
+@pytest.mark.parametrize("select_tokens", [6000, 100])
+def test_template_that_drops_thinking_keeps_the_shared_beginning(folder, select_all, select_tokens):
+    dropping, notices = load_model(str(folder)), list[str]()
+    dropping.tokenizer.chat_template = DROPS_THINKING
+    config = select_all.replace(select_tokens=select_tokens, recent_tokens=16)
+    with load(dropping, config, on_notice=notices.append) as engine:
+        for question in ("Who?", "What?", "And then?"):
+            list(engine.ask(question, [DOCUMENT] if question == "Who?" else [], max_new_tokens=9))
+            computed, ids = engine.stats.computed_tokens, engine.stats.token_ids
+        turns = engine._conversation.turns
+        assert computed < 120 and engine.stats.stored_tokens > len(DOCUMENT.text) - 100
+    assert "the first" in notices[0] and "stay" in notices[0]
+    if select_tokens == 6000:
+        text = render(dropping.tokenizer, turns[:2], turns[2].request)
+        assert ids == reference(dropping, prompt_ids(dropping, text), 9)
 
 
 def test_stats_have_every_number_and_are_json(loaded, tmp_path):

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvswap.core.attention import TiledAttention
 from kvswap.memory.lookup import Found, _find, find
 from kvswap.memory.slots import SlotPool
 from kvswap.native import array_loops, loops
@@ -52,6 +53,55 @@ def test_groups_are_gathered_in_the_order_asked_for() -> None:
     for beyond in (10, -1):
         with pytest.raises(ValueError, match="a slot that is not among the"):
             gathered(slots, [0, beyond])
+
+
+@pytest.mark.parametrize("grain", [1, 1 << 30])
+@pytest.mark.parametrize("shape", [(2, 3, 4, 64), (2, 2, 1, 20), (2, 1, 64, 24), (2, 2, 7, 33)])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_attention_to_groups_as_they_are_stored(dtype, shape, grain, monkeypatch) -> None:
+    """Tile by tile, from a beginning that was made in another way, with large logits: as near to float64 as torch."""
+    monkeypatch.setattr(loops, "GRAIN", grain)
+    _, heads, group_tokens, head_dim = shape
+    slots = (3 * noise(101, 2 * heads * group_tokens * head_dim + 8)).to(dtype)
+    query = 4 * noise(heads * 3, 2, head_dim)
+    ours, twin = (TiledAttention(query, heads, head_dim**-0.5) for _ in range(2))
+    for number, (first, stop) in enumerate(((0, 5), (5, 6), (6, 101))):
+        keys, values = gathered(slots, list(range(first, stop)), shape)
+        twin.add(keys, values)
+        if number == 0:
+            ours.add(keys, values)
+        else:
+            ours.add_groups(slots[first:stop], shape)
+    keys, values = gathered(slots, list(range(101)), shape).double()
+    logits = query.double().view(heads, 6, head_dim) @ keys.transpose(1, 2) * head_dim**-0.5
+    exact = (logits.softmax(-1) @ values).view(heads * 3, 2, head_dim).transpose(0, 1)
+    error, torch_error = ((each.result() - exact).abs().max() for each in (ours, twin))
+    assert error < 2 * torch_error + 2e-6
+    torch.testing.assert_close(ours.log_total, twin.log_total, rtol=1e-6, atol=1e-5)
+
+
+def test_attention_to_groups_takes_chosen_slots_and_refuses_others() -> None:
+    slots, index = noise(10, 2 * 3 * 4 * 8 + 16).half(), np.array([7, 0, 3])
+
+    def attended(slots: torch.Tensor, index: np.ndarray | None, query: torch.Tensor) -> torch.Tensor:
+        peak, total = torch.full((3, 2, 1), float("-inf")), torch.zeros(3, 2, 1)
+        output = torch.zeros(3, 2, 8)
+        loops.attend_groups(slots, index, SHAPE, query, peak, total, output)
+        return output / total
+
+    query = noise(3, 2, 8)
+    assert torch.equal(attended(slots, index, query), attended(slots[torch.from_numpy(index)], None, query))
+    slots[3, 5] = float("nan")
+    assert attended(slots, index, query)[0].isnan().all() and not attended(slots, index, query)[1:].isnan().any()
+    for wrong in (np.array([0, 10]), np.array([-1])):
+        with pytest.raises(ValueError, match="a slot that is not among the 10"):
+            attended(slots, wrong, query)
+    with pytest.raises(ValueError, match="too small"):
+        attended(slots[:, :100], None, query)
+    with pytest.raises(ValueError, match="query"):
+        attended(slots, None, query[:2])
+    with pytest.raises(ValueError, match="slots"):
+        attended(slots.float(), None, query)
 
 
 @pytest.mark.parametrize("grain", [1, 1 << 30])

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from kvswap.app.documents import Document, read_document
-from kvswap.app.prompt import Conversation, Request, check_length, make_request
+from kvswap.app.prompt import Conversation, Request, check_length, make_request, room_for_answer
 from kvswap.app.quality import QualityMeter
 from kvswap.app.stats import RunStats, blank_stats, latency_percentiles_ms, resolved_config, tokens_per_s
 from kvswap.config import Config
@@ -39,6 +39,7 @@ from kvswap.sessions.catalog import open_or_create_store
 from kvswap.sessions.commits import SessionStore
 from kvswap.sessions.quota import Limits
 from kvswap.sessions.session import Session
+from kvswap.sessions.sharing import common_tokens
 
 
 def load(
@@ -255,12 +256,19 @@ class Engine:
                 self._rollback()
 
     def _match_context(self, ids: list[int], continues: bool) -> None:
-        """See that what is stored is the beginning of the prompt ``ids``."""
+        """See that what is stored is the beginning of the prompt ``ids``: take back what is not."""
         if self._session is not None:
-            self._match_session(self._session, ids)
-        elif not continues and self._cache is not None and self._cache.get_seq_length():
-            self._notice("the chat template rewrites earlier turns, so the whole conversation is computed anew")
-            self._rollback()
+            return self._match_session(self._session, ids)
+        cache, why = self._cache, "the chat template rewrites earlier turns"
+        stored = cache.get_seq_length() if cache is not None and not continues else 0
+        kept = common_tokens(ids, self._conversation.ids[:stored])
+        if kept == stored:
+            return
+        if kept and isinstance(cache, KVSwapCache) and cache.can_truncate:
+            cache.truncate(kept)
+            return self._notice(f"{why}: of {stored:,} tokens the first {kept:,} stay, the rest is computed anew")
+        self._notice(f"{why}, so the whole conversation is computed anew")
+        self._rollback()
 
     def _match_session(self, session: Session, ids: list[int]) -> None:
         source = session.share_prefix(ids, self._conversation.to_json())
@@ -280,17 +288,10 @@ class Engine:
     def _fit(self, tokens: int, sampling: Sampling) -> Sampling:
         """Sampling with an answer that fits the model's context. Raises InputError where the prompt does not fit."""
         limit = context_limit(self._loaded.model)
-        if limit is None:
+        if limit is None or (room := room_for_answer(tokens, limit)) >= sampling.max_new_tokens:
             return sampling
-        if tokens > limit:
-            raise InputError(
-                f"the context has {tokens:,} tokens, {tokens - limit:,} more than the model's limit of {limit:,}",
-                hint="give fewer or shorter documents, or a model with a longer context",
-            )
-        room = limit - tokens + 1  # the last token is never computed with
-        if room < sampling.max_new_tokens:
-            self._notice(f"the model's limit of {limit:,} tokens leaves room for an answer of {room:,} tokens")
-        return replace(sampling, max_new_tokens=min(room, sampling.max_new_tokens))
+        self._notice(f"the model's limit of {limit:,} tokens leaves room for an answer of {room:,} tokens")
+        return replace(sampling, max_new_tokens=room)
 
     def _add_turn(self, request: Request, text: str, ids: list[int], answer_ids: list[int]) -> None:
         self._conversation.add(self._loaded.tokenizer, request, text, ids, answer_ids)
@@ -313,8 +314,8 @@ class Engine:
 
     def _read_conversation(self) -> None:
         """Take over the conversation that the session stores."""
-        assert self._session is not None
         session = self._session
+        assert session is not None
         self._conversation = Conversation.from_json(session.conversation, session.token_ids, session.store.label)
 
     # ---- the cache
@@ -324,8 +325,8 @@ class Engine:
         if self._session is not None:
             self._cache = self._session.cache
         else:
-            options: dict[str, Any] = {"on_progress": self._report, "on_notice": self._notice}
-            options |= {"tokenizer": self._loaded.tokenizer, "method": self.method}
+            tell: dict[str, Any] = {"on_progress": self._report, "on_notice": self._notice}
+            options = {"tokenizer": self._loaded.tokenizer, "method": self.method, **tell}
             self._cache = self._stack.enter_context(attach(self._loaded.model, self.config, **options))
         self._setup_s = time.perf_counter() - started_s
         self._calibration_s = self._cache.trace.calibration_s

@@ -78,6 +78,16 @@ def check_length(tokenizer: Any, request: Request, limit: int | None) -> None:
                 )
 
 
+def room_for_answer(tokens: int, limit: int) -> int:
+    """Tokens that an answer to ``tokens`` of prompt may have. Raises InputError where the prompt exceeds ``limit``."""
+    if tokens > limit:
+        raise InputError(
+            f"the context has {tokens:,} tokens, {tokens - limit:,} more than the model's limit of {limit:,}",
+            hint="give fewer or shorter documents, or a model with a longer context",
+        )
+    return limit - tokens + 1  # the last token is never computed with
+
+
 def render(tokenizer: Any, turns: Sequence[Turn], request: Request) -> str:
     """The text of the earlier turns and the new request, up to where the model answers, for ``encode``.
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch.nn import functional
 
+from kvswap.native import loops
+
 
 def chunk_attention(
     query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None, scaling: float
@@ -76,6 +78,16 @@ class TiledAttention:
         fresh = weights @ values.float()
         self._output = fresh if self._output is None else self._output * keep + fresh
         self._peak = peak
+
+    def add_groups(self, slots: torch.Tensor, shape: tuple[int, int, int, int]) -> None:
+        """Attend to a tile as it is stored: ``slots`` ``[n, slot_elements]`` are groups of ``shape`` with padding.
+
+        For few queries, where ``loops.attends_here``.
+        """
+        if self._output is None:
+            self._output = torch.zeros_like(self._query)
+        query = self._query = self._query.contiguous()
+        loops.attend_groups(slots, None, shape, query, self._peak, self._total, self._output)
 
     @property
     def log_total(self) -> torch.Tensor:

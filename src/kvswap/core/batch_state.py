@@ -19,7 +19,9 @@ from kvswap.disk.backend import ReadBackend
 from kvswap.memory.budget import OWNER_BYTES, MemoryNeeds, capacity_for
 from kvswap.memory.ledger import Ledger
 from kvswap.memory.slots import SlotPool
+from kvswap.native.arrays import IntArray
 from kvswap.selection.method import Method, Sketch, SketchMaker
+from kvswap.selection.sketch import LayerSketch
 from kvswap.selection.window import Step, Window
 from kvswap.store.groups import GroupStore
 from kvswap.store.layout import GroupLayout
@@ -113,6 +115,34 @@ class BatchState:
             if low < high:
                 cut = slice((low - first) * group_tokens, (high - first) * group_tokens)
                 self.pool.put_groups(layer, sequence, low, keys[:, cut], values[:, cut])
+
+    def truncate(self, tokens: IntArray) -> None:
+        """Go back to when each sequence had ``tokens`` ``[B]``, at least one: the groups after them are forgotten.
+
+        The rolling tail and the recent window of that time come from disk, where they are no longer in memory.
+        """
+        window = self.window
+        for layer, sketch in enumerate(self.sketches):
+            assert isinstance(sketch, LayerSketch)  # KVSwapCache.can_truncate
+            for sequence, count in enumerate(tokens.tolist()):
+                before, whole = int(self.flushed[layer, sequence]), count // window.group_tokens
+                current = (count - 1) // window.group_tokens
+                self.read_back(layer, sequence, window.ring_start(current), min(current + 1, before))
+                kept = self.flushed[layer, sequence] = min(before, whole)
+                sketch.truncate(sequence, kept * window.group_tokens)
+                self.pool.forget(layer, sequence, kept)
+        self.tokens[:] = tokens
+
+    def read_back(self, layer: int, sequence: int, first: int, end: int) -> None:
+        """Put groups ``[first, end)``, which are on disk and belong into pinned slots, there."""
+        if first >= end:
+            return
+        reader = self.store.read_tiles(layer, sequence, end, end - first, self.pool.dtypes[layer], first=first)
+        try:
+            for keys, values in reader:
+                self.pool.put_groups(layer, sequence, first, keys, values)
+        finally:
+            reader.close()
 
     def flush_ring(self, layer: int, step: Step) -> None:
         """Write and sketch the whole groups that wait in the ring, several at a time; layers take turns."""

@@ -30,8 +30,10 @@ from kvswap.errors import MemoryBudgetError, UnsupportedError
 from kvswap.memory.available import available_bytes
 from kvswap.memory.budget import PROMPT_PARTS, PrefillNeeds
 from kvswap.models.adapter import LayerParts, ModelParts
-from kvswap.models.masks import DeferredMask
+from kvswap.models.masks import DeferredMask, left_pads
 from kvswap.selection.method import Method, SketchMaker
+from kvswap.selection.sketch import LayerSketch
+from kvswap.store.layout import tile_groups
 from kvswap.units import format_bytes, format_parts
 
 _log = logging.getLogger("kvswap")
@@ -89,10 +91,9 @@ class KVSwapCache(LayerMajorCache):
         super().begin(hidden, mask)
         batch, tokens = hidden.shape[:2]
         padding = mask.padding
-        decoding = tokens == 1 and self._stored > 0
-        transient_bytes = 0 if decoding else self._check_memory(hidden)
+        transient_bytes = 0 if self._decoding else self._check_memory(hidden)
         if self._state is None:
-            self._pads = _left_pads(padding, batch, self._stored + tokens)
+            self._pads = left_pads(padding, batch, self._stored + tokens)
             self._state = self._open(batch, self._stored + tokens)
             self._decode = self._decode_type(self._state, self.parts)
         elif batch != self._state.batch:
@@ -100,7 +101,7 @@ class KVSwapCache(LayerMajorCache):
         elif padding is not None and not bool(padding[:, self._stored :].all()):
             raise UnsupportedError("padding after stored tokens", hint="continue sequences of a batch by equal lengths")
         assert self._decode is not None
-        if decoding:
+        if self._decoding:
             self._prefill = None
             self._decode.begin_step()
         else:
@@ -116,7 +117,7 @@ class KVSwapCache(LayerMajorCache):
         if part.index == 0 and not self._running:
             self._check_positions(kwargs.get("position_ids"))
         output = super().run_layer(part, forward, hidden, kwargs)
-        if self.after_prompt is not None and hidden.shape[1] > 1 and not self._running:
+        if self.after_prompt is not None and not self._decoding and not self._running:
             after_prompt, self.after_prompt = self.after_prompt, None
             after_prompt()
         return output
@@ -178,7 +179,7 @@ class KVSwapCache(LayerMajorCache):
     def adopt(self, source: FullCache) -> None:
         """Take over the prompt that ``source`` holds, as if this cache had computed it. Both unpadded, this one empty.
 
-        Prefill is exact, so that comparing methods takes one computation of each prompt.
+        Comparing methods takes one computation of each prompt then. It differs by the rounding of what is stored.
         """
         assert self._state is None, "a cache adopts a prompt once, before anything else"
         batch, _, tokens, _ = source.layers[self.parts.offloaded[0].index].keys.shape
@@ -191,7 +192,7 @@ class KVSwapCache(LayerMajorCache):
             if part.order is None:
                 self.layers[part.index] = copy.copy(layer)  # its tensors are replaced, never written to
             else:
-                prefill.extend(layer.keys, layer.values)
+                prefill.extend(part.order, layer.keys, layer.values)
                 prefill.finish(part.order)
         prefill.done()
         self.padded_tokens = tokens
@@ -199,7 +200,7 @@ class KVSwapCache(LayerMajorCache):
     def extend(self, order: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Take new K, V ``[B, H_kv, n, d]`` of one offloaded layer; see ``LayerOwner``."""
         if self._prefill is not None:
-            return self._prefill.extend(keys, values)
+            return self._prefill.extend(order, keys, values)
         assert self._decode is not None
         self._decode.put(order, keys, values)
         return keys, values
@@ -218,7 +219,7 @@ class KVSwapCache(LayerMajorCache):
         if (first != stored).any():
             raise UnsupportedError(
                 f"the input begins at position {int(first[0]):,}, but {int(stored[0]):,} tokens are stored",
-                hint="pass the stored tokens and new ones after them, or leave the attach block for another prompt",
+                hint="pass the stored tokens and new ones after them, or keep fewer with cache.truncate(tokens)",
             )
 
     def _check_memory(self, hidden: torch.Tensor) -> int:
@@ -236,7 +237,7 @@ class KVSwapCache(LayerMajorCache):
             key_elements=shape.kv_heads * shape.head_dim,
             itemsize_bytes=hidden.element_size(),
             eager=self.implementation == "eager",
-            stored=self._stored > 0,
+            tile_bytes=self._tile_bytes(tokens) if self._stored else 0,
             ropes=len({part.layer_type for part in self.parts.layers}),
             sliding_tokens=sum(min(tokens, each.get("sliding_window") or 0) for each in sliding),
         )
@@ -248,6 +249,12 @@ class KVSwapCache(LayerMajorCache):
                 hint="close other programs, shorten the context, or lower chunk_tokens",
             )
         return transient_bytes
+
+    def _tile_bytes(self, queries: int) -> int:
+        """Bytes that are read at a time of what is stored, for a prompt of ``queries`` tokens."""
+        group_tokens, shape = self.config.group_tokens, self._shape
+        slot_bytes = group_tokens * 2 * shape.kv_heads * shape.head_dim * shape.store_dtype.itemsize  # or a bit more
+        return tile_groups(slot_bytes, group_tokens, queries=queries) * slot_bytes
 
     def _open(self, batch: int, tokens: int) -> BatchState:
         binding = self._binding
@@ -271,6 +278,32 @@ class KVSwapCache(LayerMajorCache):
         parts, limit = format_parts(state.ledger.reserved), format_bytes(state.ledger.limit_bytes)
         _log.debug("plan for %d x %d tokens under %s: %s", batch, tokens, limit, parts)
         return state
+
+    # ---- going back
+
+    @property
+    def can_truncate(self) -> bool:
+        """Whether ``truncate`` works: not with sliding-window layers, in a session, or with most other methods."""
+        sketches = self._state.sketches if self._state is not None else []
+        own = self.method.slots is None and all(isinstance(each, LayerSketch) for each in sketches)
+        return own and self._binding is None and all(part.order is not None for part in self.parts.layers)
+
+    def truncate(self, tokens: int) -> None:
+        """Keep the first ``tokens`` tokens, padding included, as if no more had come; between forwards only.
+
+        So a prompt can be asked again, or one that begins alike. Raises UnsupportedError unless ``can_truncate``,
+        DiskError.
+        """
+        if tokens == self.padded_tokens:
+            return
+        if not 0 < tokens < self.padded_tokens or (tokens <= self._pads).any():
+            hint = "keep at least one token of every sequence"
+            raise UnsupportedError(f"truncating {self.padded_tokens:,} tokens to {tokens:,}", hint=hint)
+        if not self.can_truncate or self._running or self._state is None:
+            hint = "use Session.truncate" if self._binding else "leave the attach block and enter a new one"
+            raise UnsupportedError("truncating this cache", hint=hint)
+        self._state.truncate(tokens - self._pads)
+        self.padded_tokens = tokens
 
     # ---- a session
 
@@ -353,23 +386,12 @@ class KVSwapCache(LayerMajorCache):
 
     def close(self) -> None:
         """Drop the files and the memory; the cache is of no use afterwards."""
+        if self._prefill is not None:  # one that broke off may have reads in flight
+            self._prefill.close()
         if self._state is not None:
             self._state.close()
         else:
             self._backend.close()
-
-
-def _left_pads(padding: torch.Tensor | None, batch: int, tokens: int) -> NDArray[np.int64]:
-    """Padding tokens on the left of each sequence. Raises UnsupportedError for any other mask."""
-    if padding is None:
-        return np.zeros(batch, np.int64)
-    mask = padding[:, :tokens].cpu().numpy().astype(bool)
-    if mask.shape != (batch, tokens) or (np.diff(mask.astype(np.int8), axis=1) < 0).any():
-        raise UnsupportedError("padding that is not on the left", hint='set tokenizer.padding_side = "left"')
-    if not mask.any(axis=1).all():
-        raise UnsupportedError("a sequence of padding alone", hint="give every sequence at least one token")
-    pads: NDArray[np.int64] = tokens - mask.sum(axis=1, dtype=np.int64)
-    return pads
 
 
 def _bytes_in(layers: Sequence[Any]) -> int:

@@ -54,6 +54,20 @@ class LayerMajorCache(Cache):
         self._turn = threading.RLock()  # held while a layer runs; a failed commit after a prompt stops its own forward
         self._runner: threading.Thread | None = None  # is between two layers of a forward, or within one
         self._stopped = False
+        self._prompting = False  # what runs is a prompt, also where it has a single token
+        self._decoding = False  # the running forward is a decode step
+
+    @contextmanager
+    def prompt(self) -> Iterator[None]:
+        """Within the block every forward is (part of) a prompt, which is exact, also one of a single token.
+
+        ``generate`` enters it for its prompt. Elsewhere a single token behind stored ones is a decode step.
+        """
+        before, self._prompting = self._prompting, True
+        try:
+            yield
+        finally:
+            self._prompting = before
 
     # ---- one layer of a forward, called by the wrapper round each decoder layer
 
@@ -108,9 +122,10 @@ class LayerMajorCache(Cache):
                     hint="leave the attach block and enter a new one",
                 )
             self._stored = self.get_seq_length()
+            self._decoding = hidden.shape[1] == 1 and self._stored > 0 and not self._prompting
             self.begin(hidden, self._check_call(mask, kwargs))
             self._running = True
-        if hidden.shape[1] == 1 and self._stored:
+        if self._decoding:
             output = self.decode_layer(part, forward, hidden, kwargs)
         else:
             output = self._prefill_layer(part, forward, hidden, kwargs)
@@ -125,7 +140,7 @@ class LayerMajorCache(Cache):
 
     def end(self, tokens: int) -> None:
         """A forward is through all layers."""
-        if tokens > 1 or not self._stored:
+        if not self._decoding:
             self.trace.prefill_s += time.perf_counter() - self._started_s
 
     def leave(self, part: LayerParts) -> None:

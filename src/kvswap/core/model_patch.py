@@ -7,8 +7,9 @@ else gets the model's original attention and mask. ``core/attach.py`` opens the 
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -24,6 +25,7 @@ from kvswap.models.adapter import LayerParts, check_placement, inspect
 from kvswap.models.masks import NAME, defer_mask, resolve
 
 _MARK = "_kvswap_attachment"
+_PREFILL = "_prefill"  # the method by which ``generate`` computes its prompt
 
 
 class Attachment:
@@ -43,6 +45,9 @@ class Attachment:
         self._restore.append(partial(delattr, decoder, _MARK))
         for part in self.parts.layers:
             self._wrap(part)
+        for module in model.modules():
+            if hasattr(type(module), _PREFILL):
+                self._wrap_generate(module)
         self.parts.config._attn_implementation = NAME
         self._restore.append(partial(setattr, self.parts.config, "_attn_implementation", self.implementation))
 
@@ -63,11 +68,29 @@ class Attachment:
             part.attention.__dict__[_MARK] = self
             self._restore.append(partial(part.attention.__dict__.pop, _MARK))
 
+    def _wrap_generate(self, module: Any) -> None:
+        """Have the prompt of ``generate`` run as a prompt. All of it but one token may be stored already."""
+        prefill, had = getattr(module, _PREFILL), _PREFILL in module.__dict__
+        object.__setattr__(module, _PREFILL, partial(self._prefill, prefill))
+        undo = partial(object.__setattr__, module, _PREFILL, prefill) if had else None
+        self._restore.append(undo or partial(module.__dict__.pop, _PREFILL))
+
+    def _prefill(self, prefill: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        given = [each for each in (*args, *kwargs.values()) if isinstance(each, dict)]  # the arguments of forward
+        cache = self._cache_in(value for each in given for value in each.values())
+        with contextlib.nullcontext() if cache is None else cache.prompt():
+            return prefill(*args, **kwargs)
+
+    def _cache_in(self, values: Iterable[Any]) -> LayerMajorCache | None:
+        """Our cache among the arguments of a call; None where there is none, or one of another model."""
+        cache = next((each for each in values if isinstance(each, LayerMajorCache)), None)
+        return cache if cache is not None and cache.parts is self.parts else None
+
     def _forward(
         self, part: LayerParts, forward: Callable[..., Any], hidden_states: torch.Tensor, **kwargs: Any
     ) -> Any:
-        cache = next((each for each in kwargs.values() if isinstance(each, LayerMajorCache)), None)
-        if cache is None or cache.parts is not self.parts:
+        cache = self._cache_in(kwargs.values())
+        if cache is None:
             mask = resolve(kwargs.pop("attention_mask", None), self.implementation)
             return forward(hidden_states, attention_mask=mask, **kwargs)
         ours = _Call(cache, part) if part.order is not None else None

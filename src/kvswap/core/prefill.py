@@ -4,6 +4,9 @@
 at a time and nothing is read back. ``Prefill`` is what happens to that layer's K, V: exact attention chunk by chunk,
 then into the store (written behind), the sketch and the pinned slots. A prompt that is appended to a stored context
 attends to it exactly: the layer's stored K, V stream from disk in tiles, merged by log-sum-exp.
+
+Tokens of a prompt attend to K, V as they are stored, rounded to the store's dtype, whether these were computed a moment
+ago or come from disk. So it makes no difference how much of a prompt is stored, beyond the order of sums.
 """
 
 from __future__ import annotations
@@ -19,7 +22,9 @@ from kvswap.core.attention import TiledAttention, chunk_attention
 from kvswap.core.batch_state import BatchState
 from kvswap.errors import StorageError
 from kvswap.memory.budget import SKETCH_TILE_TOKENS
-from kvswap.store.layout import STREAM_TILE_TOKENS, tile_groups
+from kvswap.native import loops
+from kvswap.store.layout import FEW_QUERIES, STREAM_TILE_TOKENS, tile_groups
+from kvswap.store.tiles import TileMemory, TileReader
 from kvswap.terms import FLOAT16_MAX, ceil_div
 
 FLOAT16_SAFE = 30_000.0  # half of what float16 holds: decode may bring larger values than the prompt did
@@ -72,17 +77,35 @@ class Prefill:
         size = (2, state.batch, shape.kv_heads, tokens, shape.head_dim)
         self._kv = torch.empty(size, dtype=shape.dtype, device=shape.device)
         self._filled = 0
+        self._first = not state.tokens.any()  # its values decide the stored dtype of each layer, once
+        self._memory = TileMemory()
+        self._begun: dict[tuple[int, int], TileReader] = {}  # of layer and sequence
 
     @property
     def filled_tokens(self) -> int:
         """Padded tokens of the prompt that this layer has taken."""
         return self._filled
 
-    def extend(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Take a chunk's K, V ``[B, H_kv, n, d]``; returns this layer's K, V of the prompt so far, as views."""
+    def extend(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Take a chunk's K, V ``[B, H_kv, n, d]``; returns this layer's K, V of the prompt so far, as views.
+
+        They are rounded to what is stored. Raises StorageError where float16 was asked for and cannot hold them.
+        """
         start, stop = self._filled, self._filled + keys.shape[2]
-        self._kv[0, :, :, start:stop] = keys
-        self._kv[1, :, :, start:stop] = values
+        largest = _largest(keys, values) if self.state.shape.store_dtype.itemsize == 2 else 0.0
+        if self._first:
+            if start == 0:
+                self.state.pool.dtypes[layer] = self.state.shape.store_dtype
+            self._choose_dtype(layer, largest)
+        dtype = self.state.pool.dtypes[layer]
+        for part, new in enumerate((keys, values)):
+            if dtype == torch.float16 and largest > FLOAT16_MAX:
+                new = new.clamp(-FLOAT16_MAX, FLOAT16_MAX)
+            self._kv[part, :, :, start:stop] = new.to(dtype)
+        if dtype == torch.float16 and largest > FLOAT16_MAX:
+            _logger.warning(
+                "keys or values are beyond float16, in which this context is stored; they are cut to its end"
+            )
         self._filled = stop
         return self._kv[0, :, :, :stop], self._kv[1, :, :, :stop]
 
@@ -96,10 +119,6 @@ class Prefill:
     def finish(self, layer: int) -> None:
         """The layer is through: its K, V go to disk, into the sketch and into the pinned slots."""
         state = self.state
-        if not state.tokens.any():  # decided once: what is stored already is read as what it was stored
-            state.pool.dtypes[layer] = self._store_dtype()
-        if state.pool.dtypes[layer] == torch.float16:
-            self._clamp()
         for sequence in range(state.batch):
             first = int(state.flushed[layer, sequence])
             begin = first * state.window.group_tokens if self._recompute else int(self.pads[sequence])
@@ -119,9 +138,27 @@ class Prefill:
     def done(self) -> None:
         """All layers are through."""
         self.state.tokens += self.new_tokens
+        self.close()
+
+    def close(self) -> None:
+        """Wait for reads that nobody needs any more, and release their memory. May be called twice."""
+        while self._begun:
+            self._begun.popitem()[1].close()
+        self._memory.close()
 
     def _attend_stored(self, layer: int, sequence: int, query: torch.Tensor) -> torch.Tensor:
-        attention = attend_stored(self.state, layer, sequence, query, int(self.state.tokens[sequence]))
+        state, reader = self.state, self._begin(layer, sequence)
+        attention = TiledAttention(query, state.shape.kv_heads, state.shape.scaling)
+        packed = self._kv.shape[3] <= FEW_QUERIES and loops.attends_here(
+            state.pool.dtypes[layer], state.window.group_tokens, state.shape.device
+        )
+        while packed and (slots := reader.next_slots()) is not None:
+            self._begin_next(layer, sequence, reader)
+            attention.add_groups(slots, state.layout.group_shape)
+        for _, keys, values in stored_tiles(state, layer, sequence, int(state.tokens[sequence]), reader):
+            self._begin_next(layer, sequence, reader)
+            attention.add(keys, values)
+        del self._begun[layer, sequence]
         stop = self._filled
         positions = torch.arange(stop, device=query.device)
         causal = positions[None, :] <= positions[stop - query.shape[1] :, None]
@@ -130,31 +167,44 @@ class Prefill:
             attention.add(self._kv[0, sequence, :, cut], self._kv[1, sequence, :, cut], causal[:, cut])
         return attention.result()
 
-    def _clamp(self) -> None:
-        """Keep values within float16, which a later prompt or float16 arithmetic may exceed, as decode steps do."""
-        kv = self._kv[:, :, :, : self._filled]
-        low, high = torch.aminmax(kv)
-        if max(-float(low), float(high)) > FLOAT16_MAX:
-            _logger.warning(
-                "keys or values are beyond float16, in which this context is stored; they are cut to its end"
-            )
-            kv.clamp_(-FLOAT16_MAX, FLOAT16_MAX)
+    def _begin(self, layer: int, sequence: int) -> TileReader:
+        """The reader of what is stored of a layer and sequence, whose first reads are on their way."""
+        found = self._begun.get((layer, sequence))
+        if found is None:
+            slot_bytes, queries = self.state.layout.slot_bytes, self._kv.shape[3]
+            groups = tile_groups(slot_bytes, self.state.window.group_tokens, queries=queries)
+            found = self._begun[layer, sequence] = stored_reader(self.state, layer, sequence, groups, self._memory)
+            found.begin()
+        return found
 
-    def _store_dtype(self) -> torch.dtype:
-        """float16 unless values come near its end, then bfloat16 (when the choice is ours)."""
-        requested = self.state.shape.store_dtype
-        if requested != torch.float16:
-            return requested
-        low, high = torch.aminmax(self._kv[:, :, :, : self._filled])  # no copy, as abs() would be
-        largest = max(-float(low), float(high))
-        if largest < FLOAT16_SAFE:
-            return requested
-        if self.state.config.store_dtype == "float16":
+    def _begin_next(self, layer: int, sequence: int, reader: TileReader) -> None:
+        """Behind the last read of ``reader`` begin the next one: of a sequence, the next chunk or the next layer."""
+        if not reader.all_begun:
+            return
+        if sequence + 1 < self.state.batch:
+            following = layer, sequence + 1
+        else:
+            following = (layer if self._filled < self._kv.shape[3] else layer + 1), 0
+        if following[0] < self.state.shape.layers:
+            self._begin(*following)
+
+    def _choose_dtype(self, layer: int, largest: float) -> None:
+        """Store float16 unless values come near its end, then bfloat16 (when the choice is ours)."""
+        state = self.state
+        if state.shape.store_dtype != torch.float16 or largest < FLOAT16_SAFE:
+            return
+        if state.config.store_dtype == "float16":
             raise StorageError(
                 f"store_dtype float16: a key or value reaches {largest:.0f}, too near the end of float16",
                 hint='use store_dtype="bfloat16" or "auto"',
             )
-        return torch.bfloat16
+        state.pool.dtypes[layer] = torch.bfloat16
+
+
+def _largest(*tensors: torch.Tensor) -> float:
+    """The largest magnitude in any of the tensors; without a copy, as abs() would make."""
+    ends = [float(end) for each in tensors for end in torch.aminmax(each)]
+    return max(map(abs, ends))
 
 
 def attend_stored(state: BatchState, layer: int, sequence: int, query: torch.Tensor, tokens: int) -> TiledAttention:
@@ -165,20 +215,34 @@ def attend_stored(state: BatchState, layer: int, sequence: int, query: torch.Ten
     return attention
 
 
+def stored_reader(
+    state: BatchState, layer: int, sequence: int, tile_groups: int, memory: TileMemory | None = None
+) -> TileReader:
+    """A reader of all groups that are on disk."""
+    groups, dtype = int(state.flushed[layer, sequence]), state.pool.dtypes[layer]
+    return state.store.read_tiles(layer, sequence, groups, tile_groups, dtype, memory=memory)
+
+
 def stored_tiles(
-    state: BatchState, layer: int, sequence: int, tokens: int
+    state: BatchState, layer: int, sequence: int, tokens: int, reader: TileReader | None = None
 ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
-    """The first ``tokens`` stored tokens in order: first token, K and V ``[H_kv, n, d]``, valid until the next tile."""
-    group_tokens, start = state.window.group_tokens, 0
-    flushed = int(state.flushed[layer, sequence])
-    reader = state.store.read_tiles(layer, sequence, flushed, tile_groups(group_tokens), state.pool.dtypes[layer])
+    """The first ``tokens`` stored tokens in order: first token, K and V ``[H_kv, n, d]``, valid until the next tile.
+
+    ``reader`` may have begun already, and groups that it has given stay out; it is closed at the end.
+    """
+    window, flushed = state.window, int(state.flushed[layer, sequence])
+    if reader is None:
+        groups = tile_groups(state.layout.slot_bytes, window.group_tokens)
+        reader = stored_reader(state, layer, sequence, groups)
+    start = 0
     try:
         for keys, values in reader:
             yield start, keys, values
             start += keys.shape[1]
     finally:
         reader.close()
-    waiting = tokens - start
-    if waiting > 0:
-        head = state.pool.read_pinned(layer, sequence, flushed, ceil_div(waiting, group_tokens))[:, :, :waiting]
+    start = flushed * window.group_tokens
+    if tokens > start:
+        groups = ceil_div(tokens - start, window.group_tokens)
+        head = state.pool.read_pinned(layer, sequence, flushed, groups)[:, :, : tokens - start]
         yield start, head[0], head[1]

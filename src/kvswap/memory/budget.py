@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from kvswap.errors import MemoryBudgetError
 from kvswap.selection.window import Window
 from kvswap.store.layout import STREAM_TILE_TOKENS
+from kvswap.store.tiles import TileMemory
 from kvswap.terms import ceil_div, round_up
 from kvswap.units import KIB, format_bytes, format_parts, parse_bytes
 
@@ -163,8 +164,8 @@ class PrefillNeeds:
         The longest chunk.
     eager
         Whether attention weights are computed, in float32.
-    stored
-        Whether the prompt is appended to a context, which is streamed in tiles.
+    tile_bytes
+        The size of a tile where the prompt is appended to a context, which is streamed in tiles; else 0.
     ropes
         How many kinds of RoPE the layers have (Gemma 3 has two).
     sliding_tokens
@@ -181,7 +182,7 @@ class PrefillNeeds:
     key_elements: int
     itemsize_bytes: int
     eager: bool = False
-    stored: bool = False
+    tile_bytes: int = 0
     ropes: int = 1
     sliding_tokens: int = 0
 
@@ -203,8 +204,9 @@ class PrefillNeeds:
         """Attention that makes weights, beside queries and output: logits and what they become are there at once."""
         states = self.batch * self.chunk_tokens * 2 * (self.query_elements + self.hidden_elements)
         rows = self.query_heads * self.chunk_tokens
-        if self.stored:  # tile by tile and one sequence at a time, in float32
-            return states * self.itemsize_bytes + rows * (2 * STREAM_TILE_TOKENS + 3 * self._head_dim) * 4
+        if self.tile_bytes:  # tile by tile and one sequence at a time, in float32
+            tiles = TileMemory.SLABS * self.tile_bytes + 2 * self.tile_bytes  # as they are read, and one as float32
+            return states * self.itemsize_bytes + rows * (2 * STREAM_TILE_TOKENS + 3 * self._head_dim) * 4 + tiles
         if self.eager:  # K and V are repeated for all heads of queries
             repeated = 2 * self.batch * self.tokens * self.query_elements
             return (states + repeated) * self.itemsize_bytes + 2 * self.batch * rows * self.tokens * 4
@@ -213,7 +215,7 @@ class PrefillNeeds:
     def _finish_bytes(self, keys_values_bytes: int) -> int:
         """A tile on its way into the sketch, as rows and up to four times projected; tokens that waited before it."""
         tile = min(self.tokens, SKETCH_TILE_TOKENS) * 4 * self.key_elements * 4
-        return tile + (keys_values_bytes // self.batch if self.stored else 0)
+        return tile + (keys_values_bytes // self.batch if self.tile_bytes else 0)
 
     def _mask_bytes(self) -> int:
         """All chunks but the first share one band; a prompt of one chunk needs none."""

@@ -177,6 +177,13 @@ class SlotPool:
 
     # ---- reuse
 
+    def forget(self, layer: int, sequence: int, first: int) -> None:
+        """Free the reuse slots of groups from ``first`` on, which are going to be written anew."""
+        row = self.table[layer * self.batch + sequence, first:]
+        slots = row[row >= 0] - self.reuse_start
+        self.owner[slots], self.worth[slots] = -1, -1
+        row[:] = -1
+
     def lookup(self, layer: int, sequences: IntArray, groups: IntArray) -> IntArray:
         """Slot of each group, or -1 where it must be read. Hits gain worth, the rest of the layer decays."""
         rows = layer * self.batch + sequences

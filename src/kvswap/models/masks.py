@@ -10,8 +10,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
+
+from kvswap.errors import UnsupportedError
 
 NAME = "kvswap"
 
@@ -93,3 +97,16 @@ def _mask_function(implementation: str) -> Any:
 
 def _no_mask(**_: Any) -> None:
     """What transformers does for attention functions that have no mask function."""
+
+
+def left_pads(padding: torch.Tensor | None, batch: int, tokens: int) -> NDArray[np.int64]:
+    """Padding tokens on the left of each sequence. Raises UnsupportedError for any other mask."""
+    if padding is None:
+        return np.zeros(batch, np.int64)
+    mask = padding[:, :tokens].cpu().numpy().astype(bool)
+    if mask.shape != (batch, tokens) or (np.diff(mask.astype(np.int8), axis=1) < 0).any():
+        raise UnsupportedError("padding that is not on the left", hint='set tokenizer.padding_side = "left"')
+    if not mask.any(axis=1).all():
+        raise UnsupportedError("a sequence of padding alone", hint="give every sequence at least one token")
+    pads: NDArray[np.int64] = tokens - mask.sum(axis=1, dtype=np.int64)
+    return pads

@@ -19,6 +19,8 @@ from kvswap.native.threads import threaded_library
 SCORE_TILE_TOKENS = 64
 """Tokens whose codes lie together and are scored together; ``kernels.c`` has the same."""
 MAX_CODE_BITS = 4
+ATTEND_BLOCK_TOKENS = 64
+"""Most tokens of a group that ``attend_groups`` takes; ``tiles.c`` has the same."""
 COARSE_ROWS = 32
 GRAIN = 32768
 """Logits or elements from which a loop is shared out to threads: about ten microseconds of work, as in PyTorch."""
@@ -171,7 +173,9 @@ def converts_here(stored: torch.dtype, computed: torch.dtype, device: torch.devi
     return known and device.type == "cpu" and available()
 
 
-def gather(slots: torch.Tensor, index: NDArray[np.int64], shape: tuple[int, int, int, int]) -> torch.Tensor:
+def gather(
+    slots: torch.Tensor, index: NDArray[np.int64], shape: tuple[int, int, int, int], out: torch.Tensor | None = None
+) -> torch.Tensor:
     """Groups in slots as K, V in order of tokens, ``[2, B, H_kv, n * G, d]`` float32.
 
     Shared out to the threads that PyTorch uses.
@@ -184,6 +188,8 @@ def gather(slots: torch.Tensor, index: NDArray[np.int64], shape: tuple[int, int,
         ``[B, n]``: slots to take, in order.
     shape
         ``(2, H_kv, G, d)`` of a group, which its slot begins with.
+    out
+        Contiguous float32 for all elements, which the result is a view of; None takes new memory.
     """
     compiled = threaded_library()
     _, heads, group_tokens, head_dim = shape
@@ -191,7 +197,10 @@ def gather(slots: torch.Tensor, index: NDArray[np.int64], shape: tuple[int, int,
     if slots.stride(1) != 1 or 2 * heads * group_tokens * head_dim > slots.shape[1]:
         raise ValueError(f"slots {tuple(slots.shape)} do not hold groups {shape}")
     index = np.ascontiguousarray(index, np.int64)
-    result = torch.empty(2, batch, heads, count * group_tokens, head_dim)
+    size = (2, batch, heads, count * group_tokens, head_dim)
+    if out is not None and (out.dtype != torch.float32 or out.device.type != "cpu" or not out.is_contiguous()):
+        raise ValueError(f"memory for the result is {out.dtype} on {out.device}, which must be contiguous float32")
+    result = torch.empty(size) if out is None else out.view(size)
     known = compiled.kvswap_gather(
         slots.data_ptr(),
         len(slots),
@@ -208,6 +217,76 @@ def gather(slots: torch.Tensor, index: NDArray[np.int64], shape: tuple[int, int,
     if not known:
         raise ValueError(f"a slot that is not among the {len(slots)}")
     return result
+
+
+def attends_here(stored: torch.dtype, group_tokens: int, device: torch.device) -> bool:
+    """Whether ``attend_groups`` can attend to groups that are stored so."""
+    return converts_here(stored, torch.float32, device) and group_tokens <= ATTEND_BLOCK_TOKENS
+
+
+def attend_groups(
+    slots: torch.Tensor,
+    index: NDArray[np.int64] | None,
+    shape: tuple[int, int, int, int],
+    query: torch.Tensor,
+    peak: torch.Tensor,
+    total: torch.Tensor,
+    output: torch.Tensor,
+) -> None:
+    """Add the tokens of whole groups, as they are stored, to an attention that is on its way, in place.
+
+    For few queries: with many, products of whole matrices are faster. Shared out to the threads that PyTorch uses.
+
+    Parameters
+    ----------
+    slots, shape
+        As for ``gather``.
+    index
+        ``[n]``: slots to take, in any order; None takes all.
+    query
+        ``[H_kv, rows, d]`` float32, scaled.
+    peak, total, output
+        ``[H_kv, rows, 1]`` twice and ``[H_kv, rows, d]`` float32: the largest logit so far, the sum of exponentials
+        against it, and that of exponentials times values; -inf, 0 and 0 before the first tokens.
+    """
+    compiled = threaded_library()
+    _, heads, group_tokens, head_dim = shape
+    rows = query.shape[1]
+    states = {"query": (query, head_dim), "peak": (peak, 1), "total": (total, 1), "output": (output, head_dim)}
+    for name, (each, width) in states.items():
+        if each.shape != (heads, rows, width) or each.dtype != torch.float32 or not each.is_contiguous():
+            raise ValueError(f"{name} {tuple(each.shape)} {each.dtype} for groups {shape} and {rows} rows")
+    if slots.stride(1) != 1 or slots.dtype not in (torch.float16, torch.bfloat16):
+        raise ValueError(f"slots {tuple(slots.shape)} {slots.dtype}")
+    if 2 * heads * group_tokens * head_dim > slots.shape[1]:
+        raise ValueError(f"slots {tuple(slots.shape)} are too small for groups {shape}")
+    if index is not None:
+        index = np.ascontiguousarray(index, np.int64)
+    count = len(slots) if index is None else len(index)
+    workers = _workers(count * rows * heads * group_tokens)
+    scratch = torch.empty(compiled.kvswap_attending_floats(heads, rows, head_dim, workers))
+    known = compiled.kvswap_attend_groups(
+        slots.data_ptr(),
+        len(slots),
+        slots.stride(0),
+        None if index is None else index.ctypes.data,
+        count,
+        heads,
+        group_tokens,
+        head_dim,
+        int(slots.dtype == torch.bfloat16),
+        query.data_ptr(),
+        rows,
+        workers,
+        scratch.data_ptr(),
+        peak.data_ptr(),
+        total.data_ptr(),
+        output.data_ptr(),
+    )
+    if not known:
+        raise ValueError(
+            f"a slot that is not among the {len(slots)}, or groups of more than {ATTEND_BLOCK_TOKENS} tokens"
+        )
 
 
 def put_tokens(

@@ -72,6 +72,10 @@ class LayerSketch:
         self._codes.put(sequence, start, (packed << shifts).sum(0, dtype=torch.uint8))
         self.tokens[sequence] = stop
 
+    def truncate(self, sequence: int, tokens: int) -> None:
+        """Keep the first ``tokens`` tokens of one sequence."""
+        self.tokens[sequence] = tokens
+
     @staticmethod
     def matrices(basis: Basis) -> tuple[torch.Tensor, torch.Tensor]:
         """The matrices that project keys and queries, ``[D, R]`` each."""

@@ -287,13 +287,7 @@ def _pin(state: BatchState, layer: int, stored: CheckpointContents) -> None:
     window, flushed, dtype = state.window, stored.flushed[layer], state.pool.dtypes[layer]
     ring = window.ring_start((stored.tokens - 1) // window.group_tokens)
     for low, high in ((0, min(window.sink_groups, flushed)), (ring, flushed)):
-        if low < high:
-            reader = state.store.read_tiles(layer, 0, high, high - low, dtype, first=low)
-            try:
-                for keys, values in reader:
-                    state.pool.put_groups(layer, 0, low, keys, values)
-            finally:
-                reader.close()
+        state.read_back(layer, 0, low, high)
     waiting = stored.tail[f"waiting-{layer}"]
     if waiting.size:
         shape = (2, state.shape.kv_heads, -1, state.shape.head_dim)

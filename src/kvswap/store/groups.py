@@ -9,20 +9,16 @@ other one.
 
 from __future__ import annotations
 
-import contextlib
-import time
-
 import numpy as np
 import torch
 
 from kvswap.disk.backend import ReadBackend
-from kvswap.disk.slab import Slab
 from kvswap.disk.write_behind import WriteBehind
 from kvswap.errors import DiskError
-from kvswap.native import loops
 from kvswap.native.arrays import ByteArray, IntArray
 from kvswap.store.layout import GroupLayout
 from kvswap.store.segments import Segments
+from kvswap.store.tiles import TileMemory, TileReader
 
 
 class GroupStore:
@@ -85,10 +81,17 @@ class GroupStore:
         """
 
     def read_tiles(
-        self, layer: int, sequence: int, groups: int, tile_groups: int, dtype: torch.dtype, first: int = 0
+        self,
+        layer: int,
+        sequence: int,
+        groups: int,
+        tile_groups: int,
+        dtype: torch.dtype,
+        first: int = 0,
+        memory: TileMemory | None = None,
     ) -> TileReader:
-        """Stream groups ``[first, groups)`` of one sequence in order."""
-        return TileReader(self, self.row(layer, sequence), first, groups, tile_groups, dtype)
+        """Stream groups ``[first, groups)`` of one sequence in order, through buffers of its own or of ``memory``."""
+        return TileReader(self, self.row(layer, sequence), first, groups, tile_groups, dtype, memory)
 
     def close(self) -> None:
         """Stop the writer and close the files, also after an error."""
@@ -129,65 +132,3 @@ class GroupStore:
         groups = slots[:, : layout.group_elements].unflatten(1, layout.group_shape)
         for part, source in enumerate((keys, values)):
             groups[:, part].copy_(source.unflatten(1, (-1, layout.geometry.group_tokens)).transpose(0, 1))
-
-
-class TileReader:
-    """Iterator over ``(K, V)`` tiles ``[H_kv, n, d]`` of one sequence; the next tile is read while one is in use."""
-
-    def __init__(
-        self, store: GroupStore, row: int, first: int, groups: int, tile_groups: int, dtype: torch.dtype
-    ) -> None:
-        self._store, self._row, self._tile, self._dtype = store, row, tile_groups, dtype
-        self._first, self._groups = first, groups
-        self._ticket: int | None = None
-        self._slabs = [Slab(tile_groups * store.layout.slot_bytes) for _ in range(2)]
-
-    def __iter__(self) -> TileReader:
-        self._next = self._first
-        self._start_read()
-        return self
-
-    def __next__(self) -> tuple[torch.Tensor, torch.Tensor]:
-        if self._ticket is None:
-            raise StopIteration
-        started_s = time.perf_counter()
-        ticket, self._ticket = self._ticket, None  # a ticket is waited for once, also where its reads fail
-        self._store.backend.wait(ticket)
-        first = self._next
-        count = min(self._tile, self._groups - first)
-        slab = self._slabs[(first - self._first) // self._tile % 2]
-        self._next += count
-        self._start_read()
-        layout = self._store.layout
-        slots = slab.array[: count * layout.slot_bytes].reshape(count, -1)
-        self._store.unseal(np.full(count, self._row, np.int64), np.arange(first, first + count), slots)
-        self._store.streamed_s += time.perf_counter() - started_s
-        self._store.streamed_bytes += slots.nbytes
-        raw = torch.from_numpy(slab.array)[: count * layout.slot_bytes].view(self._dtype)
-        rows = raw.view(count, layout.slot_elements)
-        if loops.converts_here(rows.dtype, torch.float32, rows.device):
-            keys, values = loops.gather(rows, np.arange(count)[None], layout.group_shape)[:, 0]
-            return keys, values
-        groups = rows[:, : layout.group_elements].unflatten(1, layout.group_shape)
-        keys, values = (groups[:, part].transpose(0, 1).flatten(1, 2) for part in (0, 1))
-        return keys, values
-
-    def _start_read(self) -> None:
-        count = min(self._tile, self._groups - self._next)
-        if count <= 0:
-            self._ticket = None
-            return
-        slab = self._slabs[(self._next - self._first) // self._tile % 2]
-        one = np.ones(1, np.int64)
-        self._ticket = self._store.submit(one * self._row, one * self._next, one * count, one * slab.address)
-
-    def close(self) -> None:
-        """Wait for a read in flight, whose bytes nobody needs any more, then release the tiles."""
-        ticket, self._ticket = self._ticket, None
-        try:
-            if ticket is not None:
-                with contextlib.suppress(DiskError):
-                    self._store.backend.wait(ticket)
-        finally:
-            for slab in self._slabs:
-                slab.close()

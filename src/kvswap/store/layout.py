@@ -14,12 +14,16 @@ from kvswap.terms import KVGeometry, round_up
 FILE_GROWTH_BYTES = 4 << 20
 FINE_GROWTH_BYTES = 128 << 10
 STREAM_TILE_TOKENS = 1024
-"""Tokens that are read at a time when all K, V of a layer are streamed."""
+"""Tokens that many queries attend to at a time when all K, V of a layer are streamed: their logits are in memory."""
+STREAM_TILE_BYTES = 2 << 20
+"""What is read at a time for few queries, whose logits take no room. Disks are slower at smaller reads."""
+FEW_QUERIES = 8
 
 
-def tile_groups(group_tokens: int) -> int:
-    """Groups in one tile, when all K, V of a layer are streamed."""
-    return max(1, STREAM_TILE_TOKENS // group_tokens)
+def tile_groups(slot_bytes: int, group_tokens: int, *, queries: int = FEW_QUERIES + 1) -> int:
+    """Groups in one tile for ``queries`` tokens, when all K, V of a layer are streamed."""
+    few, many = STREAM_TILE_BYTES // slot_bytes, STREAM_TILE_TOKENS // group_tokens
+    return max(1, few if queries <= FEW_QUERIES else many)
 
 
 @dataclass(frozen=True, slots=True)

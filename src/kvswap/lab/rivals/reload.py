@@ -1,8 +1,8 @@
 """FlexGen's way with a cache on disk (arXiv 2303.06865): each layer's whole K, V pass through memory at every step.
 
-Pieces of 1,024 tokens are read in order, the next one while one is attended to, and merged exactly. Nothing is selected
-and nothing but two pieces is held. FlexGen also begins the next layer's reads before this one ends; with the disk busy
-all the time that changes nothing.
+Pieces of 1,024 tokens are read in order, the next two while one is attended to, and merged exactly. Nothing is
+selected and nothing but three pieces is held. FlexGen also begins the next layer's reads before this one ends; with the
+disk busy all the time that changes nothing.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from kvswap.lab.rivals.parts.slots import NoReuse
 from kvswap.lab.rivals.window import makers, never, window_without_selection
 from kvswap.selection.method import Method
 from kvswap.store.layout import tile_groups
+from kvswap.store.tiles import READ_AHEAD
 
 
 def method() -> Method:
@@ -23,7 +24,11 @@ def method() -> Method:
         score=never,
         decode=Streaming,
         slots=NoReuse,
-        extra_scratch_bytes=lambda group_tokens, slot_bytes: 2 * tile_groups(group_tokens) * slot_bytes,
+        extra_scratch_bytes=_tiles_bytes,
         calibrated=False,
         window=window_without_selection,
     )
+
+
+def _tiles_bytes(group_tokens: int, slot_bytes: int) -> int:
+    return (READ_AHEAD + 1) * tile_groups(slot_bytes, group_tokens) * slot_bytes
