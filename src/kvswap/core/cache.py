@@ -91,6 +91,9 @@ class KVSwapCache(LayerMajorCache):
         padding = mask.padding
         decoding = tokens == 1 and self._stored > 0
         transient_bytes = 0 if decoding else self._check_memory(hidden)
+        if self._state is not None and not decoding and self.config.kv_memory != "auto":
+            limit_bytes = self._state.ledger.limit_bytes
+            self._state.needs.check_answer(limit_bytes, self._stored + tokens, self.answer_tokens)
         if self._state is None:
             self._pads = _left_pads(padding, batch, self._stored + tokens)
             self._state = self._open(batch, self._stored + tokens)
@@ -108,7 +111,10 @@ class KVSwapCache(LayerMajorCache):
             store.streamed_bytes, store.streamed_s = 0, 0.0
             self._prefill = Prefill(self._state, tokens, pads, recompute=self._recomputing)
             reserved, filled = self._state.ledger.reserved, self._stored or self._recomputing
-            lasting_bytes = sum(reserved.values() if filled else (reserved[part] for part in PROMPT_PARTS))
+            lasting_bytes = sum(reserved.values())
+            if not filled:
+                slots_bytes = min(reserved["slots"], self._state.needs.groups_bytes(tokens))
+                lasting_bytes = sum(reserved[part] for part in PROMPT_PARTS) + slots_bytes
             self.trace.prefill_peak_bytes = max(self.trace.prefill_peak_bytes, transient_bytes + lasting_bytes)
 
     def run_layer(self, part: LayerParts, forward: LayerForward, hidden: torch.Tensor, kwargs: dict[str, Any]) -> Any:
@@ -265,6 +271,7 @@ class KVSwapCache(LayerMajorCache):
             check_space=self._check_space,
             files=binding.files(self._backend, self._shape.layers) if binding else None,
             alignment_bytes=binding.alignment_bytes if binding else 0,
+            answer_tokens=self.answer_tokens,
         )
         if binding is not None:
             binding.restore(state)

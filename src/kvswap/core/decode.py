@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from kvswap.core.batch_state import BatchState
+from kvswap.core.batch_state import BatchState, not_finite
 from kvswap.core.query_prediction import QueryPredictor
-from kvswap.errors import DamagedError, DiskError
+from kvswap.errors import DiskError
 from kvswap.memory.lookup import Found, find
 from kvswap.models.adapter import LayerParts, ModelParts
 from kvswap.native.arrays import BoolArray, IntArray
@@ -172,10 +172,7 @@ class Decode:
             assert query is not None
             scores = state.method.score(state.sketches[layer], query, state.shape.scaling, state.window.group_tokens)
             if math.isnan(float(scores[:, first : int(max(step.ends))].sum())):  # NaN compares with nothing
-                raise DamagedError(
-                    f"layer {layer}: keys or the query are not finite, so no group can be chosen",
-                    hint="check the model in its own dtype, or store_dtype, and begin the context anew",
-                )
+                raise not_finite(layer, "keys or the query are not finite, so no group can be chosen")
             groups = top_groups(scores, first, step.ends, count).cpu().numpy()
         if step.fewest_candidates >= groups.shape[1]:  # every sequence has as many
             return groups, None

@@ -47,6 +47,8 @@ class LayerMajorCache(Cache):
         super().__init__(layers=layers)
         self.parts, self.implementation, self.chunk_tokens = parts, implementation, chunk_tokens
         self.trace = Trace()
+        self.answer_tokens = 0
+        """Longest answer that is going to follow, where the caller knows: a prompt is refused if the two do not fit."""
         self._on_progress = on_progress
         self._started_s = 0.0
         self._running = False

@@ -9,16 +9,18 @@ attends to it exactly: the layer's stored K, V stream from disk in tiles, merged
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Generator, Iterator
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from kvswap.core.attention import TiledAttention, chunk_attention
-from kvswap.core.batch_state import BatchState
+from kvswap.core.batch_state import BatchState, not_finite
 from kvswap.errors import StorageError
 from kvswap.memory.budget import SKETCH_TILE_TOKENS
+from kvswap.native.arrays import IntArray
 from kvswap.store.layout import STREAM_TILE_TOKENS, tile_groups
 from kvswap.terms import FLOAT16_MAX, ceil_div
 
@@ -91,7 +93,10 @@ class Prefill:
         keys, values = self._kv[0, :, :, : self._filled], self._kv[1, :, :, : self._filled]
         if not self.appending:
             return chunk_attention(query, keys, values, mask, self.state.shape.scaling)
-        return torch.stack([self._attend_stored(layer, b, query[b]) for b in range(len(query))]).to(query.dtype)
+        output = torch.stack([self._attend_stored(layer, b, query[b]) for b in range(len(query))])
+        if not math.isfinite(float(output.sum())):
+            raise not_finite(layer, "keys, values or queries are not finite, so nothing can be appended")
+        return output.to(query.dtype)
 
     def finish(self, layer: int) -> None:
         """The layer is through: its K, V go to disk, into the sketch and into the pinned slots."""
@@ -114,6 +119,8 @@ class Prefill:
             for start in range(0, keys.shape[1], tile):
                 cut = slice(start, start + tile)
                 state.append(layer, sequence, keys[:, cut], values[:, cut])
+            if not self._recompute:  # what was computed again may differ in its last bits from what is on disk
+                state.pool.keep(layer, sequence, first, keys, values, most=state.pool.share(layer))
         self._filled = 0
 
     def done(self) -> None:
@@ -147,7 +154,7 @@ class Prefill:
             return requested
         low, high = torch.aminmax(self._kv[:, :, :, : self._filled])  # no copy, as abs() would be
         largest = max(-float(low), float(high))
-        if largest < FLOAT16_SAFE:
+        if not largest >= FLOAT16_SAFE:  # NaN, too: it is found when it is pinned
             return requested
         if self.state.config.store_dtype == "float16":
             raise StorageError(
@@ -168,17 +175,46 @@ def attend_stored(state: BatchState, layer: int, sequence: int, query: torch.Ten
 def stored_tiles(
     state: BatchState, layer: int, sequence: int, tokens: int
 ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
-    """The first ``tokens`` stored tokens in order: first token, K and V ``[H_kv, n, d]``, valid until the next tile."""
+    """The first ``tokens`` stored tokens in order: first token, K and V ``[H_kv, n, d]``, valid until the next tile.
+
+    Nothing is read where all of them are in memory. What is read is kept in slots that are free.
+    """
     group_tokens, start = state.window.group_tokens, 0
     flushed = int(state.flushed[layer, sequence])
-    reader = state.store.read_tiles(layer, sequence, flushed, tile_groups(group_tokens), state.pool.dtypes[layer])
+    slots = state.resident(layer, sequence, tokens)
+    tiles = _read_tiles(state, layer, sequence, flushed) if slots is None else _tiles_in_memory(state, layer, slots)
     try:
-        for keys, values in reader:
+        for keys, values in tiles:
             yield start, keys, values
             start += keys.shape[1]
     finally:
-        reader.close()
+        tiles.close()
     waiting = tokens - start
     if waiting > 0:
         head = state.pool.read_pinned(layer, sequence, flushed, ceil_div(waiting, group_tokens))[:, :, :waiting]
         yield start, head[0], head[1]
+
+
+def _read_tiles(
+    state: BatchState, layer: int, sequence: int, groups: int
+) -> Generator[tuple[torch.Tensor, torch.Tensor]]:
+    """K, V ``[H_kv, n, d]`` of the first ``groups`` from disk, on the device of the model."""
+    group_tokens, pool = state.window.group_tokens, state.pool
+    reader = state.store.read_tiles(layer, sequence, groups, tile_groups(group_tokens), pool.dtypes[layer])
+    first = 0
+    try:
+        for keys, values in reader:
+            keys, values = keys.to(state.shape.device), values.to(state.shape.device)
+            yield keys, values
+            pool.keep(layer, sequence, first, keys, values, most=pool.share(layer))
+            first += keys.shape[1] // group_tokens
+    finally:
+        reader.close()
+
+
+def _tiles_in_memory(state: BatchState, layer: int, slots: IntArray) -> Generator[tuple[torch.Tensor, torch.Tensor]]:
+    """K, V of groups that are in ``slots``, in the same tiles as from disk."""
+    step = tile_groups(state.window.group_tokens)
+    for start in range(0, len(slots), step):
+        keys, values = state.pool.gather(layer, slots[None, start : start + step], torch.float32)[:, 0]
+        yield keys, values

@@ -12,6 +12,8 @@ pinned host memory, and ``publish`` copies the groups over on a side stream.
 Replacement: a slot's worth is one right after its group was selected, and decays each time its own layer selects
 without it. A group that was read replaces only a slot of less worth. Plain recency would fail: layers are visited in a
 cycle, so the least recently used group is the one needed soonest. Worth is compared as of each layer's own last visit.
+Groups that are written, or streamed for a prompt, go into slots that are still free, with worth zero: while everything
+fits, nothing is read in a decode step.
 Not thread-safe: one thread, the one that runs the model.
 """
 
@@ -38,11 +40,14 @@ class SlotPool:
     """Memory for groups of ``layers`` x ``batch`` sequences.
 
     ``dtypes`` holds the stored dtype of each layer (of equal size) and may be changed before a layer's first use.
-    ``arrays`` is what compiled loops look groups up in.
+    ``arrays`` is what compiled loops look groups up in. ``grow_reuse`` can reach ``most_reuse_slots``: on the CPU these
+    are only address space until they are used. Slots on another device do not grow.
     """
 
     compiled_lookup = True
     """Whether the compiled loops do what ``lookup`` does here."""
+    keeps_written = True
+    """Whether free slots take groups that no step has selected yet."""
 
     def __init__(
         self,
@@ -56,6 +61,7 @@ class SlotPool:
         capacity_groups: int,
         dtype: torch.dtype,
         device: torch.device,
+        most_reuse_slots: int = 0,
     ) -> None:
         self.layout, self.window, self.batch, self.layers = layout, window, batch, layers
         self.dtypes = [dtype] * layers
@@ -65,7 +71,9 @@ class SlotPool:
         slots = self.reuse_start + reuse_slots
         self.host = device.type == "cpu"
         if self.host:
-            self.slab = Slab(slots * layout.slot_bytes)
+            most = self.reuse_start + max(reuse_slots, most_reuse_slots)
+            self.slab = Slab(slots * layout.slot_bytes, most * layout.slot_bytes)
+            slots = min(most, self.slab.array.nbytes // layout.slot_bytes)
             raw = torch.from_numpy(self.slab.array)[: slots * layout.slot_bytes]
             self._staging_address = self.slab.address + self.staging_start * layout.slot_bytes
         else:
@@ -76,6 +84,7 @@ class SlotPool:
             self._staging_address = self._host_staging.data_ptr()
             self._stream = torch.cuda.Stream(device) if pinned else None
         self._raw = raw
+        self.most_reuse_slots = slots - self.reuse_start
         self._rows = {d: raw.view(d).view(slots, layout.slot_elements) for d in (dtype, *_same_size(dtype))}
         self.table: NDArray[np.int32] = np.full((layers * batch, capacity_groups), -1, np.int32)
         self.owner: IntArray = np.full(reuse_slots, -1, np.int64)
@@ -106,6 +115,15 @@ class SlotPool:
         self.owner[owned] = sequence * capacity_groups + group
         self.table = wider
         self.arrays = self._locate()
+
+    def grow_reuse(self, reuse_slots: int) -> None:
+        """Add free reuse slots, up to ``most_reuse_slots``."""
+        more = reuse_slots - self.reuse_slots
+        self.owner = np.concatenate((self.owner, np.full(more, -1, np.int64)))
+        self.worth = np.concatenate((self.worth, np.full(more, -1, np.float32)))
+        self.seen = np.concatenate((self.seen, np.zeros(more, np.int32)))
+        self.arrays = self._locate()
+        self.slab.grow((self.reuse_start + reuse_slots) * self.layout.slot_bytes)
 
     def shrink_reuse(self, reuse_slots: int) -> None:
         """Give up the last reuse slots and return their memory to the system (host slots)."""
@@ -145,16 +163,21 @@ class SlotPool:
         pinned = self.first_pinned_slot(layer, sequence) + self.window.pinned_slot(
             first + np.arange(-(-tokens // group_tokens), dtype=np.int64)
         )
-        slots = self.groups(layer)
         whole = tokens // group_tokens
-        index = torch.from_numpy(pinned[:whole]).to(slots.device)
+        cut = slice(0, whole * group_tokens)
+        self._put_whole(layer, pinned[:whole], keys[:, cut], values[:, cut])
+        if whole < len(pinned):
+            slot = self.groups(layer)[int(pinned[-1])]
+            for part, source in enumerate((keys, values)):
+                slot[part, :, : tokens - whole * group_tokens] = source[:, whole * group_tokens :].to(slot.dtype)
+
+    def _put_whole(self, layer: int, slots: IntArray, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Put whole groups into ``slots`` ``[n]``: K, V ``[H_kv, n * G, d]``."""
+        groups = self.groups(layer)
+        index = torch.from_numpy(slots).to(groups.device)
         for part, source in enumerate((keys, values)):
-            body = source[:, : whole * group_tokens].unflatten(1, (whole, group_tokens)).transpose(0, 1)
-            slots[:, part].index_copy_(0, index, body.to(slots.dtype))
-            if whole < len(pinned):
-                slots[int(pinned[-1]), part, :, : tokens - whole * group_tokens] = source[:, whole * group_tokens :].to(
-                    slots.dtype
-                )
+            body = source.unflatten(1, (len(slots), self.window.group_tokens)).transpose(0, 1)
+            groups[:, part].index_copy_(0, index, body.to(groups))
 
     def put_token(
         self, layer: int, slots: IntArray, offset: IntArray, keys: torch.Tensor, values: torch.Tensor
@@ -176,6 +199,57 @@ class SlotPool:
         return self.gather(layer, pinned[None], self.dtypes[layer])[:, 0]
 
     # ---- reuse
+
+    @property
+    def free_slots(self) -> int:
+        """Reuse slots that no group was ever given."""
+        return self.reuse_slots - self._used
+
+    def share(self, layer: int) -> int:
+        """Free slots that this layer may fill ahead of any selection: every layer gets as many slots."""
+        rows = slice(layer * self.batch, (layer + 1) * self.batch)
+        held = int((self.table[rows] >= 0).sum()) if self.free_slots else 0
+        return max(0, min(self.free_slots, self.reuse_slots // self.layers - held))
+
+    def keep(
+        self, layer: int, sequence: int, first: int, keys: torch.Tensor, values: torch.Tensor, *, most: int
+    ) -> None:
+        """Give free slots to the newest whole groups of K, V ``[H_kv, n, d]`` from group ``first`` on, to ``most``.
+
+        Sinks need none, and neither do groups that have one.
+        """
+        most = min(most, self.free_slots)
+        if most <= 0 or not self.keeps_written:
+            return
+        row, group_tokens = layer * self.batch + sequence, self.window.group_tokens
+        low, high = max(first, self.window.sink_groups), first + keys.shape[1] // group_tokens
+        groups = low + np.flatnonzero(self.table[row, low:high] < 0)[-most:]
+        if len(groups) == 0:
+            return
+        taken = self._used + np.arange(len(groups))
+        self._used += len(groups)
+        self.owner[taken], self.worth[taken] = row * self.table.shape[1] + groups, 0
+        self.seen[taken] = self._visits[layer]
+        self.table[row, groups] = taken + self.reuse_start
+        low, high = int(groups[0]), int(groups[-1]) + 1
+        if high - low == len(groups):  # as a rule they follow each other
+            cut = slice((low - first) * group_tokens, (high - first) * group_tokens)
+            self._put_whole(layer, taken + self.reuse_start, keys[:, cut], values[:, cut])
+            return
+        tokens = ((groups - first)[:, None] * group_tokens + np.arange(group_tokens)).reshape(-1)
+        index = torch.from_numpy(tokens).to(keys.device)
+        self._put_whole(layer, taken + self.reuse_start, keys[:, index], values[:, index])
+
+    def resident(self, layer: int, sequence: int, groups: int, ring_start: int) -> IntArray | None:
+        """Slots ``[groups]`` of a sequence's first groups where all are in memory, else None.
+
+        Groups from ``ring_start`` on are in the ring.
+        """
+        slots = self.table[layer * self.batch + sequence, :groups].astype(np.int64)
+        numbers = np.arange(groups)
+        pinned = (numbers < self.window.sink_groups) | (numbers >= ring_start)
+        slots[pinned] = self.first_pinned_slot(layer, sequence) + self.window.pinned_slot(numbers[pinned])
+        return None if (slots < 0).any() else slots
 
     def lookup(self, layer: int, sequences: IntArray, groups: IntArray) -> IntArray:
         """Slot of each group, or -1 where it must be read. Hits gain worth, the rest of the layer decays."""
