@@ -27,7 +27,7 @@ from kvswap.core.load_or_recompute import Rates
 from kvswap.core.prefill import Prefill, chunk_spans
 from kvswap.disk.backend import ReadBackend
 from kvswap.errors import MemoryBudgetError, UnsupportedError
-from kvswap.memory.available import available_bytes
+from kvswap.memory.available import available_bytes, device_available_bytes
 from kvswap.memory.budget import PROMPT_PARTS, PrefillNeeds
 from kvswap.models.adapter import LayerParts, ModelParts
 from kvswap.models.masks import DeferredMask
@@ -247,10 +247,12 @@ class KVSwapCache(LayerMajorCache):
             sliding_tokens=sum(min(tokens, each.get("sliding_window") or 0) for each in sliding),
         )
         transient_bytes = needs.transient_bytes()
-        if hidden.device.type == "cpu" and transient_bytes > available_bytes():
+        free_bytes = available_bytes() if hidden.device.type == "cpu" else device_available_bytes(hidden.device)
+        if free_bytes is not None and transient_bytes > free_bytes:
+            where = "memory" if hidden.device.type == "cpu" else f"the memory of {hidden.device}"
             raise MemoryBudgetError(
                 f"prefill of {batch * tokens:,} tokens needs {format_bytes(transient_bytes)} temporarily, "
-                f"{format_bytes(available_bytes())} of memory are free",
+                f"{format_bytes(free_bytes)} of {where} are free",
                 hint="close other programs, shorten the context, or lower chunk_tokens",
             )
         return transient_bytes

@@ -80,9 +80,13 @@ class SlotPool:
             raw = torch.zeros(slots * layout.slot_bytes, dtype=torch.uint8, device=device)
             pinned = device.type == "cuda"
             size_bytes = 2 * staging_groups * layout.slot_bytes
-            self._host_staging = torch.zeros(size_bytes, dtype=torch.uint8, pin_memory=pinned)
+            if pinned:  # aligned to pages, as direct reads need
+                self._host_staging = torch.zeros(size_bytes, dtype=torch.uint8, pin_memory=True)
+            else:
+                self._host_staging = torch.from_numpy(Slab(size_bytes).array)[:size_bytes]
             self._staging_address = self._host_staging.data_ptr()
             self._stream = torch.cuda.Stream(device) if pinned else None
+            self._published: list[torch.cuda.Event | None] = [None, None]
         self._raw = raw
         self.most_reuse_slots = slots - self.reuse_start
         self._rows = {d: raw.view(d).view(slots, layout.slot_elements) for d in (dtype, *_same_size(dtype))}
@@ -190,7 +194,8 @@ class SlotPool:
         kv = torch.stack((keys[:, :, 0], values[:, :, 0]), dim=1)
         if rows.dtype == torch.float16 and kv.dtype != torch.float16:
             kv = kv.clamp(-FLOAT16_MAX, FLOAT16_MAX)
-        self.groups(layer)[torch.from_numpy(slots), :, :, torch.from_numpy(offset)] = kv.to(rows.dtype)
+        places = torch.from_numpy(np.stack((slots, offset))).to(rows.device)
+        self.groups(layer)[places[0], :, :, places[1]] = kv.to(rows.dtype)
 
     def read_pinned(self, layer: int, sequence: int, first: int, count: int) -> torch.Tensor:
         """Copy of ``count`` pinned groups from ``first`` on: ``[2, H_kv, count * G, d]`` in the stored dtype."""
@@ -325,7 +330,8 @@ class SlotPool:
         target = victims + self.reuse_start
         flat[keys[:count]] = target
         rows = self._rows[self.dtypes[layer]]
-        rows[torch.from_numpy(target)] = rows[torch.from_numpy(staged[:count])]
+        places = torch.from_numpy(np.stack((target, staged[:count]))).to(rows.device)
+        rows[places[0]] = rows[places[1]]
 
     def _locate(self) -> SlotArrays:
         return SlotArrays(self.table, self.owner, self.worth, self.seen, self._visits, POWERS)
@@ -367,7 +373,15 @@ class SlotPool:
         with torch.cuda.stream(self._stream):
             target.copy_(arrived, non_blocking=True)
         current.wait_stream(self._stream)
-        self._stream.synchronize()  # the host half is overwritten by the reads after next
+        self._published[half] = self._stream.record_event()
+
+    def wait_published(self, half: int) -> None:
+        """Wait until a staging half may be read into again: until what ``publish`` copies from it is copied."""
+        if self.host:
+            return
+        event, self._published[half] = self._published[half], None
+        if event is not None:
+            event.synchronize()
 
     def gather(self, layer: int, slots: IntArray, dtype: torch.dtype) -> torch.Tensor:
         """Copy of slots ``[B, W]`` as ``[2, B, H_kv, W * G, d]`` of ``dtype``, in the order of the slots."""
