@@ -111,6 +111,7 @@ def test_template_that_rewrites_history_is_computed_anew(folder, select_all):
     assert "anew" in notices[0]
 
 
+@pytest.mark.usefixtures("groups_are_read")
 def test_stats_have_every_number_and_are_json(loaded, tmp_path):
     with load(loaded, Config(kv_dir=str(tmp_path / "kv"))) as engine:
         list(engine.ask("Who?", [Document("a", DOCUMENT.text * 2)], max_new_tokens=30))
