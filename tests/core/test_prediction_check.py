@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
 from kvswap.config import Config
@@ -213,3 +214,34 @@ def test_models_are_not_kept_alive_by_the_check(select_all: Config) -> None:
     del model
     gc.collect()
     assert gone() is None
+
+
+def language_model_of(kind: str) -> Any:
+    """A tiny random model for pictures and text; without pictures it is the language model in it."""
+    config = transformers.AutoConfig.for_model(kind)
+    text, vision = config.get_text_config(), config.vision_config
+    size = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
+    size |= {"vocab_size": 128, "num_hidden_layers": 2, "head_dim": 16, "pad_token_id": 0}
+    for owner, values in (
+        (text, {**size, "layer_types": ["full_attention"] * 2}),
+        (vision, {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}),
+    ):
+        for name, value in values.items():
+            if hasattr(owner, name):
+                setattr(owner, name, value)
+    torch.manual_seed(7)
+    return transformers.AutoModelForImageTextToText.from_config(config).eval()
+
+
+@pytest.mark.parametrize("kind", ["llava", "gemma3", "mistral3", "idefics3"])
+def test_a_language_model_within_another_works(kind: str, select_all: Config) -> None:
+    model, ids, forced = language_model_of(kind), tokens(1, 300), tokens(1, 3)
+    expected = forced_logits(model, ids, forced, full_cache(model))
+    assert torch.allclose(attached_logits(model, select_all, ids, forced), expected, atol=1e-5)
+
+
+def test_a_wrapper_that_looks_into_its_masks_is_refused_at_attach(select_all: Config) -> None:
+    model = language_model_of("paligemma")
+    with pytest.raises(ModelError, match=r"cannot run under kvswap: .*Mask"), attach(model, select_all):
+        pass
+    assert "forward" not in model.get_decoder().layers[0].__dict__

@@ -82,3 +82,24 @@ def test_too_small_a_limit_names_the_smallest_and_the_longest(tmp_path):
         forced_logits(model, tokens(1, 6000), tokens(1, 1), cache)
     with attach(model, config) as cache:
         forced_logits(model, tokens(1, error.longest_tokens), tokens(1, 1), cache)
+
+
+def test_a_prompt_that_is_refused_changes_no_account(tmp_path, monkeypatch):
+    """For want of room under the limit, for its answer, or for want of free memory; the next prompt works."""
+    model = tiny_model("llama")
+    config = Config(kv_dir=str(tmp_path), select_tokens=100, recent_tokens=16, kv_memory="2MiB")
+    with attach(model, config) as cache:
+        forced_logits(model, tokens(1, 300), tokens(1, 2), cache)
+        ledger = cache._state.ledger
+        before = dict(ledger.reserved), dict(ledger.peaks), ledger.limit_bytes, cache.stats.reuse_slots
+        with monkeypatch.context() as patch:
+            patch.setattr("kvswap.core.cache.available_bytes", lambda: 1 << 10)
+            with pytest.raises(MemoryBudgetError, match="of memory are free"):
+                forced_logits(model, tokens(1, 600), tokens(1, 1), cache)
+        with pytest.raises(MemoryBudgetError, match="is used up"):
+            forced_logits(model, tokens(1, 30_000), tokens(1, 1), cache)
+        cache.answer_tokens = 30_000
+        with pytest.raises(MemoryBudgetError, match="an answer of up to 30,000"):
+            forced_logits(model, tokens(1, 600), tokens(1, 1), cache)
+        assert (dict(ledger.reserved), dict(ledger.peaks), ledger.limit_bytes, cache.stats.reuse_slots) == before
+        assert forced_logits(model, tokens(1, 60), tokens(1, 2), cache).isfinite().all()

@@ -58,7 +58,8 @@ def _folded(
     output = functional.scaled_dot_product_attention(
         rows, keys, values, attn_mask=mask.repeat(1, 1, repeats, 1), scale=scaling
     )
-    return output.unflatten(2, (repeats, tokens)).flatten(1, 2).transpose(1, 2).contiguous()
+    apart: torch.Tensor = output.unflatten(2, (repeats, tokens)).flatten(1, 2)
+    return apart.transpose(1, 2).contiguous()
 
 
 class TiledAttention:

@@ -203,16 +203,10 @@ def open_state(
     alignment_bytes = alignment_bytes or backend.alignment_bytes
     seal_bytes, stored = (files.seals.itemsize, int(files.stored_groups.min())) if files is not None else (0, 0)
     needs, layout = _needs(config, method, shape, alignment_bytes, makers, batch, seal_bytes)
-    ledger = Ledger(needs.limit_bytes(config.kv_memory, tokens))
-    if config.kv_memory != "auto":
-        needs.check_answer(ledger.limit_bytes, tokens, answer_tokens)
+    pool_type: type[SlotPool] = method.slots or SlotPool
+    ledger, reuse = _divide(config, needs, pool_type, tokens, answer_tokens)
     capacity, window = capacity_for(tokens), needs.window
     groups = ceil_div(capacity, window.group_tokens)
-    ledger.reserve_all(needs.parts(capacity))
-    pool_type: type[SlotPool] = method.slots or SlotPool
-    reuse = pool_type.reuse_slots_for(needs.reuse_slots(capacity, ledger.free_bytes), window, needs.sequences)
-    ledger.reserve("tables", reuse * OWNER_BYTES)
-    ledger.reserve("slots", reuse * layout.slot_bytes)
     check_space(shape.layers * batch * layout.file_bytes(groups - stored, fine=files is not None))
     size: dict[str, Any] = {"layers": shape.layers, "batch": batch, "layout": layout}
     pool = pool_type(
@@ -244,6 +238,21 @@ def open_state(
         flushed=np.zeros((shape.layers, batch), np.int64),
         capacity_tokens=capacity,
     )
+
+
+def _divide(
+    config: Config, needs: MemoryNeeds, pool_type: type[SlotPool], tokens: int, answer_tokens: int
+) -> tuple[Ledger, int]:
+    """The account of the memory limit, with everything reserved, and how many reuse slots it pays for."""
+    ledger = Ledger(needs.limit_bytes(config.kv_memory, tokens))
+    if config.kv_memory != "auto":
+        needs.check_answer(ledger.limit_bytes, tokens, answer_tokens)
+    capacity = capacity_for(tokens)
+    ledger.reserve_all(needs.parts(capacity))
+    affordable = needs.reuse_slots(capacity, ledger.free_bytes)
+    reuse = pool_type.reuse_slots_for(affordable, needs.window, needs.sequences)
+    ledger.reserve_all({"tables": reuse * OWNER_BYTES, "slots": reuse * needs.slot_bytes})
+    return ledger, reuse
 
 
 def _needs(

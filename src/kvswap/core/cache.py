@@ -91,12 +91,12 @@ class KVSwapCache(LayerMajorCache):
         padding = mask.padding
         decoding = tokens == 1 and self._stored > 0
         transient_bytes = 0 if decoding else self._check_memory(hidden)
-        if self._state is not None and not decoding and self.config.kv_memory != "auto":
-            limit_bytes = self._state.ledger.limit_bytes
-            self._state.needs.check_answer(limit_bytes, self._stored + tokens, self.answer_tokens)
+        answer_tokens, self.answer_tokens = self.answer_tokens, 0
+        if self._state is not None and self.config.kv_memory != "auto":
+            self._state.needs.check_answer(self._state.ledger.limit_bytes, self._stored + tokens, answer_tokens)
         if self._state is None:
             self._pads = _left_pads(padding, batch, self._stored + tokens)
-            self._state = self._open(batch, self._stored + tokens)
+            self._state = self._open(batch, self._stored + tokens, answer_tokens)
             self._decode = self._decode_type(self._state, self.parts)
         elif batch != self._state.batch:
             raise UnsupportedError(f"batch of {batch} on a cache of {self._state.batch}", hint="attach anew for it")
@@ -257,7 +257,7 @@ class KVSwapCache(LayerMajorCache):
             )
         return transient_bytes
 
-    def _open(self, batch: int, tokens: int) -> BatchState:
+    def _open(self, batch: int, tokens: int, answer_tokens: int = 0) -> BatchState:
         binding = self._binding
         if binding is not None and (batch != 1 or self._pads.any()):
             raise UnsupportedError("a batch or padding in a session", hint="a session is one sequence without padding")
@@ -273,7 +273,7 @@ class KVSwapCache(LayerMajorCache):
             check_space=self._check_space,
             files=binding.files(self._backend, self._shape.layers) if binding else None,
             alignment_bytes=binding.alignment_bytes if binding else 0,
-            answer_tokens=self.answer_tokens,
+            answer_tokens=answer_tokens,
         )
         if binding is not None:
             binding.restore(state)

@@ -36,7 +36,7 @@ class Attachment:
         if getattr(decoder, _MARK, None) is not None:
             raise ModelError("this model is attached already", hint="leave the first attach block before the second")
         check_placement(self.parts)
-        self.state = model_state(decoder, self.parts.config)
+        self.state = model_state(model, decoder, self.parts.config)
         """What the model was before it was changed, or None where that cannot be told."""
         self.implementation: str = self.parts.config._attn_implementation
         self._restore: list[Callable[[], None]] = []

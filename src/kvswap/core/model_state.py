@@ -33,11 +33,11 @@ class _Same:
     __hash__ = None  # type: ignore[assignment] # an object that dies would change it
 
 
-def model_state(decoder: nn.Module, config: Any) -> list[Any] | None:
-    """What ``decoder`` consists of, or None where that cannot be told."""
+def model_state(model: nn.Module, decoder: nn.Module, config: Any) -> list[Any] | None:
+    """What ``decoder`` consists of, and ``model`` round it, or None where that cannot be told."""
     found = list[Any]()
     try:
-        for module in decoder.modules():
+        for module in (model, *decoder.modules()):
             found += (type(module), _Same(type(module).forward))
             found.extend(_things(vars(module)))
         found.extend(_things(vars(config)))

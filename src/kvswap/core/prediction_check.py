@@ -2,7 +2,7 @@
 
 ``attach`` calls ``check_once``. A model object that has passed is checked again only where it changed since, as far as
 ``core/model_state.py`` can tell; one that was refused always is. A decode step of a few sequences goes through the
-attached decoder with a cache that stores nothing. Every offloaded layer runs up to its attention, so neither attention
+attached model with a cache that stores nothing. Every offloaded layer runs up to its attention, so neither attention
 nor MLP is computed. There the query that the model computed is compared with the one that kvswap predicts from the same
 hidden state. A layer with other norms, partial or absent RoPE, or anything else that the adapter does not know is found
 before a prompt has been read. The model and the state of random numbers stay as they were. In: parts of an attached
@@ -70,7 +70,7 @@ def check_prediction(parts: ModelParts, implementation: str) -> None:
     ids = torch.tensor(_token_ids(parts), device=device)[:, None]
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         try:
-            parts.decoder(input_ids=ids, use_cache=True, **{cache_keyword(parts.model): trial})
+            parts.model(input_ids=ids, use_cache=True, **{cache_keyword(parts.model): trial})
         except _Through:
             return
         except ModelError:

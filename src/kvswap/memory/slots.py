@@ -24,6 +24,7 @@ import torch
 from numpy.typing import NDArray
 
 from kvswap.disk.slab import Slab
+from kvswap.memory.device_staging import DeviceStaging
 from kvswap.native import array_loops, loops
 from kvswap.native.array_loops import SlotArrays
 from kvswap.native.arrays import ByteArray, IntArray
@@ -78,15 +79,8 @@ class SlotPool:
             self._staging_address = self.slab.address + self.staging_start * layout.slot_bytes
         else:
             raw = torch.zeros(slots * layout.slot_bytes, dtype=torch.uint8, device=device)
-            pinned = device.type == "cuda"
-            size_bytes = 2 * staging_groups * layout.slot_bytes
-            if pinned:  # aligned to pages, as direct reads need
-                self._host_staging = torch.zeros(size_bytes, dtype=torch.uint8, pin_memory=True)
-            else:
-                self._host_staging = torch.from_numpy(Slab(size_bytes).array)[:size_bytes]
-            self._staging_address = self._host_staging.data_ptr()
-            self._stream = torch.cuda.Stream(device) if pinned else None
-            self._published: list[torch.cuda.Event | None] = [None, None]
+            self._device_staging = DeviceStaging(device, staging_groups * layout.slot_bytes)
+            self._staging_address = self._device_staging.address
         self._raw = raw
         self.most_reuse_slots = slots - self.reuse_start
         self._rows = {d: raw.view(d).view(slots, layout.slot_elements) for d in (dtype, *_same_size(dtype))}
@@ -354,7 +348,7 @@ class SlotPool:
             start += self.staging_start * size
             memory = self.slab.array
         else:
-            memory = self._host_staging.numpy()
+            memory = self._device_staging.memory.numpy()
         staging: ByteArray = memory[start : start + self.staging_groups * size].reshape(-1, size)
         return staging, places
 
@@ -363,25 +357,13 @@ class SlotPool:
         if self.host or count == 0:
             return
         size = self.layout.slot_bytes
-        start, source = self.staging_slot(half) * size, half * self.staging_groups * size
-        target, arrived = self._raw[start : start + count * size], self._host_staging[source : source + count * size]
-        if self._stream is None:
-            target.copy_(arrived)
-            return
-        current = torch.cuda.current_stream(self._raw.device)
-        self._stream.wait_stream(current)
-        with torch.cuda.stream(self._stream):
-            target.copy_(arrived, non_blocking=True)
-        current.wait_stream(self._stream)
-        self._published[half] = self._stream.record_event()
+        start = self.staging_slot(half) * size
+        self._device_staging.publish(half, self._raw[start : start + count * size])
 
     def wait_published(self, half: int) -> None:
         """Wait until a staging half may be read into again: until what ``publish`` copies from it is copied."""
-        if self.host:
-            return
-        event, self._published[half] = self._published[half], None
-        if event is not None:
-            event.synchronize()
+        if not self.host:
+            self._device_staging.wait(half)
 
     def gather(self, layer: int, slots: IntArray, dtype: torch.dtype) -> torch.Tensor:
         """Copy of slots ``[B, W]`` as ``[2, B, H_kv, W * G, d]`` of ``dtype``, in the order of the slots."""
