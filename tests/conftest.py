@@ -12,6 +12,7 @@ from hypothesis import settings
 
 from kvswap.config import Config
 from kvswap.disk.files import IN_MEMORY, filesystem_of
+from kvswap.memory.slots import SlotPool
 from tests.helpers.folders import save_tiny
 
 # A first example may wait for an import or for a busy machine; that is no failure.
@@ -38,8 +39,14 @@ def torch_threads() -> None:
 
 
 @pytest.fixture
-def select_all(tmp_path) -> Config:
-    """Everything is selected and stored without rounding: the engine must equal full attention."""
+def groups_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is written is not kept in memory as well, as under a tight limit, so that what is selected is read."""
+    monkeypatch.setattr(SlotPool, "keeps_written", False)
+
+
+@pytest.fixture
+def select_all(tmp_path, groups_are_read) -> Config:
+    """Everything is selected, read, and stored without rounding: the engine must equal full attention."""
     return Config(select_tokens=6000, store_dtype="float32", kv_memory="128MiB", kv_dir=str(tmp_path / "kv"))
 
 

@@ -135,6 +135,7 @@ def test_template_that_drops_thinking_keeps_the_shared_beginning(folder, select_
         assert ids == reference(dropping, prompt_ids(dropping, text), 9)
 
 
+@pytest.mark.usefixtures("groups_are_read")
 def test_stats_have_every_number_and_are_json(loaded, tmp_path):
     with load(loaded, Config(kv_dir=str(tmp_path / "kv"))) as engine:
         list(engine.ask("Who?", [Document("a", DOCUMENT.text * 2)], max_new_tokens=30))

@@ -122,3 +122,35 @@ def test_token_ids_past_the_vocabulary_are_refused(loaded, config, monkeypatch) 
         monkeypatch.setattr("kvswap.app.prompt.encode", lambda *_, **__: [5, 10**6])
         with pytest.raises(InputError, match="token id 1000000 at position 1"):
             next(engine.ask("Who?"))
+
+
+def test_failures_leave_no_trace_in_the_account_of_memory(loaded, config, monkeypatch) -> None:
+    def parts(name: str, failures: list[tuple[Any, str, BaseException]]) -> dict[str, int]:
+        with load(loaded, config, session=name) as engine:
+            list(engine.ask("Who?", [OLD], max_new_tokens=5))
+        with load(loaded, config, session=name) as engine:
+            for place, method, error in failures:
+                with monkeypatch.context() as patch:
+                    patch.setattr(place, method, raiser(error))
+                    with pytest.raises(type(error)):
+                        list(engine.ask("What?", [NEW], max_new_tokens=5))
+            list(engine.ask("What?", [NEW], max_new_tokens=5))
+            return {**engine.stats.memory_parts, "peak": engine.stats.kv_memory_peak_bytes}
+
+    assert parts("failed", PLACES) == parts("fine", [])
+
+
+def test_an_answer_that_cannot_fit_is_refused_before_the_prompt(loaded, config) -> None:
+    with load(loaded, config.replace(kv_memory="64KiB")) as engine, pytest.raises(MemoryBudgetError) as caught:
+        list(engine.ask("Who?", [OLD], max_new_tokens=5))
+    config = config.replace(kv_memory=caught.value.minimum_bytes)  # for the prompt and 256 tokens
+    with load(loaded, config) as engine:
+        with pytest.raises(MemoryBudgetError, match=r"an answer of up to .* lower max_new_tokens"):
+            list(engine.ask("Who?", [OLD], max_new_tokens=1000))
+        assert engine.stats.computed_tokens == 0
+        list(engine.ask("Who?", [OLD], max_new_tokens=5))
+        assert engine.stats.new_tokens == 5
+    with Session.create("s", loaded, config, prompt=[*range(3, 250)] * 2) as session:
+        with pytest.raises(MemoryBudgetError, match="an answer of up to"):
+            list(session.generate(max_new_tokens=1000))
+        assert list(session.generate(max_new_tokens=2))

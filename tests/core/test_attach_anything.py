@@ -143,3 +143,51 @@ def test_a_cache_is_of_no_use_after_its_block(select_all: Config) -> None:
             model(call, **given(model, cache))
     with attach(model, select_all), pytest.raises(UnsupportedError, match="has been left"), torch.no_grad():
         model(ids, **given(model, cache))
+
+
+@pytest.mark.parametrize("where", ["argument", "generation_config", "config"])
+def test_generate_without_a_cache_is_refused_before_its_prompt(where: str, select_all: Config) -> None:
+    model, ids, arguments = tiny_model("llama"), tokens(1, 300), {}
+    if where == "argument":
+        arguments["use_cache"] = False
+    elif where == "generation_config":
+        model.generation_config.use_cache = False
+    else:
+        model.config.use_cache = False
+    with attach(model, select_all) as cache, pytest.raises(UnsupportedError, match="use_cache=False"), torch.no_grad():
+        if where == "config":
+            model(ids, **given(model, cache))
+        model.generate(ids, max_new_tokens=3, do_sample=False, **arguments, **given(model, cache))
+    assert cache.stats.disk_write_bytes == 0
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+@pytest.mark.parametrize("stored", [0, 300])
+def test_leaving_the_block_between_the_mask_and_the_first_layer(family: str, stored: int, select_all: Config) -> None:
+    """The model's own layers are back then, and the mask is still kvswap's."""
+    model, errors = tiny_model(family), list[Exception]()
+    arrived, left = threading.Event(), threading.Event()
+
+    def wait(*_: Any) -> None:  # RoPE is computed after masks and before layers
+        arrived.set()
+        assert left.wait(60)
+
+    def run(cache: Any) -> None:
+        try:
+            with torch.no_grad():
+                model(tokens(1, 40), **given(model, cache))
+        except Exception as error:  # noqa: BLE001 - looked at below
+            errors.append(error)
+
+    with attach(model, select_all) as cache:
+        if stored:
+            forced_logits(model, tokens(1, stored), tokens(1, 0), cache)
+        hook = model.model.rotary_emb.register_forward_hook(wait)
+        worker = threading.Thread(target=run, args=(cache,))
+        worker.start()
+        assert arrived.wait(60)
+    left.set()
+    worker.join(60)
+    hook.remove()
+    assert [type(error) for error in errors] == [UnsupportedError], errors
+    assert "has been left" in str(errors[0])

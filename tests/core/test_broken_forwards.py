@@ -22,7 +22,7 @@ CONFIG = Config(select_tokens=120, recent_tokens=16, kv_memory="2MiB", backend="
 
 
 @pytest.fixture
-def config(tmp_path: Path) -> Config:
+def config(tmp_path: Path, groups_are_read: None) -> Config:
     return CONFIG.replace(kv_dir=str(tmp_path))
 
 

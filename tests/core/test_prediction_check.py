@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 import time
+import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
 from kvswap.config import Config
@@ -138,3 +142,106 @@ def test_the_check_leaves_no_trace_and_takes_milliseconds(family: str, select_al
 def test_methods_that_keep_everything_in_memory_need_no_prediction(select_all: Config) -> None:
     with attach(other_model("smollm3 (no rope in layer 3)"), select_all, method=find("full")):
         pass
+
+
+def change_forward(model: Any) -> None:
+    scaled_input(model.model.layers[1])
+
+
+def change_scaling(model: Any) -> None:
+    model.model.layers[1].self_attn.scaling *= 2
+
+
+CHANGES: dict[str, Callable[[Any], Any]] = {
+    "hook": change_forward,
+    "patched forward": lambda model: no_rope(model.model.layers[1]),
+    "attribute": change_scaling,
+    "module": lambda model: setattr(model.model.layers[2].self_attn, "q_proj", nn.Linear(64, 64)),
+    "weight in place": lambda model: nn.init.zeros_(model.model.layers[2].self_attn.q_proj.weight),
+    "weight": lambda model: setattr(model.model.layers[2].input_layernorm, "weight", nn.Parameter(torch.ones(64))),
+    "loaded": lambda model: model.load_state_dict({name: each.clone() for name, each in model.state_dict().items()}),
+    "dtype": lambda model: model.to(torch.bfloat16),
+    "training": lambda model: model.train(),
+    "config": lambda model: setattr(model.config, "attention_bias", True),
+    "attention": lambda model: model.set_attn_implementation("eager"),
+}
+
+
+@pytest.fixture
+def checks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Grows with every check that runs."""
+    from kvswap.core import prediction_check
+
+    found: list[int] = []
+    original = prediction_check.check_prediction
+    monkeypatch.setattr(prediction_check, "check_prediction", lambda *given: (found.append(1), original(*given)))
+    return found
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_model_that_stays_as_it_is_is_checked_once(family: str, select_all: Config, checks: list[int]) -> None:
+    model = tiny_model(family)
+    for _ in range(3):
+        with attach(model, select_all) as cache:
+            forced_logits(model, tokens(1, 20), tokens(1, 2), cache)
+        model.generate(tokens(1, 20), max_new_tokens=2)
+    assert len(checks) == 1
+    with attach(tiny_model(family), select_all):
+        assert len(checks) == 2
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_model_that_changed_is_checked_anew(name: str, select_all: Config, checks: list[int]) -> None:
+    model = tiny_model("llama")
+    with attach(model, select_all):
+        pass
+    CHANGES[name](model)
+    for _ in range(2):  # a refusal is not forgotten either
+        refused = name in ("hook", "patched forward", "attribute")
+        with (
+            pytest.raises(ModelError, match=r"layer 1|differ") if refused else nullcontext(),
+            attach(model, select_all),
+        ):
+            pass
+    assert len(checks) == (2 if not refused else 3 if name != "attribute" else 1)
+
+
+def test_models_are_not_kept_alive_by_the_check(select_all: Config) -> None:
+    model = tiny_model("llama")
+    with attach(model, select_all):
+        pass
+    gone = weakref.ref(model.model)
+    del model
+    gc.collect()
+    assert gone() is None
+
+
+def language_model_of(kind: str) -> Any:
+    """A tiny random model for pictures and text; without pictures it is the language model in it."""
+    config = transformers.AutoConfig.for_model(kind)
+    text, vision = config.get_text_config(), config.vision_config
+    size = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
+    size |= {"vocab_size": 128, "num_hidden_layers": 2, "head_dim": 16, "pad_token_id": 0}
+    for owner, values in (
+        (text, {**size, "layer_types": ["full_attention"] * 2}),
+        (vision, {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}),
+    ):
+        for name, value in values.items():
+            if hasattr(owner, name):
+                setattr(owner, name, value)
+    torch.manual_seed(7)
+    return transformers.AutoModelForImageTextToText.from_config(config).eval()
+
+
+@pytest.mark.parametrize("kind", ["llava", "gemma3", "mistral3", "idefics3"])
+def test_a_language_model_within_another_works(kind: str, select_all: Config) -> None:
+    model, ids, forced = language_model_of(kind), tokens(1, 300), tokens(1, 3)
+    expected = forced_logits(model, ids, forced, full_cache(model))
+    assert torch.allclose(attached_logits(model, select_all, ids, forced), expected, atol=1e-5)
+
+
+def test_a_wrapper_that_looks_into_its_masks_is_refused_at_attach(select_all: Config) -> None:
+    model = language_model_of("paligemma")
+    with pytest.raises(ModelError, match=r"cannot run under kvswap: .*Mask"), attach(model, select_all):
+        pass
+    assert "forward" not in model.get_decoder().layers[0].__dict__

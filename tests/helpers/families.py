@@ -8,6 +8,9 @@ import torch
 import transformers
 from transformers import DynamicCache, PreTrainedModel
 
+from kvswap.config import Config
+from kvswap.core.attach import attach
+from kvswap.errors import MemoryBudgetError
 from kvswap.models.adapter import cache_keyword
 
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gemma3")
@@ -180,6 +183,16 @@ def forced_logits(
 def given(model: PreTrainedModel, cache: Any) -> dict[str, Any]:
     """The cache as a keyword argument, by the name that this version of transformers uses."""
     return {cache_keyword(model): cache}
+
+
+def least_memory(model: PreTrainedModel, config: Config, ids: torch.Tensor) -> int:
+    """The smallest ``kv_memory`` under which a prompt works: no slot is left for reuse, so that every step reads."""
+    with attach(model, config.replace(kv_memory="4KiB")) as cache, torch.no_grad():
+        try:
+            model(ids, use_cache=True, **given(model, cache))
+        except MemoryBudgetError as error:
+            return error.minimum_bytes
+    raise AssertionError("it works with next to nothing")
 
 
 def full_cache(model: PreTrainedModel) -> DynamicCache:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from kvswap.config import Config
 from kvswap.core.attach import attach
 from kvswap.errors import MemoryBudgetError
-from tests.helpers.families import FAMILIES, forced_logits, tiny_model, tokens
+from tests.helpers.families import FAMILIES, forced_logits, least_memory, tiny_model, tokens
 
 
 def allocated_bytes(state) -> dict[str, int]:
@@ -40,16 +41,31 @@ def test_ledger_agrees_with_allocations_and_limit(family, tmp_path):
 
 def test_growth_takes_slots_and_then_stops_with_an_error(tmp_path):
     model = tiny_model("llama")
-    config = Config(kv_dir=str(tmp_path), select_tokens=100, kv_memory="auto")
-    with attach(model, config) as cache:
-        forced_logits(model, tokens(1, 300), tokens(1, 2), cache)
-        limit = cache.stats.kv_memory_limit_bytes
+    config = Config(kv_dir=str(tmp_path), select_tokens=100)
+    limit = least_memory(model, config, tokens(1, 300))
     with attach(model, config.replace(kv_memory=limit)) as cache:
         forced_logits(model, tokens(1, 300), tokens(1, 2), cache)
         with pytest.raises(MemoryBudgetError, match="kv_memory"):
             for turn in range(20):
                 forced_logits(model, tokens(1, 700, seed=turn), tokens(1, 2), cache)
         assert cache.stats.kv_memory_peak_bytes <= limit
+
+
+def test_a_long_answer_takes_slots_and_then_the_last_of_its_headroom(tmp_path):
+    """Three times what was planned for, under the smallest limit that can hold it: the same as with room for all."""
+    model, prompt, answer = tiny_model("llama"), tokens(1, 40), tokens(1, 728, seed=1)
+    config = Config(kv_dir=str(tmp_path), select_tokens=100, recent_tokens=16)
+    with attach(model, config.replace(kv_memory="32MiB")) as cache:
+        forced_logits(model, prompt, tokens(1, 1), cache)
+        needs = cache._state.needs
+    logits = []
+    for limit in (sum(needs.parts(768).values()), "32MiB"):
+        with attach(model, config.replace(kv_memory=limit)) as cache:
+            logits.append(forced_logits(model, prompt, answer, cache))  # 768 tokens
+            slots = cache.stats.reuse_slots
+            assert cache.stats.kv_memory_peak_bytes <= cache.stats.kv_memory_limit_bytes
+        assert slots == 0 or limit == "32MiB"
+    assert torch.equal(logits[0], logits[1])
 
 
 def test_too_small_a_limit_names_the_smallest_and_the_longest(tmp_path):
@@ -66,3 +82,24 @@ def test_too_small_a_limit_names_the_smallest_and_the_longest(tmp_path):
         forced_logits(model, tokens(1, 6000), tokens(1, 1), cache)
     with attach(model, config) as cache:
         forced_logits(model, tokens(1, error.longest_tokens), tokens(1, 1), cache)
+
+
+def test_a_prompt_that_is_refused_changes_no_account(tmp_path, monkeypatch):
+    """For want of room under the limit, for its answer, or for want of free memory; the next prompt works."""
+    model = tiny_model("llama")
+    config = Config(kv_dir=str(tmp_path), select_tokens=100, recent_tokens=16, kv_memory="2MiB")
+    with attach(model, config) as cache:
+        forced_logits(model, tokens(1, 300), tokens(1, 2), cache)
+        ledger = cache._state.ledger
+        before = dict(ledger.reserved), dict(ledger.peaks), ledger.limit_bytes, cache.stats.reuse_slots
+        with monkeypatch.context() as patch:
+            patch.setattr("kvswap.core.cache.available_bytes", lambda: 1 << 10)
+            with pytest.raises(MemoryBudgetError, match="of memory are free"):
+                forced_logits(model, tokens(1, 600), tokens(1, 1), cache)
+        with pytest.raises(MemoryBudgetError, match="is used up"):
+            forced_logits(model, tokens(1, 30_000), tokens(1, 1), cache)
+        cache.answer_tokens = 30_000
+        with pytest.raises(MemoryBudgetError, match="an answer of up to 30,000"):
+            forced_logits(model, tokens(1, 600), tokens(1, 1), cache)
+        assert (dict(ledger.reserved), dict(ledger.peaks), ledger.limit_bytes, cache.stats.reuse_slots) == before
+        assert forced_logits(model, tokens(1, 60), tokens(1, 2), cache).isfinite().all()

@@ -97,6 +97,7 @@ def test_generate_over_two_turns(family, select_all):
         assert cache.get_seq_length() == computed + 1 + 40 + 19
 
 
+@pytest.mark.usefixtures("groups_are_read")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_prompt_shorter_than_the_selection_attends_to_everything(family, tmp_path):
     model = tiny_model(family)

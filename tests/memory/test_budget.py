@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvswap.memory.budget import OWNER_BYTES, MemoryNeeds, PrefillNeeds, capacity_for
+from kvswap.errors import MemoryBudgetError
+from kvswap.memory.budget import OWNER_BYTES, SHORT_TOKENS, MemoryNeeds, PrefillNeeds, capacity_for
 from kvswap.selection.window import Window
 
 WINDOWS = st.builds(
@@ -60,10 +61,31 @@ def test_under_the_least_limit_no_context_works(need: MemoryNeeds) -> None:
 
 
 @given(needs(), st.integers(1, 100_000))
-def test_auto_is_an_eighth_of_16_bit_and_always_works(need: MemoryNeeds, tokens: int) -> None:
+def test_auto_is_an_eighth_of_16_bit_or_holds_a_short_context_and_always_works(need: MemoryNeeds, tokens: int) -> None:
     limit = need.auto_limit_bytes(tokens)
     elements = need.layers * need.batch * tokens * need.token_bytes // need.store_itemsize_bytes
-    assert limit == max(elements * 2 // 8, need.minimum_bytes(tokens))
+    assert limit >= need.minimum_bytes(tokens)
+    if tokens > SHORT_TOKENS:
+        assert limit == max(elements * 2 // 8, need.minimum_bytes(tokens))
+        return
+    capacity = capacity_for(tokens)
+    slots = need.reuse_slots(capacity, limit - sum(need.parts(capacity).values()))
+    assert slots == need.layers * need.batch * -(-capacity // need.window.group_tokens)
+
+
+@given(needs(), st.integers(1, 100_000), st.integers(0, 20_000), st.booleans())
+def test_an_answer_is_refused_where_it_cannot_fit(need: MemoryNeeds, tokens: int, answer: int, fits: bool) -> None:
+    """The limit that an error names is the smallest that works: one byte less is refused."""
+    need.check_answer(0, tokens, 0)  # no answer, no question
+    limit = max(need.minimum_bytes(tokens), sum(need.parts(-(-(tokens + answer) // 256) * 256).values()))
+    if fits:
+        need.check_answer(limit, tokens, answer)
+        return
+    if limit == need.minimum_bytes(tokens):
+        return
+    with pytest.raises(MemoryBudgetError, match="an answer of up to") as caught:
+        need.check_answer(limit - 1, tokens, answer)
+    assert caught.value.minimum_bytes == limit and caught.value.longest_tokens < tokens + answer
 
 
 @given(needs(), st.integers(1, 50_000), st.integers(0, 1 << 30))

@@ -22,7 +22,7 @@ from kvswap.app.stats import QualityStats
 from kvswap.core.attention import TiledAttention
 from kvswap.core.cache import KVSwapCache
 from kvswap.core.layer_major import LayerMajorCache, OffloadedLayer, special
-from kvswap.core.prefill import stored_tiles
+from kvswap.core.stored import stored_tiles
 from kvswap.errors import UnsupportedError
 from kvswap.models.adapter import LayerParts, cache_keyword
 

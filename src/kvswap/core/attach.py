@@ -22,7 +22,7 @@ from kvswap.core.cache import KVSwapCache
 from kvswap.core.calibration import calibrate
 from kvswap.core.layer_major import FullCache, InMemory, LayerMajorCache, Progress, ordinary_tensors
 from kvswap.core.model_patch import Attachment
-from kvswap.core.prediction_check import check_prediction
+from kvswap.core.prediction_check import check_once
 from kvswap.disk import create_backend
 from kvswap.disk.files import check_free, prepare_dir
 from kvswap.disk.folders import kv_folder
@@ -102,7 +102,7 @@ def attach_each(
     try:
         with ordinary_tensors():
             if any(not isinstance(method, InMemory) for method, _ in variants):
-                check_prediction(attachment.parts, attachment.implementation)
+                check_once(attachment)
             for method, config in variants:
                 method = method or own_method()
                 if not isinstance(method, Method | InMemory):

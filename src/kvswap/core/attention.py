@@ -33,6 +33,8 @@ def chunk_attention(
     -------
     ``[B, q, H_q, d]``, contiguous.
     """
+    if mask is not None and query.shape[1] != keys.shape[1] and query.device.type != "cpu":
+        return _folded(query, keys, values, mask, scaling)
     output = functional.scaled_dot_product_attention(
         query,
         keys,
@@ -43,6 +45,23 @@ def chunk_attention(
         enable_gqa=query.shape[1] != keys.shape[1],
     )
     return output.transpose(1, 2).contiguous()
+
+
+def _folded(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor, scaling: float
+) -> torch.Tensor:
+    """``chunk_attention`` with the heads of a group as further queries of one head.
+
+    The fast kernels of CUDA take a mask or grouped heads, not both. What is left makes all logits, in float32.
+    """
+    heads, tokens = query.shape[1:3]
+    repeats = heads // keys.shape[1]
+    rows = query.unflatten(1, (-1, repeats)).flatten(2, 3)
+    output = functional.scaled_dot_product_attention(
+        rows, keys, values, attn_mask=mask.repeat(1, 1, repeats, 1), scale=scaling
+    )
+    apart: torch.Tensor = output.unflatten(2, (repeats, tokens)).flatten(1, 2)
+    return apart.transpose(1, 2).contiguous()
 
 
 class TiledAttention:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,8 @@ from numpy.typing import NDArray
 from kvswap.config import Config
 from kvswap.core.cache_stats import Trace
 from kvswap.disk.backend import ReadBackend
-from kvswap.memory.budget import OWNER_BYTES, MemoryNeeds, capacity_for
+from kvswap.errors import DamagedError
+from kvswap.memory.budget import OWNER_BYTES, MemoryNeeds, capacity_for, grown
 from kvswap.memory.ledger import Ledger
 from kvswap.memory.slots import SlotPool
 from kvswap.native.arrays import IntArray
@@ -73,25 +75,41 @@ class BatchState:
         return len(self.tokens)
 
     def ensure_capacity(self, tokens: int) -> None:
-        """Make room for sequences of ``tokens``, giving up reuse slots for it. Raises MemoryBudgetError."""
+        """Make room for sequences of ``tokens``, giving up reuse slots for it. Raises MemoryBudgetError.
+
+        With some headroom, or without where the limit leaves none.
+        """
         if tokens <= self.capacity_tokens:
             return
         if self.config.kv_memory == "auto":  # a share of the context, which has grown
             self.ledger.limit_bytes = max(self.ledger.limit_bytes, self.needs.auto_limit_bytes(tokens))
-        capacity = capacity_for(tokens)
-        before, after = self.needs.parts(self.capacity_tokens), self.needs.parts(capacity)
-        growth = {part: after[part] - before[part] for part in after}
-        short = sum(growth.values()) - self.ledger.free_bytes
-        slot_bytes = self.layout.slot_bytes
-        drop = max(0, ceil_div(short, slot_bytes))
-        if drop > self.pool.reuse_slots:
+        before, slot_bytes = self.needs.parts(self.capacity_tokens), self.layout.slot_bytes + OWNER_BYTES
+        for capacity in (capacity_for(tokens), grown(tokens)):
+            growth = {part: size - before[part] for part, size in self.needs.parts(capacity).items()}
+            drop = max(0, ceil_div(sum(growth.values()) - self.ledger.free_bytes, slot_bytes))
+            if drop <= self.pool.reuse_slots:
+                break
+        else:
             raise self.needs.too_little(self.ledger.limit_bytes, tokens, growing=True)
         if drop:
             self.pool.shrink_reuse(self.pool.reuse_slots - drop)
-            self.ledger.release("slots", drop * slot_bytes)
+            self.ledger.release("slots", drop * self.layout.slot_bytes)
+            self.ledger.release("tables", drop * OWNER_BYTES)
         self.ledger.reserve_all(growth)
         self.pool.grow_table(ceil_div(capacity, self.window.group_tokens))
         self.capacity_tokens = capacity
+        if not drop:
+            self._grow_reuse()
+
+    def _grow_reuse(self) -> None:
+        """Let reuse take what is left of the limit, as long as there are groups for it."""
+        pool = self.pool
+        free_bytes = self.ledger.free_bytes + pool.reuse_slots * (self.layout.slot_bytes + OWNER_BYTES)
+        wanted = min(self.needs.reuse_slots(self.capacity_tokens, free_bytes), pool.most_reuse_slots)
+        more = wanted - pool.reuse_slots
+        if more > 0 and pool.keeps_written:
+            self.ledger.reserve_all({"slots": more * self.layout.slot_bytes, "tables": more * OWNER_BYTES})
+            pool.grow_reuse(wanted)
 
     def append(self, layer: int, sequence: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Store, sketch and pin tokens from group ``flushed[layer, sequence]`` on: K, V ``[H_kv, n, d]``.
@@ -107,7 +125,11 @@ class BatchState:
             self.flushed[layer, sequence] = first + whole
 
     def pin(self, layer: int, sequence: int, keys: torch.Tensor, values: torch.Tensor, first: int) -> None:
-        """Put the groups that stay pinned into their slots: K, V ``[H_kv, n, d]`` begin at group ``first``."""
+        """Put the groups that stay pinned into their slots: K, V ``[H_kv, n, d]`` begin at group ``first``.
+
+        Raises DamagedError for values that are not finite, as ``flush_ring`` does.
+        """
+        check_finite(layer, keys, values)
         group_tokens, sinks = self.window.group_tokens, self.window.sink_groups
         last = first + ceil_div(keys.shape[1], group_tokens)
         spans = ((first, min(sinks, last)), (max(first, self.window.ring_start(last - 1)), last))
@@ -144,19 +166,46 @@ class BatchState:
         finally:
             reader.close()
 
+    def resident(self, layer: int, sequence: int, tokens: int) -> IntArray | None:
+        """Slots of all groups that are on disk, where all of them are in memory too, else None.
+
+        ``tokens`` are stored of the sequence, with the newest one of a running step.
+        """
+        newest = max(tokens, int(self.tokens[sequence])) - 1
+        ring_start = self.window.ring_start(newest // self.window.group_tokens)
+        return self.pool.resident(layer, sequence, int(self.flushed[layer, sequence]), ring_start)
+
     def flush_ring(self, layer: int, step: Step) -> None:
         """Write and sketch the whole groups that wait in the ring, several at a time; layers take turns."""
         for sequence in step.new_group:
             first, current = int(self.flushed[layer, sequence]), int(step.current[sequence])
             if first < current and (current + layer) % self.window.flush_groups == 0:
                 keys, values = self.pool.read_pinned(layer, sequence, first, current - first)
+                check_finite(layer, keys, values)
                 self.append(layer, sequence, keys, values)
+                self.pool.keep(layer, sequence, first, keys, values, most=self.pool.free_slots)
 
     def close(self) -> None:
         """Drop files and memory."""
         self.store.close()
         self.pool.close()
         self.sketches.clear()
+
+
+def check_finite(layer: int, *tensors: torch.Tensor) -> None:
+    """Raise DamagedError for keys or values that are not finite: stored once, they would be in every later answer."""
+    for each in tensors:
+        low, high = torch.aminmax(each)
+        if not math.isfinite(float(low) + float(high)):
+            raise not_finite(layer, "keys or values are not finite, so they are not stored")
+
+
+def not_finite(layer: int, what: str) -> DamagedError:
+    """The error for a layer whose numbers are infinite or undefined."""
+    return DamagedError(
+        f"layer {layer}: {what}",
+        hint="check the model in its own dtype, or store_dtype, and begin the context anew",
+    )
 
 
 def open_state(
@@ -172,29 +221,28 @@ def open_state(
     check_space: Callable[[int], None],
     files: PersistentFiles | None = None,
     alignment_bytes: int = 0,
+    answer_tokens: int = 0,
 ) -> BatchState:
     """Divide the memory limit for ``batch`` sequences of ``tokens``, then allocate.
 
-    ``check_space`` is called with the bytes that will be written, and raises where the disk lacks them. ``files`` are
-    those of a session, whose groups are laid out for ``alignment_bytes``. Raises MemoryBudgetError.
+    An answer of ``answer_tokens`` has to fit as well; room for it is made when it comes. ``check_space`` is called with
+    the bytes that will be written, and raises where the disk lacks them. ``files`` are those of a session, whose groups
+    are laid out for ``alignment_bytes``. Raises MemoryBudgetError.
     """
     alignment_bytes = alignment_bytes or backend.alignment_bytes
     seal_bytes, stored = (files.seals.itemsize, int(files.stored_groups.min())) if files is not None else (0, 0)
     needs, layout = _needs(config, method, shape, alignment_bytes, makers, batch, seal_bytes)
-    ledger = Ledger(needs.limit_bytes(config.kv_memory, tokens))
+    pool_type: type[SlotPool] = method.slots or SlotPool
+    ledger, reuse = _divide(config, needs, pool_type, tokens, answer_tokens)
     capacity, window = capacity_for(tokens), needs.window
     groups = ceil_div(capacity, window.group_tokens)
-    ledger.reserve_all(needs.parts(capacity))
-    pool_type: type[SlotPool] = method.slots or SlotPool
-    reuse = pool_type.reuse_slots_for(needs.reuse_slots(capacity, ledger.free_bytes), window, needs.sequences)
-    ledger.reserve("tables", reuse * OWNER_BYTES)
-    ledger.reserve("slots", reuse * layout.slot_bytes)
     check_space(shape.layers * batch * layout.file_bytes(groups - stored, fine=files is not None))
     size: dict[str, Any] = {"layers": shape.layers, "batch": batch, "layout": layout}
     pool = pool_type(
         window=window,
         staging_groups=needs.staging_groups,
         reuse_slots=reuse,
+        most_reuse_slots=ledger.limit_bytes // layout.slot_bytes,
         capacity_groups=groups,
         dtype=shape.store_dtype,
         device=shape.device,
@@ -219,6 +267,21 @@ def open_state(
         flushed=np.zeros((shape.layers, batch), np.int64),
         capacity_tokens=capacity,
     )
+
+
+def _divide(
+    config: Config, needs: MemoryNeeds, pool_type: type[SlotPool], tokens: int, answer_tokens: int
+) -> tuple[Ledger, int]:
+    """The account of the memory limit, with everything reserved, and how many reuse slots it pays for."""
+    ledger = Ledger(needs.limit_bytes(config.kv_memory, tokens))
+    if config.kv_memory != "auto":
+        needs.check_answer(ledger.limit_bytes, tokens, answer_tokens)
+    capacity = capacity_for(tokens)
+    ledger.reserve_all(needs.parts(capacity))
+    affordable = needs.reuse_slots(capacity, ledger.free_bytes)
+    reuse = pool_type.reuse_slots_for(affordable, needs.window, needs.sequences)
+    ledger.reserve_all({"tables": reuse * OWNER_BYTES, "slots": reuse * needs.slot_bytes})
+    return ledger, reuse
 
 
 def _needs(

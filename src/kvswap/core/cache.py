@@ -27,7 +27,7 @@ from kvswap.core.load_or_recompute import Rates
 from kvswap.core.prefill import Prefill, chunk_spans
 from kvswap.disk.backend import ReadBackend
 from kvswap.errors import MemoryBudgetError, UnsupportedError
-from kvswap.memory.available import available_bytes
+from kvswap.memory.available import available_bytes, device_available_bytes
 from kvswap.memory.budget import PROMPT_PARTS, PrefillNeeds
 from kvswap.models.adapter import LayerParts, ModelParts
 from kvswap.models.masks import DeferredMask, left_pads
@@ -92,9 +92,12 @@ class KVSwapCache(LayerMajorCache):
         batch, tokens = hidden.shape[:2]
         padding = mask.padding
         transient_bytes = 0 if self._decoding else self._check_memory(hidden)
+        answer_tokens, self.answer_tokens = self.answer_tokens, 0
+        if self._state is not None and self.config.kv_memory != "auto":
+            self._state.needs.check_answer(self._state.ledger.limit_bytes, self._stored + tokens, answer_tokens)
         if self._state is None:
             self._pads = left_pads(padding, batch, self._stored + tokens)
-            self._state = self._open(batch, self._stored + tokens)
+            self._state = self._open(batch, self._stored + tokens, answer_tokens)
             self._decode = self._decode_type(self._state, self.parts)
         elif batch != self._state.batch:
             raise UnsupportedError(f"batch of {batch} on a cache of {self._state.batch}", hint="attach anew for it")
@@ -109,7 +112,10 @@ class KVSwapCache(LayerMajorCache):
             store.streamed_bytes, store.streamed_s = 0, 0.0
             self._prefill = Prefill(self._state, tokens, pads, recompute=self._recomputing)
             reserved, filled = self._state.ledger.reserved, self._stored or self._recomputing
-            lasting_bytes = sum(reserved.values() if filled else (reserved[part] for part in PROMPT_PARTS))
+            lasting_bytes = sum(reserved.values())
+            if not filled:
+                slots_bytes = min(reserved["slots"], self._state.needs.groups_bytes(tokens))
+                lasting_bytes = sum(reserved[part] for part in PROMPT_PARTS) + slots_bytes
             self.trace.prefill_peak_bytes = max(self.trace.prefill_peak_bytes, transient_bytes + lasting_bytes)
 
     def run_layer(self, part: LayerParts, forward: LayerForward, hidden: torch.Tensor, kwargs: dict[str, Any]) -> Any:
@@ -242,10 +248,12 @@ class KVSwapCache(LayerMajorCache):
             sliding_tokens=sum(min(tokens, each.get("sliding_window") or 0) for each in sliding),
         )
         transient_bytes = needs.transient_bytes()
-        if hidden.device.type == "cpu" and transient_bytes > available_bytes():
+        free_bytes = available_bytes() if hidden.device.type == "cpu" else device_available_bytes(hidden.device)
+        if free_bytes is not None and transient_bytes > free_bytes:
+            where = "memory" if hidden.device.type == "cpu" else f"the memory of {hidden.device}"
             raise MemoryBudgetError(
                 f"prefill of {batch * tokens:,} tokens needs {format_bytes(transient_bytes)} temporarily, "
-                f"{format_bytes(available_bytes())} of memory are free",
+                f"{format_bytes(free_bytes)} of {where} are free",
                 hint="close other programs, shorten the context, or lower chunk_tokens",
             )
         return transient_bytes
@@ -256,7 +264,7 @@ class KVSwapCache(LayerMajorCache):
         slot_bytes = group_tokens * 2 * shape.kv_heads * shape.head_dim * shape.store_dtype.itemsize  # or a bit more
         return tile_groups(slot_bytes, group_tokens, queries=queries) * slot_bytes
 
-    def _open(self, batch: int, tokens: int) -> BatchState:
+    def _open(self, batch: int, tokens: int, answer_tokens: int = 0) -> BatchState:
         binding = self._binding
         if binding is not None and (batch != 1 or self._pads.any()):
             raise UnsupportedError("a batch or padding in a session", hint="a session is one sequence without padding")
@@ -272,6 +280,7 @@ class KVSwapCache(LayerMajorCache):
             check_space=self._check_space,
             files=binding.files(self._backend, self._shape.layers) if binding else None,
             alignment_bytes=binding.alignment_bytes if binding else 0,
+            answer_tokens=answer_tokens,
         )
         if binding is not None:
             binding.restore(state)

@@ -9,16 +9,15 @@ over groups or tokens. Used by the cache, in the thread that runs the model.
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from kvswap.core.batch_state import BatchState
+from kvswap.core.batch_state import BatchState, not_finite
 from kvswap.core.query_prediction import QueryPredictor
-from kvswap.errors import DamagedError, DiskError
+from kvswap.errors import DiskError
 from kvswap.memory.lookup import Found, find
 from kvswap.models.adapter import LayerParts, ModelParts
 from kvswap.native.arrays import BoolArray, IntArray
@@ -115,6 +114,7 @@ class Decode:
         half, self._half = self._half, 1 - self._half
         found = find(state.pool, layer, groups, step.ends, gap_groups=self._gap_groups, half=half)
         state.trace.lap("slots_s")
+        state.pool.wait_published(half)
         ticket = self.submit(found)
         state.trace.lap("submit_s")
         self._fetches[layer] = Fetch(ticket, half, found, groups, valid)
@@ -171,12 +171,9 @@ class Decode:
         else:
             assert query is not None
             scores = state.method.score(state.sketches[layer], query, state.shape.scaling, state.window.group_tokens)
-            if math.isnan(float(scores[:, first : int(max(step.ends))].sum())):  # NaN compares with nothing
-                raise DamagedError(
-                    f"layer {layer}: keys or the query are not finite, so no group can be chosen",
-                    hint="check the model in its own dtype, or store_dtype, and begin the context anew",
-                )
-            groups = top_groups(scores, first, step.ends, count).cpu().numpy()
+            groups, unusable = _best_groups(scores, first, step.ends, count)
+            if unusable:
+                raise not_finite(layer, "keys or the query are not finite, so no group can be chosen")
         if step.fewest_candidates >= groups.shape[1]:  # every sequence has as many
             return groups, None
         valid = groups < step.ends[:, None]
@@ -203,3 +200,15 @@ class Decode:
             _, fetch = self._fetches.popitem()  # a ticket is waited for once, also where its reads fail
             with contextlib.suppress(DiskError):
                 self.state.store.backend.wait(fetch.ticket)
+
+
+def _best_groups(scores: torch.Tensor, first: int, ends: IntArray, count: int) -> tuple[IntArray, bool]:
+    """``top_groups`` for NumPy, and whether a score is not a number: NaN compares with nothing, so nothing is best."""
+    unusable = scores[:, first : int(max(ends))].sum().isnan()
+    if scores.device.type == "cpu":
+        return (
+            (np.zeros((0, 0), np.int64), True) if unusable else (top_groups(scores, first, ends, count).numpy(), False)
+        )
+    groups = top_groups(scores, first, ends, count)
+    both = torch.cat((groups.flatten(), unusable.view(1).to(groups.dtype))).cpu().numpy()  # one wait for the device
+    return both[:-1].reshape(groups.shape), bool(both[-1])

@@ -47,6 +47,8 @@ class LayerMajorCache(Cache):
         super().__init__(layers=layers)
         self.parts, self.implementation, self.chunk_tokens = parts, implementation, chunk_tokens
         self.trace = Trace()
+        self.answer_tokens = 0
+        """Longest answer to follow the next forward, where the caller knows: that is refused if the two do not fit."""
         self._on_progress = on_progress
         self._started_s = 0.0
         self._running = False
@@ -208,6 +210,10 @@ class LayerMajorCache(Cache):
     def _check_call(self, mask: Any, kwargs: dict[str, Any]) -> DeferredMask:
         if not isinstance(mask, DeferredMask):
             raise UnsupportedError("attention_mask: a prepared mask was given", hint="pass a 2-D padding mask or none")
+        if kwargs.get("use_cache") is False:  # ``generate`` would give the whole input at every step
+            raise UnsupportedError(
+                "use_cache=False with a cache", hint="leave out one of the two, also in model.config"
+            )
         if torch.is_grad_enabled():
             raise UnsupportedError("gradients are enabled", hint="call the model under torch.no_grad()")
         if kwargs.get("output_attentions") or getattr(self.parts.config, "output_attentions", False):

@@ -20,6 +20,7 @@ from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from kvswap.core.layer_major import LayerMajorCache
+from kvswap.core.model_state import model_state
 from kvswap.errors import ModelError
 from kvswap.models.adapter import LayerParts, check_placement, inspect
 from kvswap.models.masks import NAME, defer_mask, resolve
@@ -37,6 +38,8 @@ class Attachment:
         if getattr(decoder, _MARK, None) is not None:
             raise ModelError("this model is attached already", hint="leave the first attach block before the second")
         check_placement(self.parts)
+        self.state = model_state(model, decoder, self.parts.config)
+        """What the model was before it was changed, or None where that cannot be told."""
         self.implementation: str = self.parts.config._attn_implementation
         self._restore: list[Callable[[], None]] = []
         AttentionInterface.register(NAME, _attention)

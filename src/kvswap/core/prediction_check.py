@@ -1,23 +1,27 @@
 """The check at attach: no family is believed by its name.
 
-``attach`` calls ``check_prediction`` once for each model. A decode step of a few sequences goes through the attached
-decoder with a cache that stores nothing. Every offloaded layer runs up to its attention, so neither attention nor MLP
-is computed. There the query that the model computed is compared with the one that kvswap predicts from the same hidden
-state. A layer with other norms, partial or absent RoPE, or anything else that the adapter does not know is found before
-a prompt has been read. The model and the state of random numbers stay as they were. In: parts of an attached model.
-Out: nothing, or ModelError. The thread that attaches.
+``attach`` calls ``check_once``. A model object that has passed is checked again only where it changed since, as far as
+``core/model_state.py`` can tell; one that was refused always is. A decode step of a few sequences goes through the
+attached model with a cache that stores nothing. Every offloaded layer runs up to its attention, so neither attention
+nor MLP is computed. There the query that the model computed is compared with the one that kvswap predicts from the same
+hidden state. A layer with other norms, partial or absent RoPE, or anything else that the adapter does not know is found
+before a prompt has been read. The model and the state of random numbers stay as they were. In: parts of an attached
+model. Out: nothing, or ModelError. The thread that attaches.
 """
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import nn
 from torch.nn import functional
 from transformers.cache_utils import CacheLayerMixin
 
 from kvswap.core.layer_major import LayerForward, LayerMajorCache
+from kvswap.core.model_patch import Attachment
 from kvswap.core.query_prediction import QueryPredictor
 from kvswap.errors import KVSwapError, ModelError
 from kvswap.models.adapter import LayerParts, ModelParts, cache_keyword, context_limit
@@ -38,6 +42,21 @@ class _Through(Exception):  # noqa: N818 - not an error
     """Ends the forward after the last layer."""
 
 
+_passed: weakref.WeakKeyDictionary[nn.Module, list[Any]] = weakref.WeakKeyDictionary()
+"""The states of models that passed, by their decoder."""
+
+
+def check_once(attachment: Attachment) -> None:
+    """``check_prediction`` for an attached model, unless it has passed and is what it was then. Raises ModelError."""
+    decoder, state = attachment.parts.decoder, attachment.state
+    if state is not None and _passed.get(decoder) == state:
+        return
+    _passed.pop(decoder, None)
+    check_prediction(attachment.parts, attachment.implementation)
+    if state is not None:
+        _passed[decoder] = state
+
+
 @torch.no_grad()
 def check_prediction(parts: ModelParts, implementation: str) -> None:
     """Compare predicted with true queries in every offloaded layer of an attached model.
@@ -51,7 +70,7 @@ def check_prediction(parts: ModelParts, implementation: str) -> None:
     ids = torch.tensor(_token_ids(parts), device=device)[:, None]
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         try:
-            parts.decoder(input_ids=ids, use_cache=True, **{cache_keyword(parts.model): trial})
+            parts.model(input_ids=ids, use_cache=True, **{cache_keyword(parts.model): trial})
         except _Through:
             return
         except ModelError:

@@ -12,6 +12,7 @@ ago or come from disk. So it makes no difference how much of a prompt is stored,
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -19,12 +20,13 @@ import torch
 from numpy.typing import NDArray
 
 from kvswap.core.attention import TiledAttention, chunk_attention
-from kvswap.core.batch_state import BatchState
+from kvswap.core.batch_state import BatchState, not_finite
+from kvswap.core.stored import StoredGroups, stored_tiles
 from kvswap.errors import StorageError
 from kvswap.memory.budget import SKETCH_TILE_TOKENS
 from kvswap.native import loops
-from kvswap.store.layout import FEW_QUERIES, STREAM_TILE_TOKENS, tile_groups
-from kvswap.store.tiles import TileMemory, TileReader
+from kvswap.store.layout import FEW_QUERIES, STREAM_TILE_TOKENS
+from kvswap.store.tiles import TileMemory
 from kvswap.terms import FLOAT16_MAX, ceil_div
 
 FLOAT16_SAFE = 30_000.0  # half of what float16 holds: decode may bring larger values than the prompt did
@@ -79,7 +81,7 @@ class Prefill:
         self._filled = 0
         self._first = not state.tokens.any()  # its values decide the stored dtype of each layer, once
         self._memory = TileMemory()
-        self._begun: dict[tuple[int, int], TileReader] = {}  # of layer and sequence
+        self._begun: dict[tuple[int, int], StoredGroups] = {}  # of layer and sequence
 
     @property
     def filled_tokens(self) -> int:
@@ -114,7 +116,10 @@ class Prefill:
         keys, values = self._kv[0, :, :, : self._filled], self._kv[1, :, :, : self._filled]
         if not self.appending:
             return chunk_attention(query, keys, values, mask, self.state.shape.scaling)
-        return torch.stack([self._attend_stored(layer, b, query[b]) for b in range(len(query))]).to(query.dtype)
+        output = torch.stack([self._attend_stored(layer, b, query[b]) for b in range(len(query))])
+        if not math.isfinite(float(output.sum())):
+            raise not_finite(layer, "keys, values or queries are not finite, so nothing can be appended")
+        return output.to(query.dtype)
 
     def finish(self, layer: int) -> None:
         """The layer is through: its K, V go to disk, into the sketch and into the pinned slots."""
@@ -133,6 +138,8 @@ class Prefill:
             for start in range(0, keys.shape[1], tile):
                 cut = slice(start, start + tile)
                 state.append(layer, sequence, keys[:, cut], values[:, cut])
+            if not self._recompute:  # what was computed again may differ in its last bits from what is on disk
+                state.pool.keep(layer, sequence, first, keys, values, most=state.pool.share(layer))
         self._filled = 0
 
     def done(self) -> None:
@@ -167,17 +174,18 @@ class Prefill:
             attention.add(self._kv[0, sequence, :, cut], self._kv[1, sequence, :, cut], causal[:, cut])
         return attention.result()
 
-    def _begin(self, layer: int, sequence: int) -> TileReader:
-        """The reader of what is stored of a layer and sequence, whose first reads are on their way."""
+    def _begin(self, layer: int, sequence: int) -> StoredGroups:
+        """What is stored of a layer and sequence; its first reads are on their way."""
         found = self._begun.get((layer, sequence))
         if found is None:
-            slot_bytes, queries = self.state.layout.slot_bytes, self._kv.shape[3]
-            groups = tile_groups(slot_bytes, self.state.window.group_tokens, queries=queries)
-            found = self._begun[layer, sequence] = stored_reader(self.state, layer, sequence, groups, self._memory)
+            state, queries = self.state, self._kv.shape[3]
+            tokens = int(state.tokens[sequence])
+            found = StoredGroups(state, layer, sequence, tokens, queries=queries, memory=self._memory)
+            self._begun[layer, sequence] = found
             found.begin()
         return found
 
-    def _begin_next(self, layer: int, sequence: int, reader: TileReader) -> None:
+    def _begin_next(self, layer: int, sequence: int, reader: StoredGroups) -> None:
         """Behind the last read of ``reader`` begin the next one: of a sequence, the next chunk or the next layer."""
         if not reader.all_begun:
             return
@@ -191,7 +199,7 @@ class Prefill:
     def _choose_dtype(self, layer: int, largest: float) -> None:
         """Store float16 unless values come near its end, then bfloat16 (when the choice is ours)."""
         state = self.state
-        if state.shape.store_dtype != torch.float16 or largest < FLOAT16_SAFE:
+        if state.shape.store_dtype != torch.float16 or not largest >= FLOAT16_SAFE:  # NaN, too: pinning finds it
             return
         if state.config.store_dtype == "float16":
             raise StorageError(
@@ -205,44 +213,3 @@ def _largest(*tensors: torch.Tensor) -> float:
     """The largest magnitude in any of the tensors; without a copy, as abs() would make."""
     ends = [float(end) for each in tensors for end in torch.aminmax(each)]
     return max(map(abs, ends))
-
-
-def attend_stored(state: BatchState, layer: int, sequence: int, query: torch.Tensor, tokens: int) -> TiledAttention:
-    """Attend with ``query`` ``[H_q, q, d]`` to the first ``tokens`` stored tokens, streamed from disk in order."""
-    attention = TiledAttention(query, state.shape.kv_heads, state.shape.scaling)
-    for _, keys, values in stored_tiles(state, layer, sequence, tokens):
-        attention.add(keys, values)
-    return attention
-
-
-def stored_reader(
-    state: BatchState, layer: int, sequence: int, tile_groups: int, memory: TileMemory | None = None
-) -> TileReader:
-    """A reader of all groups that are on disk."""
-    groups, dtype = int(state.flushed[layer, sequence]), state.pool.dtypes[layer]
-    return state.store.read_tiles(layer, sequence, groups, tile_groups, dtype, memory=memory)
-
-
-def stored_tiles(
-    state: BatchState, layer: int, sequence: int, tokens: int, reader: TileReader | None = None
-) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
-    """The first ``tokens`` stored tokens in order: first token, K and V ``[H_kv, n, d]``, valid until the next tile.
-
-    ``reader`` may have begun already, and groups that it has given stay out; it is closed at the end.
-    """
-    window, flushed = state.window, int(state.flushed[layer, sequence])
-    if reader is None:
-        groups = tile_groups(state.layout.slot_bytes, window.group_tokens)
-        reader = stored_reader(state, layer, sequence, groups)
-    start = 0
-    try:
-        for keys, values in reader:
-            yield start, keys, values
-            start += keys.shape[1]
-    finally:
-        reader.close()
-    start = flushed * window.group_tokens
-    if tokens > start:
-        groups = ceil_div(tokens - start, window.group_tokens)
-        head = state.pool.read_pinned(layer, sequence, flushed, groups)[:, :, : tokens - start]
-        yield start, head[0], head[1]

@@ -25,21 +25,40 @@ class Slab:
     address : int
         Address of the first byte, a multiple of the page size.
     nbytes : int
-        Bytes that may be used and are charged to the memory ledger; less than ``array.nbytes`` after ``shrink``.
+        Bytes that may be used and are charged to the memory ledger; the rest of ``array`` is untouched address space.
+
+    Parameters
+    ----------
+    nbytes, most_bytes
+        What may be used at first, and what ``grow`` may reach. Where the system has no address space for
+        ``most_bytes``, the slab cannot grow.
     """
 
-    def __init__(self, nbytes: int) -> None:
+    def __init__(self, nbytes: int, most_bytes: int = 0) -> None:
         if nbytes <= 0:
             raise ValueError(f"a slab needs at least one byte, got {nbytes}")
         self.nbytes = round_up(nbytes, mmap.PAGESIZE)
+        most_bytes = max(self.nbytes, round_up(most_bytes, mmap.PAGESIZE))
         # Private, not Python's default of shared: shared anonymous memory keeps its pages through MADV_DONTNEED
         # and is counted as shared memory, not as this process's own.
-        self._map = mmap.mmap(-1, self.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        try:
+            self._map = mmap.mmap(-1, most_bytes, flags=flags)
+        except OSError:
+            if most_bytes == self.nbytes:
+                raise
+            self._map = mmap.mmap(-1, self.nbytes, flags=flags)
         if hasattr(mmap, "MADV_HUGEPAGE"):
             with contextlib.suppress(OSError):  # a kernel without them
                 self._map.madvise(mmap.MADV_HUGEPAGE)
         self.array: NDArray[np.uint8] = np.frombuffer(self._map, dtype=np.uint8)
         self.address = int(self.array.ctypes.data)
+
+    def grow(self, nbytes: int) -> None:
+        """Let more of the mapping be used. Raises ValueError past its end."""
+        if not self.nbytes <= nbytes <= self.array.nbytes:
+            raise ValueError(f"cannot grow a slab from {self.nbytes} to {nbytes} of {self.array.nbytes} bytes")
+        self.nbytes = round_up(nbytes, mmap.PAGESIZE)
 
     def shrink(self, nbytes: int) -> None:
         """Give the pages past ``nbytes`` back to the system. The mapping stays; what was in them is lost."""

@@ -12,8 +12,12 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
 
 import psutil
+
+if TYPE_CHECKING:
+    import torch
 
 _UNLIMITED_BYTES = 1 << 60
 """Version 1 writes a huge number for no limit."""
@@ -52,6 +56,16 @@ def system_memory() -> SystemMemory:
 def available_bytes() -> int:
     """Memory that can still be taken without swapping or being killed; file cache counts as free."""
     return system_memory().available_bytes
+
+
+def device_available_bytes(device: torch.device) -> int | None:
+    """Memory of a CUDA device that this process can still take, PyTorch's own reserve included; None for others."""
+    import torch  # late: the command line asks for the memory of the system before anything is loaded
+
+    if device.type != "cuda":
+        return None
+    free_bytes, _ = torch.cuda.mem_get_info(device)
+    return free_bytes + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
 def memory_limit(proc: str | Path = "/proc") -> MemoryLimit | None:

@@ -21,8 +21,10 @@ OWNER_BYTES = 8 + 4 + 4  # who lives in a reuse slot, its worth, and when that w
 STAGING_SLACK = 2.0  # room for gaps that are read through
 SKETCH_TILE_TOKENS = 2048
 """Tokens of a prompt that go into the sketch at a time."""
+SHORT_TOKENS = 2048
+"""``"auto"`` keeps contexts of up to so many tokens in memory whole."""
 PROMPT_PARTS = ("basis", "sketch", "tables", "tails", "write_queue")
-"""Parts that a first prompt fills. Slots, staging and scratch are not touched before decode."""
+"""Parts that a first prompt fills, beside its share of slots. Staging and scratch are not touched before decode."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,6 +100,24 @@ class MemoryNeeds:
         """Smallest limit under which a context of ``tokens`` works, without any reuse."""
         return sum(self.minimum_parts(tokens).values())
 
+    def groups_bytes(self, tokens: int) -> int:
+        """Slots for all groups of ``tokens`` tokens a sequence."""
+        return self.sequences * ceil_div(tokens, self.window.group_tokens) * self.slot_bytes
+
+    def whole_bytes(self, tokens: int) -> int:
+        """Smallest limit under which a context of ``tokens`` is in memory as a whole, so that nothing is read."""
+        groups = self.sequences * ceil_div(capacity_for(tokens), self.window.group_tokens)
+        return self.minimum_bytes(tokens) + groups * (self.slot_bytes + OWNER_BYTES)
+
+    def longest_capacity(self, limit_bytes: int) -> int:
+        """Most tokens that a context under ``limit_bytes`` can grow to without any reuse; 0 when none."""
+        low, high = 0, (1 << 32) // GROWTH_TOKENS
+        while low < high:
+            middle = (low + high + 1) // 2
+            fits = sum(self.parts(middle * GROWTH_TOKENS).values()) <= limit_bytes
+            low, high = (middle, high) if fits else (low, middle - 1)
+        return low * GROWTH_TOKENS
+
     def longest_tokens(self, limit_bytes: int) -> int:
         """Longest context that works under ``limit_bytes``; 0 when none does."""
         low, high = 0, 1 << 32
@@ -111,7 +131,12 @@ class MemoryNeeds:
         return self.sequences * tokens * self.token_bytes
 
     def auto_limit_bytes(self, tokens: int) -> int:
-        """The limit that ``"auto"`` means: an eighth of the full 16-bit KV, at least the workable minimum."""
+        """The limit that ``"auto"`` means: an eighth of the full 16-bit KV, at least the workable minimum.
+
+        For a context of up to ``SHORT_TOKENS`` it is what keeps one of that length in memory as a whole.
+        """
+        if tokens <= SHORT_TOKENS:
+            return self.whole_bytes(SHORT_TOKENS)
         sixteen_bit = self.full_bytes(tokens) * 2 // self.store_itemsize_bytes
         return max(sixteen_bit // 8, self.minimum_bytes(tokens))
 
@@ -124,15 +149,31 @@ class MemoryNeeds:
             raise self.too_little(limit_bytes, tokens)
         return limit_bytes
 
-    def too_little(self, limit_bytes: int, tokens: int, *, growing: bool = False) -> MemoryBudgetError:
+    def check_answer(self, limit_bytes: int, tokens: int, answer_tokens: int) -> None:
+        """Raise MemoryBudgetError where a context of ``tokens`` cannot grow by an answer, not even without reuse."""
+        if answer_tokens and self.longest_capacity(limit_bytes) < tokens + answer_tokens:
+            raise self.too_little(limit_bytes, tokens, answer_tokens=answer_tokens)
+
+    def too_little(
+        self, limit_bytes: int, tokens: int, *, growing: bool = False, answer_tokens: int = 0
+    ) -> MemoryBudgetError:
         """The error for a limit under which ``tokens`` do not work, or into which a context cannot go on ``growing``.
 
-        It names the smallest limit that works and the longest context that this limit allows.
+        With ``answer_tokens`` the context works, but not with an answer so long. It names the smallest limit that works
+        and the longest context that this limit allows.
         """
         parts, longest = self.minimum_parts(tokens), self.longest_tokens(limit_bytes)
-        smallest = f"{ceil_div(sum(parts.values()), KIB)}KiB ({format_parts(parts)})"  # rounded up, to be typed in
         limit = f"kv_memory: {format_bytes(limit_bytes)}"
-        if growing:
+        if growing or answer_tokens:
+            parts, longest = self.parts(grown(tokens + answer_tokens)), self.longest_capacity(limit_bytes)
+        smallest = f"{ceil_div(sum(parts.values()), KIB)}KiB ({format_parts(parts)})"  # rounded up, to be typed in
+        if answer_tokens:
+            message = (
+                f"{limit} is too small for {tokens:,} tokens and an answer of up to {answer_tokens:,}; "
+                f"it allows {longest:,} together"
+            )
+            hint = f"set kv_memory to at least {smallest}, leave it at auto, or lower max_new_tokens"
+        elif growing:
             message = f"{limit} is used up; it allows {longest:,} tokens, {tokens:,} are needed"
             hint = f"set kv_memory to at least {smallest} or generate fewer tokens"
         else:
@@ -140,7 +181,7 @@ class MemoryNeeds:
             message = f"{limit} is too small for {tokens:,} tokens; {reach}"
             hint = f"set kv_memory to at least {smallest} or leave it at auto"
         return MemoryBudgetError(
-            message, minimum_bytes=self.minimum_bytes(tokens), longest_tokens=longest, parts=parts, hint=hint
+            message, minimum_bytes=sum(parts.values()), longest_tokens=longest, parts=parts, hint=hint
         )
 
     def reuse_slots(self, capacity_tokens: int, free_bytes: int) -> int:
@@ -151,7 +192,12 @@ class MemoryNeeds:
 
 def capacity_for(tokens: int) -> int:
     """Tokens to make room for when the context has ``tokens``: whole growth steps with some headroom."""
-    return round_up(tokens + GROWTH_TOKENS, GROWTH_TOKENS)
+    return grown(tokens + GROWTH_TOKENS)
+
+
+def grown(tokens: int) -> int:
+    """``tokens`` in whole growth steps: the least room for so many."""
+    return round_up(tokens, GROWTH_TOKENS)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

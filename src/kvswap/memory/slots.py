@@ -12,6 +12,8 @@ pinned host memory, and ``publish`` copies the groups over on a side stream.
 Replacement: a slot's worth is one right after its group was selected, and decays each time its own layer selects
 without it. A group that was read replaces only a slot of less worth. Plain recency would fail: layers are visited in a
 cycle, so the least recently used group is the one needed soonest. Worth is compared as of each layer's own last visit.
+Groups that are written, or streamed for a prompt, go into slots that are still free, with worth zero: while everything
+fits, nothing is read in a decode step.
 Not thread-safe: one thread, the one that runs the model.
 """
 
@@ -22,6 +24,7 @@ import torch
 from numpy.typing import NDArray
 
 from kvswap.disk.slab import Slab
+from kvswap.memory.device_staging import DeviceStaging
 from kvswap.native import array_loops, loops
 from kvswap.native.array_loops import SlotArrays
 from kvswap.native.arrays import ByteArray, IntArray
@@ -38,11 +41,14 @@ class SlotPool:
     """Memory for groups of ``layers`` x ``batch`` sequences.
 
     ``dtypes`` holds the stored dtype of each layer (of equal size) and may be changed before a layer's first use.
-    ``arrays`` is what compiled loops look groups up in.
+    ``arrays`` is what compiled loops look groups up in. ``grow_reuse`` can reach ``most_reuse_slots``: on the CPU these
+    are only address space until they are used. Slots on another device do not grow.
     """
 
     compiled_lookup = True
     """Whether the compiled loops do what ``lookup`` does here."""
+    keeps_written = True
+    """Whether free slots take groups that no step has selected yet."""
 
     def __init__(
         self,
@@ -56,6 +62,7 @@ class SlotPool:
         capacity_groups: int,
         dtype: torch.dtype,
         device: torch.device,
+        most_reuse_slots: int = 0,
     ) -> None:
         self.layout, self.window, self.batch, self.layers = layout, window, batch, layers
         self.dtypes = [dtype] * layers
@@ -65,17 +72,17 @@ class SlotPool:
         slots = self.reuse_start + reuse_slots
         self.host = device.type == "cpu"
         if self.host:
-            self.slab = Slab(slots * layout.slot_bytes)
+            most = self.reuse_start + max(reuse_slots, most_reuse_slots)
+            self.slab = Slab(slots * layout.slot_bytes, most * layout.slot_bytes)
+            slots = min(most, self.slab.array.nbytes // layout.slot_bytes)
             raw = torch.from_numpy(self.slab.array)[: slots * layout.slot_bytes]
             self._staging_address = self.slab.address + self.staging_start * layout.slot_bytes
         else:
             raw = torch.zeros(slots * layout.slot_bytes, dtype=torch.uint8, device=device)
-            pinned = device.type == "cuda"
-            size_bytes = 2 * staging_groups * layout.slot_bytes
-            self._host_staging = torch.zeros(size_bytes, dtype=torch.uint8, pin_memory=pinned)
-            self._staging_address = self._host_staging.data_ptr()
-            self._stream = torch.cuda.Stream(device) if pinned else None
+            self._device_staging = DeviceStaging(device, staging_groups * layout.slot_bytes)
+            self._staging_address = self._device_staging.address
         self._raw = raw
+        self.most_reuse_slots = slots - self.reuse_start
         self._rows = {d: raw.view(d).view(slots, layout.slot_elements) for d in (dtype, *_same_size(dtype))}
         self.table: NDArray[np.int32] = np.full((layers * batch, capacity_groups), -1, np.int32)
         self.owner: IntArray = np.full(reuse_slots, -1, np.int64)
@@ -107,6 +114,15 @@ class SlotPool:
         self.table = wider
         self.arrays = self._locate()
 
+    def grow_reuse(self, reuse_slots: int) -> None:
+        """Add free reuse slots, up to ``most_reuse_slots``."""
+        more = reuse_slots - self.reuse_slots
+        self.owner = np.concatenate((self.owner, np.full(more, -1, np.int64)))
+        self.worth = np.concatenate((self.worth, np.full(more, -1, np.float32)))
+        self.seen = np.concatenate((self.seen, np.zeros(more, np.int32)))
+        self.arrays = self._locate()
+        self.slab.grow((self.reuse_start + reuse_slots) * self.layout.slot_bytes)
+
     def shrink_reuse(self, reuse_slots: int) -> None:
         """Give up the last reuse slots and return their memory to the system (host slots)."""
         gone = self.owner[reuse_slots:]
@@ -127,6 +143,10 @@ class SlotPool:
 
     # ---- views
 
+    def rows(self, layer: int) -> torch.Tensor:
+        """All slots as a layer's elements with their padding, ``[slots, slot_elements]``."""
+        return self._rows[self.dtypes[layer]]
+
     def groups(self, layer: int) -> torch.Tensor:
         """All slots as ``[slots, 2, H_kv, G, d]`` in this layer's stored dtype; a view."""
         rows = self._rows[self.dtypes[layer]]
@@ -145,16 +165,21 @@ class SlotPool:
         pinned = self.first_pinned_slot(layer, sequence) + self.window.pinned_slot(
             first + np.arange(-(-tokens // group_tokens), dtype=np.int64)
         )
-        slots = self.groups(layer)
         whole = tokens // group_tokens
-        index = torch.from_numpy(pinned[:whole]).to(slots.device)
+        cut = slice(0, whole * group_tokens)
+        self._put_whole(layer, pinned[:whole], keys[:, cut], values[:, cut])
+        if whole < len(pinned):
+            slot = self.groups(layer)[int(pinned[-1])]
+            for part, source in enumerate((keys, values)):
+                slot[part, :, : tokens - whole * group_tokens] = source[:, whole * group_tokens :].to(slot.dtype)
+
+    def _put_whole(self, layer: int, slots: IntArray, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Put whole groups into ``slots`` ``[n]``: K, V ``[H_kv, n * G, d]``."""
+        groups = self.groups(layer)
+        index = torch.from_numpy(slots).to(groups.device)
         for part, source in enumerate((keys, values)):
-            body = source[:, : whole * group_tokens].unflatten(1, (whole, group_tokens)).transpose(0, 1)
-            slots[:, part].index_copy_(0, index, body.to(slots.dtype))
-            if whole < len(pinned):
-                slots[int(pinned[-1]), part, :, : tokens - whole * group_tokens] = source[:, whole * group_tokens :].to(
-                    slots.dtype
-                )
+            body = source.unflatten(1, (len(slots), self.window.group_tokens)).transpose(0, 1)
+            groups[:, part].index_copy_(0, index, body.to(groups))
 
     def put_token(
         self, layer: int, slots: IntArray, offset: IntArray, keys: torch.Tensor, values: torch.Tensor
@@ -167,7 +192,8 @@ class SlotPool:
         kv = torch.stack((keys[:, :, 0], values[:, :, 0]), dim=1)
         if rows.dtype == torch.float16 and kv.dtype != torch.float16:
             kv = kv.clamp(-FLOAT16_MAX, FLOAT16_MAX)
-        self.groups(layer)[torch.from_numpy(slots), :, :, torch.from_numpy(offset)] = kv.to(rows.dtype)
+        places = torch.from_numpy(np.stack((slots, offset))).to(rows.device)
+        self.groups(layer)[places[0], :, :, places[1]] = kv.to(rows.dtype)
 
     def read_pinned(self, layer: int, sequence: int, first: int, count: int) -> torch.Tensor:
         """Copy of ``count`` pinned groups from ``first`` on: ``[2, H_kv, count * G, d]`` in the stored dtype."""
@@ -183,6 +209,57 @@ class SlotPool:
         slots = row[row >= 0] - self.reuse_start
         self.owner[slots], self.worth[slots] = -1, -1
         row[:] = -1
+
+    @property
+    def free_slots(self) -> int:
+        """Reuse slots that no group was ever given."""
+        return self.reuse_slots - self._used
+
+    def share(self, layer: int) -> int:
+        """Free slots that this layer may fill ahead of any selection: every layer gets as many slots."""
+        rows = slice(layer * self.batch, (layer + 1) * self.batch)
+        held = int((self.table[rows] >= 0).sum()) if self.free_slots else 0
+        return max(0, min(self.free_slots, self.reuse_slots // self.layers - held))
+
+    def keep(
+        self, layer: int, sequence: int, first: int, keys: torch.Tensor, values: torch.Tensor, *, most: int
+    ) -> None:
+        """Give free slots to the newest whole groups of K, V ``[H_kv, n, d]`` from group ``first`` on, to ``most``.
+
+        Sinks need none, and neither do groups that have one.
+        """
+        most = min(most, self.free_slots)
+        if most <= 0 or not self.keeps_written:
+            return
+        row, group_tokens = layer * self.batch + sequence, self.window.group_tokens
+        low, high = max(first, self.window.sink_groups), first + keys.shape[1] // group_tokens
+        groups = low + np.flatnonzero(self.table[row, low:high] < 0)[-most:]
+        if len(groups) == 0:
+            return
+        taken = self._used + np.arange(len(groups))
+        self._used += len(groups)
+        self.owner[taken], self.worth[taken] = row * self.table.shape[1] + groups, 0
+        self.seen[taken] = self._visits[layer]
+        self.table[row, groups] = taken + self.reuse_start
+        low, high = int(groups[0]), int(groups[-1]) + 1
+        if high - low == len(groups):  # as a rule they follow each other
+            cut = slice((low - first) * group_tokens, (high - first) * group_tokens)
+            self._put_whole(layer, taken + self.reuse_start, keys[:, cut], values[:, cut])
+            return
+        tokens = ((groups - first)[:, None] * group_tokens + np.arange(group_tokens)).reshape(-1)
+        index = torch.from_numpy(tokens).to(keys.device)
+        self._put_whole(layer, taken + self.reuse_start, keys[:, index], values[:, index])
+
+    def resident(self, layer: int, sequence: int, groups: int, ring_start: int) -> IntArray | None:
+        """Slots ``[groups]`` of a sequence's first groups where all are in memory, else None.
+
+        Groups from ``ring_start`` on are in the ring.
+        """
+        slots = self.table[layer * self.batch + sequence, :groups].astype(np.int64)
+        numbers = np.arange(groups)
+        pinned = (numbers < self.window.sink_groups) | (numbers >= ring_start)
+        slots[pinned] = self.first_pinned_slot(layer, sequence) + self.window.pinned_slot(numbers[pinned])
+        return None if (slots < 0).any() else slots
 
     def lookup(self, layer: int, sequences: IntArray, groups: IntArray) -> IntArray:
         """Slot of each group, or -1 where it must be read. Hits gain worth, the rest of the layer decays."""
@@ -258,7 +335,8 @@ class SlotPool:
         target = victims + self.reuse_start
         flat[keys[:count]] = target
         rows = self._rows[self.dtypes[layer]]
-        rows[torch.from_numpy(target)] = rows[torch.from_numpy(staged[:count])]
+        places = torch.from_numpy(np.stack((target, staged[:count]))).to(rows.device)
+        rows[places[0]] = rows[places[1]]
 
     def _locate(self) -> SlotArrays:
         return SlotArrays(self.table, self.owner, self.worth, self.seen, self._visits, POWERS)
@@ -281,7 +359,7 @@ class SlotPool:
             start += self.staging_start * size
             memory = self.slab.array
         else:
-            memory = self._host_staging.numpy()
+            memory = self._device_staging.memory.numpy()
         staging: ByteArray = memory[start : start + self.staging_groups * size].reshape(-1, size)
         return staging, places
 
@@ -290,17 +368,13 @@ class SlotPool:
         if self.host or count == 0:
             return
         size = self.layout.slot_bytes
-        start, source = self.staging_slot(half) * size, half * self.staging_groups * size
-        target, arrived = self._raw[start : start + count * size], self._host_staging[source : source + count * size]
-        if self._stream is None:
-            target.copy_(arrived)
-            return
-        current = torch.cuda.current_stream(self._raw.device)
-        self._stream.wait_stream(current)
-        with torch.cuda.stream(self._stream):
-            target.copy_(arrived, non_blocking=True)
-        current.wait_stream(self._stream)
-        self._stream.synchronize()  # the host half is overwritten by the reads after next
+        start = self.staging_slot(half) * size
+        self._device_staging.publish(half, self._raw[start : start + count * size])
+
+    def wait_published(self, half: int) -> None:
+        """Wait until a staging half may be read into again: until what ``publish`` copies from it is copied."""
+        if not self.host:
+            self._device_staging.wait(half)
 
     def gather(self, layer: int, slots: IntArray, dtype: torch.dtype) -> torch.Tensor:
         """Copy of slots ``[B, W]`` as ``[2, B, H_kv, W * G, d]`` of ``dtype``, in the order of the slots."""

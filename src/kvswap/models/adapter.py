@@ -247,6 +247,7 @@ def _rope_width(decoder: Any, layer_type: str, head_dim: int) -> int:
 
 def _layers(name: str, decoder: Any, kinds: list[str]) -> tuple[LayerParts, ...]:
     layers, order = [], 0
+    fused_ropes = dict[Any, Any]()  # layers share them, and a trial takes milliseconds
     for index, (module, kind) in enumerate(zip(decoder.layers, kinds, strict=False)):
         offload = kind == "full_attention"
         attention = getattr(module, "self_attn", None)
@@ -258,8 +259,10 @@ def _layers(name: str, decoder: Any, kinds: list[str]) -> tuple[LayerParts, ...]
             raise ModelError(f"{name}: its family has no apply_rotary_pos_emb", hint="only RoPE models are supported")
         fused = None
         if offload and rope and attention is not None:
-            width = _rope_width(decoder, kind, attention.head_dim)
-            fused = fused_rope(rope, attention.head_dim, width)
+            same = rope, kind, attention.head_dim
+            if same not in fused_ropes:
+                fused_ropes[same] = fused_rope(rope, attention.head_dim, _rope_width(decoder, kind, attention.head_dim))
+            fused = fused_ropes[same]
         norm = fused_norm(getattr(module, "input_layernorm", None))
         layers.append(LayerParts(index, order if offload else None, kind, module, attention, norm, fused))
         order += offload

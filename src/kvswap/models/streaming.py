@@ -104,6 +104,7 @@ class Generation:
             self._streamer.text_queue.put(self._streamer.stop_signal)
 
     def _generate(self) -> None:
+        self._cache.answer_tokens = self._sampling.max_new_tokens - 1  # K, V of the last one are never computed
         ids = torch.tensor([self._ids], device=self._model.device)
         arguments = {**self._sampling.arguments(), cache_keyword(self._model): self._cache}
         if self._model.generation_config.stop_strings:

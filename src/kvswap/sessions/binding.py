@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from kvswap.config import Config
-from kvswap.core.batch_state import BatchState
+from kvswap.core.batch_state import BatchState, check_finite
 from kvswap.core.load_or_recompute import Rates
 from kvswap.disk.backend import ReadBackend
 from kvswap.errors import ConfigError, DamagedError, SessionError, UnsupportedError
@@ -190,7 +190,8 @@ class SessionBinding:
     ) -> None:
         """Make the state durable with its token ids and the conversation as JSON.
 
-        There is at most one id more than tokens. The next commit replaces an ``interim`` one. Raises DiskError.
+        There is at most one id more than tokens. The next commit replaces an ``interim`` one. Raises DiskError, and
+        DamagedError for keys or values that are not finite.
         """
         store, current = state.store, self.session.base
         assert isinstance(store, PersistentGroupStore) and state.batch == 1
@@ -303,6 +304,7 @@ def _tail(state: BatchState, sliding: Sequence[tuple[int, Any]], ids: Sequence[i
         waiting = tokens - flushed * group_tokens
         if waiting:
             kv = state.pool.read_pinned(layer, 0, flushed, ceil_div(waiting, group_tokens))[:, :, :waiting]
+            check_finite(layer, kv)
             tail[f"waiting-{layer}"] = _raw(kv)
         else:
             tail[f"waiting-{layer}"] = np.empty(0, np.uint8)

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 from kvswap.core.batch_state import BatchState
 from kvswap.core.decode import Attend, Decode, Fetch
-from kvswap.core.prefill import attend_stored
 from kvswap.core.query_prediction import QueryPredictor
+from kvswap.core.stored import attend_stored
 from kvswap.memory.lookup import Found
 from kvswap.models.adapter import LayerParts, ModelParts
 from kvswap.selection.choose import top_groups

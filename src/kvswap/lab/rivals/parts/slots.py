@@ -27,6 +27,7 @@ class PreviousSlots(SlotPool):
     """``worth`` is 1 for what this step selected, 0 for the rest of the layer."""
 
     compiled_lookup = False
+    keeps_written = False
 
     @staticmethod
     def reuse_slots_for(affordable: int, window: Window, rows: int) -> int:
