@@ -1,8 +1,8 @@
 """Law: the same prompt gives the same answer, however much of it is stored and whatever the session went through.
 
 Tokens of a prompt attend to keys and values as they are stored. So a prompt that is computed at once, in pieces, or
-behind a stored beginning differs in the order of sums alone: logits of tiny models agree to 1e-5. Where nothing stored is computed
-again (close and open, fork, undo, export and import), everything is the same to the last bit.
+behind a stored beginning differs in the order of sums alone: logits of tiny models agree to 1e-5. Where nothing stored
+is computed again (close and open, fork, undo, export and import), everything is the same to the last bit.
 """
 
 from __future__ import annotations
