@@ -94,7 +94,9 @@ def fresh_answer(family: str, ids: list[int], count: int, config: Config) -> lis
     model, tokenizer = loaded(family, 1).model, loaded(family, 1).tokenizer
     with attach(model, config, tokenizer=tokenizer) as cache:
         asked = {"max_new_tokens": count, "do_sample": False, "eos_token_id": end_tokens(model, tokenizer)}
-        output = model.generate(torch.tensor([ids]), **asked, **{cache_keyword(model): cache})
+        given_ids = torch.tensor([ids])  # generated ones may look like padding
+        given_mask = torch.ones_like(given_ids)
+        output = model.generate(given_ids, attention_mask=given_mask, **asked, **{cache_keyword(model): cache})
     return output[0, len(ids) :].tolist()
 
 

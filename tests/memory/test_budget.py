@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from kvswap.memory.budget import OWNER_BYTES, MemoryNeeds, PrefillNeeds, capacity_for
 from kvswap.selection.window import Window
-from kvswap.store.tiles import TileMemory
+from kvswap.store.layout import TILE_BUFFERS
 
 WINDOWS = st.builds(
     Window,
@@ -164,4 +164,4 @@ def test_attention_that_makes_weights_needs_room_for_them(change: dict[str, int]
 
 def test_tiles_of_a_stored_context_are_counted_as_they_are_read_and_as_floats() -> None:
     small, large = (dataclasses.replace(PROMPT, tile_bytes=size).transient_bytes() for size in (1 << 20, 3 << 20))
-    assert large - small == (TileMemory.SLABS + 2) * (2 << 20)
+    assert large - small == (TILE_BUFFERS + 2) * (2 << 20)
