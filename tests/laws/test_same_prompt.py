@@ -1,8 +1,8 @@
 """Law: the same prompt gives the same answer, however much of it is stored and whatever the session went through.
 
 Tokens of a prompt attend to keys and values as they are stored. So a prompt that is computed at once, in pieces, or
-behind a stored beginning differs in the order of sums alone: logits agree to 1e-5. Where nothing stored is computed
-again (close and open, fork, undo, export and import), everything is the same to the last bit.
+behind a stored beginning differs in the order of sums alone: logits of tiny models agree to 1e-5. Where nothing stored
+is computed again (close and open, fork, undo, export and import), everything is the same to the last bit.
 """
 
 from __future__ import annotations
@@ -94,7 +94,9 @@ def fresh_answer(family: str, ids: list[int], count: int, config: Config) -> lis
     model, tokenizer = loaded(family, 1).model, loaded(family, 1).tokenizer
     with attach(model, config, tokenizer=tokenizer) as cache:
         asked = {"max_new_tokens": count, "do_sample": False, "eos_token_id": end_tokens(model, tokenizer)}
-        output = model.generate(torch.tensor([ids]), **asked, **{cache_keyword(model): cache})
+        given_ids = torch.tensor([ids])  # generated ones may look like padding
+        given_mask = torch.ones_like(given_ids)
+        output = model.generate(given_ids, attention_mask=given_mask, **asked, **{cache_keyword(model): cache})
     return output[0, len(ids) :].tolist()
 
 

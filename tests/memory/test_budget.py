@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from kvswap.errors import MemoryBudgetError
 from kvswap.memory.budget import OWNER_BYTES, SHORT_TOKENS, MemoryNeeds, PrefillNeeds, capacity_for
 from kvswap.selection.window import Window
+from kvswap.store.layout import TILE_BUFFERS
 
 WINDOWS = st.builds(
     Window,
@@ -175,9 +176,14 @@ def test_prefill_needs_are_those_of_its_widest_moment() -> None:
     assert whole.transient_bytes() == kept + 8 * mlp
 
 
-@pytest.mark.parametrize("change", [{"eager": True}, {"stored": True}])
-def test_attention_that_makes_weights_needs_room_for_them(change: dict[str, bool]) -> None:
+@pytest.mark.parametrize("change", [{"eager": True}, {"tile_bytes": 786432}])
+def test_attention_that_makes_weights_needs_room_for_them(change: dict[str, int]) -> None:
     need = dataclasses.replace(PROMPT, **change)
     assert need.transient_bytes() > PROMPT.transient_bytes() + 9 * 512 * 1024 * 4
     twice = dataclasses.replace(need, query_heads=18)
     assert twice.transient_bytes() > need.transient_bytes() + 9 * 512 * 1024 * 7
+
+
+def test_tiles_of_a_stored_context_are_counted_as_they_are_read_and_as_floats() -> None:
+    small, large = (dataclasses.replace(PROMPT, tile_bytes=size).transient_bytes() for size in (1 << 20, 3 << 20))
+    assert large - small == (TILE_BUFFERS + 2) * (2 << 20)

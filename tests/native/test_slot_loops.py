@@ -96,7 +96,7 @@ def test_attention_to_groups_takes_chosen_slots_and_refuses_others() -> None:
     for wrong in (np.array([0, 10]), np.array([-1])):
         with pytest.raises(ValueError, match="a slot that is not among the 10"):
             attended(slots, wrong, query)
-    with pytest.raises(ValueError, match="too small"):
+    with pytest.raises(ValueError, match="do not hold groups"):
         attended(slots[:, :100], None, query)
     with pytest.raises(ValueError, match="query"):
         attended(slots, None, query[:2])

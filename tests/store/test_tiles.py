@@ -10,8 +10,8 @@ import torch
 from kvswap.disk import Faults, MemoryBackend
 from kvswap.errors import DiskReadError
 from kvswap.store.groups import GroupStore
-from kvswap.store.layout import GroupLayout
-from kvswap.store.tiles import READ_AHEAD, TileMemory
+from kvswap.store.layout import READ_AHEAD, TILE_BUFFERS, GroupLayout
+from kvswap.store.tiles import TileMemory
 from kvswap.terms import KVGeometry
 
 GROUPS, HEADS, GROUP_TOKENS, HEAD_DIM = 53, 2, 4, 8
@@ -86,7 +86,7 @@ def test_readers_share_memory_one_after_another(store, dtype, kv, monkeypatch) -
         reader.close()
     following.close()
     memory.close()
-    assert len(made) <= TileMemory.SLABS and all(each.nbytes == 0 for each in made)
+    assert len(made) <= TILE_BUFFERS and all(each.nbytes == 0 for each in made)
 
 
 @pytest.mark.parametrize("failing", [0, 1, 3])

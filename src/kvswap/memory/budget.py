@@ -10,8 +10,7 @@ from dataclasses import dataclass
 
 from kvswap.errors import MemoryBudgetError
 from kvswap.selection.window import Window
-from kvswap.store.layout import STREAM_TILE_TOKENS
-from kvswap.store.tiles import TileMemory
+from kvswap.store.layout import STREAM_TILE_TOKENS, TILE_BUFFERS
 from kvswap.terms import ceil_div, round_up
 from kvswap.units import KIB, format_bytes, format_parts, parse_bytes
 
@@ -251,7 +250,7 @@ class PrefillNeeds:
         states = self.batch * self.chunk_tokens * 2 * (self.query_elements + self.hidden_elements)
         rows = self.query_heads * self.chunk_tokens
         if self.tile_bytes:  # tile by tile and one sequence at a time, in float32
-            tiles = TileMemory.SLABS * self.tile_bytes + 2 * self.tile_bytes  # as they are read, and one as float32
+            tiles = TILE_BUFFERS * self.tile_bytes + 2 * self.tile_bytes  # as they are read, and one as float32
             return states * self.itemsize_bytes + rows * (2 * STREAM_TILE_TOKENS + 3 * self._head_dim) * 4 + tiles
         if self.eager:  # K and V are repeated for all heads of queries
             repeated = 2 * self.batch * self.tokens * self.query_elements

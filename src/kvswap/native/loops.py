@@ -256,21 +256,18 @@ def attend_groups(
     for name, (each, width) in states.items():
         if each.shape != (heads, rows, width) or each.dtype != torch.float32 or not each.is_contiguous():
             raise ValueError(f"{name} {tuple(each.shape)} {each.dtype} for groups {shape} and {rows} rows")
-    if slots.stride(1) != 1 or slots.dtype not in (torch.float16, torch.bfloat16):
-        raise ValueError(f"slots {tuple(slots.shape)} {slots.dtype}")
-    if 2 * heads * group_tokens * head_dim > slots.shape[1]:
-        raise ValueError(f"slots {tuple(slots.shape)} are too small for groups {shape}")
-    if index is not None:
-        index = np.ascontiguousarray(index, np.int64)
-    count = len(slots) if index is None else len(index)
-    workers = _workers(count * rows * heads * group_tokens)
+    elements, sixteen_bit = 2 * heads * group_tokens * head_dim, slots.dtype in (torch.float16, torch.bfloat16)
+    if slots.stride(1) != 1 or not sixteen_bit or elements > slots.shape[1]:
+        raise ValueError(f"slots {tuple(slots.shape)} {slots.dtype} do not hold groups {shape}")
+    index = np.arange(len(slots)) if index is None else np.ascontiguousarray(index, np.int64)
+    workers = _workers(len(index) * rows * heads * group_tokens)
     scratch = torch.empty(compiled.kvswap_attending_floats(heads, rows, head_dim, workers))
     known = compiled.kvswap_attend_groups(
         slots.data_ptr(),
         len(slots),
         slots.stride(0),
-        None if index is None else index.ctypes.data,
-        count,
+        index.ctypes.data,
+        len(index),
         heads,
         group_tokens,
         head_dim,

@@ -134,7 +134,7 @@ CLONES static void attend_part(const void *task, int64_t item, int64_t worker) {
     for (int64_t n = all->count * part / all->parts; n < stop; n += together) {
         const int64_t groups = n + together < stop ? together : stop - n, tokens = groups * all->group_tokens;
         for (int64_t g = 0; g < groups; g++) {
-            const uint16_t *slot = all->slots + (all->index ? all->index[n + g] : n + g) * all->slot_elements;
+            const uint16_t *slot = all->slots + all->index[n + g] * all->slot_elements;
             all->convert(slot + h * run, run, keys + g * run);
             all->convert(slot + (all->heads + h) * run, run, values + g * run);
         }
@@ -165,7 +165,7 @@ EXPORT int64_t kvswap_attending_floats(int64_t heads, int64_t rows, int64_t head
 /* Add the tokens of whole groups to an attention that is on its way.
  *
  * slots     `known` rows of `slot_elements` 16-bit elements, each a group [2, heads, group_tokens, head_dim] and padding
- * index     [count] rows to take, or NULL for the first ones
+ * index     [count] rows to take
  * query     [heads, rows, head_dim], scaled
  * peak, total, sum  [heads, rows], the same, and [heads, rows, head_dim]: the largest logit so far, and the sums of
  *           exponentials against it, alone and times values; -inf, 0, 0 before the first tokens
@@ -178,9 +178,8 @@ EXPORT int64_t kvswap_attend_groups(const uint16_t *slots, int64_t known, int64_
                                     int64_t bfloat16, const float *query, int64_t rows, int64_t workers, float *scratch,
                                     float *peak, float *total, float *sum) {
     if (group_tokens < 1 || group_tokens > BLOCK || 2 * heads * group_tokens * head_dim > slot_elements) return 0;
-    for (int64_t n = 0; index && n < count; n++)
+    for (int64_t n = 0; n < count; n++)
         if (index[n] < 0 || index[n] >= known) return 0;
-    if (!index && count > known) return 0;
     const int64_t floats = attending_floats(rows, head_dim);
     const Attending all = {slots, slot_elements, index, count, heads, group_tokens, head_dim, converter(bfloat16),
                            query, rows, workers, scratch, floats};

@@ -18,6 +18,10 @@ STREAM_TILE_TOKENS = 1024
 STREAM_TILE_BYTES = 2 << 20
 """What is read at a time for few queries, whose logits take no room. Disks are slower at smaller reads."""
 FEW_QUERIES = 8
+READ_AHEAD = 2
+"""Tiles of one layer that are in flight while another is in use."""
+TILE_BUFFERS = 2 * READ_AHEAD + 1
+"""Most tiles in memory as they are read: of the layer that is attended to, and the first ones of the next."""
 
 
 def tile_groups(slot_bytes: int, group_tokens: int, *, queries: int = FEW_QUERIES + 1) -> int:

@@ -19,22 +19,17 @@ import torch
 from kvswap.disk.slab import Slab
 from kvswap.errors import DiskError
 from kvswap.native import loops
+from kvswap.store.layout import READ_AHEAD
 
 if TYPE_CHECKING:
     from kvswap.store.groups import GroupStore
-
-READ_AHEAD = 2
-"""Tiles of one reader that are in flight while another is in use."""
 
 
 class TileMemory:
     """Buffers that the readers of one prompt share, one reader after another: the system clears new memory slowly.
 
-    Two readers use them at a time: one that is iterated over, and one that has begun.
+    Two readers use them at a time, one that is iterated over and one that has begun: ``TILE_BUFFERS`` tiles at most.
     """
-
-    SLABS = 2 * READ_AHEAD + 1
-    """Most tiles that lie in memory as they were read."""
 
     def __init__(self) -> None:
         self._free: list[Slab] = []

@@ -11,8 +11,7 @@ from kvswap.lab.rivals.parts.decoding import Streaming
 from kvswap.lab.rivals.parts.slots import NoReuse
 from kvswap.lab.rivals.window import makers, never, window_without_selection
 from kvswap.selection.method import Method
-from kvswap.store.layout import tile_groups
-from kvswap.store.tiles import READ_AHEAD
+from kvswap.store.layout import READ_AHEAD, tile_groups
 
 
 def method() -> Method:
