@@ -159,7 +159,7 @@ def open_state(
     reuse = pool_type.reuse_slots_for(needs.reuse_slots(capacity, ledger.free_bytes), window, needs.sequences)
     ledger.reserve("tables", reuse * OWNER_BYTES)
     ledger.reserve("slots", reuse * layout.slot_bytes)
-    check_space(shape.layers * batch * layout.file_bytes(groups - stored, fine=files is not None))
+    check_space(layout.file_bytes(shape.layers * batch, groups - stored, layout.stripe_groups(groups - stored)))
     size: dict[str, Any] = {"layers": shape.layers, "batch": batch, "layout": layout}
     pool = pool_type(
         window=window,
