@@ -305,7 +305,9 @@ class SessionStore:
         layout, current = self.manifest.layout, self.base
         groups = max(0, min(tokens, current.tokens)) // layout.group_tokens if layout and current else 0
         contents = self.load(tail_only=True) if groups else None
-        self._new_segment = None
+        if self._new_segment is not None:  # its file would be in the way of the next one with its number
+            self._new_segment = None
+            self._remove_leftovers()
         if layout is None or current is None or contents is None or contents.has_sliding_layers:
             self._cut = (None, {}) if self.manifest.checkpoints else None
             return
