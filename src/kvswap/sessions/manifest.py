@@ -14,6 +14,8 @@ from kvswap.terms import KVGeometry, ceil_div, round_up
 
 MAX_CHECKPOINTS = 8
 MAX_SEGMENTS = 32
+_ENDLESS = 1 << 40
+"""Groups of a stripe that no file fills."""
 ITEMSIZES_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 
 Counts = tuple[int, ...]
@@ -155,7 +157,7 @@ class Segment:
         """Of a group: its file, its place there in groups, and how many of its layer go on there."""
         index = group - self.start[layer]
         if self.stripe_groups is None:
-            return f"data-{self.number}-{layer}", index, self.high[layer] - group
+            return f"data-{self.number}-{layer}", index, _ENDLESS
         place = place_in_file(layer, index, len(self.start), self.stripe_groups)
         return f"data-{self.number}", place, self.stripe_groups - index % self.stripe_groups
 

@@ -51,11 +51,8 @@ class GroupStore:
         self, layer: int, sequence: int, first: int, keys: torch.Tensor, values: torch.Tensor, dtype: torch.dtype
     ) -> None:
         """Queue whole groups from ``first`` on: K, V ``[H_kv, n * G, d]`` of any dtype, stored as ``dtype``."""
-        row, slot_bytes, group_tokens = (
-            self.row(layer, sequence),
-            self.layout.slot_bytes,
-            self.layout.geometry.group_tokens,
-        )
+        layout, row = self.layout, self.row(layer, sequence)
+        slot_bytes, group_tokens = layout.slot_bytes, layout.geometry.group_tokens
         groups, start = keys.shape[1] // group_tokens, 0
         self._make_room(row, first + groups)
         most = max(1, self.writer.largest_bytes // slot_bytes)
