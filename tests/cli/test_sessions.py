@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from kvswap.sessions.catalog import open_store
+from tests.helpers.stored_groups import damage_group, place_of_group
 
 pytestmark = pytest.mark.usefixtures("cache_home")
 
@@ -55,12 +56,12 @@ def test_modes_do_not_depend_on_the_umask(ask, kv_dir) -> None:
 def test_damaged_group_is_named_checked_and_repaired(tale, ask, sessions) -> None:
     assert sessions("check")[0] == 0
     whole = facts(sessions, "tale")["tokens"]
-    damage(tale / "data-0-1")
+    damage_group(tale, layer=1)
     code, out, err = ask("And?")
     assert (code, out) == (1, "")
     assert "session tale is damaged: group" in err and "of layer 1" in err and "kvswap sessions repair tale" in err
     code, out, _ = sessions("check", "tale")
-    assert code == 1 and "data-0-1: layer 1: groups" in out
+    assert code == 1 and "data-0: layer 1: groups" in out
     code, out, _ = sessions("repair", "tale")
     assert code == 0 and "tokens are kept" in out
     kept = facts(sessions, "tale")["tokens"]
@@ -72,7 +73,7 @@ def test_damaged_group_is_named_checked_and_repaired(tale, ask, sessions) -> Non
 
 
 def test_without_verification_a_damaged_group_is_read(tale, ask) -> None:
-    damage(tale / "data-0-1")
+    damage_group(tale, layer=1)
     assert ask("And?", "--no-verify")[0] == 0
 
 
@@ -91,38 +92,39 @@ def test_damage_elsewhere_is_found_before_anything_is_computed(name, tale, ask, 
 
 
 def test_cut_short_and_missing_files(tale, ask, sessions) -> None:
-    os.truncate(tale / "data-0-2", 4096)
+    file, offset_bytes, _ = place_of_group(tale, layer=2, share=0.1)
+    os.truncate(file, offset_bytes)
     code, _, err = ask("And?")
-    assert code == 1 and "data-0-2 has 4,096 bytes instead of" in err
+    assert code == 1 and f"data-0 has {offset_bytes:,} bytes instead of" in err
     assert sessions("repair", "tale")[0] == 0
     assert sessions("check", "tale")[0] == 0
-    (tale / "data-0-0").unlink()
-    assert "data-0-0 is gone" in ask("And?")[2]
+    (tale / "data-0").unlink()
+    assert "data-0 is gone" in ask("And?")[2]
     assert sessions("repair", "tale")[0] == 1 and not tale.exists()
 
 
 def test_newer_format_is_refused_politely(tale, ask) -> None:
     manifest = tale / "manifest"
     before = {file.name: file.read_bytes() for file in tale.iterdir()}
-    manifest.write_bytes(manifest.read_bytes().replace(b"kvswap-session 2 ", b"kvswap-session 3 ", 1))
+    manifest.write_bytes(manifest.read_bytes().replace(b"kvswap-session 3 ", b"kvswap-session 4 ", 1))
     code, _, err = ask("And?")
-    assert code == 2 and "made by a newer kvswap (format 3, this one reads 1 to 2); update kvswap" in err
+    assert code == 2 and "made by a newer kvswap (format 4, this one reads 1 to 3); update kvswap" in err
     assert all((tale / name).read_bytes() == data for name, data in before.items() if name not in ("manifest", "lock"))
 
 
 def test_links_and_foreign_files_are_refused(tale, ask, tmp_path) -> None:
-    os.rename(tale / "data-0-1", tmp_path / "elsewhere")
-    (tale / "data-0-1").symlink_to(tmp_path / "elsewhere")
+    os.rename(tale / "data-0", tmp_path / "elsewhere")
+    (tale / "data-0").symlink_to(tmp_path / "elsewhere")
     code, _, err = ask("And?")
     assert code == 2 and "it is a link" in err
-    (tale / "data-0-1").unlink()
-    os.mkfifo(tale / "data-0-1", 0o600)
+    (tale / "data-0").unlink()
+    os.mkfifo(tale / "data-0", 0o600)
     assert "no plain file" in ask("And?")[2]
-    (tale / "data-0-1").unlink()
-    os.rename(tmp_path / "elsewhere", tale / "data-0-1")
-    os.chmod(tale / "data-0-1", 0o666)
+    (tale / "data-0").unlink()
+    os.rename(tmp_path / "elsewhere", tale / "data-0")
+    os.chmod(tale / "data-0", 0o666)
     assert "written by others" in ask("And?")[2]
-    os.chmod(tale / "data-0-1", 0o600)
+    os.chmod(tale / "data-0", 0o600)
     os.rename(tale, tmp_path / "moved")
     tale.symlink_to(tmp_path / "moved")
     assert "link" in ask("And?")[2]
@@ -160,7 +162,7 @@ def test_export_and_import(tale, ask, sessions, tmp_path) -> None:
 
 
 def test_export_that_breaks_off_leaves_nothing_under_its_name(tale, sessions, tmp_path, monkeypatch) -> None:
-    damage(tale / "data-0-2")  # found when most is written
+    damage_group(tale, layer=2)  # found when most is written
     code, _, err = sessions("export", "tale", tmp_path / "tale.kvswap")
     assert code == 1 and "of layer 2" in err
     assert [path.name for path in tmp_path.iterdir() if "kvswap" in path.name] == []
@@ -170,7 +172,7 @@ def test_export_that_breaks_off_leaves_nothing_under_its_name(tale, sessions, tm
         seen.append((Path(one).stat().st_size, os.path.lexists(other)))
         return real(one, other, **more)
 
-    damage(tale / "data-0-2")  # the same bit again
+    damage_group(tale, layer=2)  # the same bit again
     monkeypatch.setattr(os, "link", look)
     assert sessions("export", "tale", tmp_path / "tale.kvswap")[0] == 0
     ((size, there),) = seen
@@ -188,7 +190,7 @@ def test_second_writer_gets_a_clear_error(tale, ask, sessions, kv_dir) -> None:
 
 
 def test_wipe_says_what_it_cannot_promise(tale, sessions) -> None:
-    kept = os.open(tale / "data-0-0", os.O_RDONLY)
+    kept = os.open(tale / "data-0", os.O_RDONLY)
     try:
         code, out, _ = sessions("wipe", "tale")
         assert code == 0 and "overwritten" in out and "Flash" in out and not tale.exists()
@@ -230,7 +232,7 @@ def test_encrypted_session_from_creation_to_import(ask, sessions, kv_dir, tmp_pa
     assert sessions("export", "other", tmp_path / "other.kvswap")[0] == 0
     assert sessions("import", tmp_path / "other.kvswap", "--name", "third")[0] == 0
     assert facts(sessions, "third")["encrypted"] and not facts(sessions, "plain")["encrypted"]
-    damage(kv_dir / "sessions" / "tale" / "data-0-1")
+    damage_group(kv_dir / "sessions" / "tale", layer=1)
     assert sessions("check", "tale")[0] == 1 and sessions("repair", "tale")[0] == 0
     monkeypatch.setenv("KVSWAP_SESSION_KEY", "ab" * 32)
     for words in (("check", "third"), ("repair", "third"), ("fork", "third", "b"), ("export", "third", tmp_path / "x")):

@@ -35,6 +35,30 @@ else:
 """
 
 
+FEW_FILES = """
+import os, resource, sys
+import torch
+from kvswap.config import Config
+from kvswap.core.attach import attach
+from tests.helpers.families import forced_logits, tiny_model, tokens
+few = len(os.listdir("/proc/self/fd")) + 20
+resource.setrlimit(resource.RLIMIT_NOFILE, (few, few))
+model = tiny_model("llama", num_hidden_layers=12)
+with attach(model, Config(select_tokens=56, recent_tokens=16, kv_memory="16MiB", kv_dir=sys.argv[1])) as cache:
+    forced_logits(model, tokens(4, 200), tokens(4, 3), cache)
+print("done")
+"""
+
+
+def test_layers_and_sequences_need_no_files_of_their_own(tmp_path: Path) -> None:
+    if not Path("/proc/self/fd").is_dir():
+        pytest.skip("the system does not list descriptors")
+    command = [sys.executable, "-c", FEW_FILES, str(tmp_path)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == "done\n"
+
+
 @pytest.mark.parametrize(("hard", "words"), [(1000, "opened"), (100, "may have 100 files open"), (100, "ulimit -n")])
 def test_open_files(hard: int, words: str, tmp_path: Path) -> None:
     command = [sys.executable, "-c", OPEN_MANY, str(tmp_path), str(hard)]

@@ -6,6 +6,7 @@ import functools
 import itertools
 import os
 import random
+from collections.abc import Callable
 from importlib.metadata import distributions
 from pathlib import Path
 
@@ -17,9 +18,11 @@ from kvswap.config import Config
 from kvswap.errors import SessionError
 from kvswap.models.gguf import PACKAGE
 from kvswap.models.loading import LoadedModel, load_model
+from kvswap.sessions.encryption import KEY_VARIABLE
 from kvswap.sessions.session import Session
 from tests.helpers.families import tiny_model, tokens
 from tests.helpers.folders import byte_tokenizer
+from tests.helpers.version_2 import make_version_2
 
 FAMILIES = ("llama", "gemma3")
 REAL, CACHE_HOME = "smollm2-135m", os.environ.get("XDG_CACHE_HOME")
@@ -49,9 +52,15 @@ def loaded(family: str) -> LoadedModel:
 
 
 def play(
-    family: str, schedule: list[tuple[str, int, bool]], kv_dir: Path, *, reopen: bool, encrypt: bool = False
+    family: str,
+    schedule: list[tuple[str, int, bool]],
+    kv_dir: Path,
+    *,
+    reopen: bool,
+    encrypt: bool = False,
+    between: Callable[[Path], None] = lambda folder: None,
 ) -> list[list[int]]:
-    """Token ids after every operation."""
+    """Token ids after every operation. ``between`` is called with the session's folder while it is closed."""
     model, config, seen = loaded(family), CONFIG.replace(kv_dir=str(kv_dir)), []
     config = config.replace(kv_memory="auto") if family == REAL else config
     session = Session.create(f"s{next(NUMBERS)}", model, config, encrypt=encrypt)
@@ -78,6 +87,7 @@ def play(
             seen.append(session.token_ids)
             if reopen and close:
                 session.close()
+                between(session.store.folder.path)
                 session = Session.open(session.name, model, config)
             if not session.token_ids:
                 session.append(tokens(1, 30, seed=77)[0].tolist())
@@ -103,6 +113,21 @@ def test_close_and_reopen_change_nothing(family, tmp_path_factory) -> None:
     @given(SCHEDULES)
     def run(schedule: list[tuple[str, int, bool]]) -> None:
         check(family, schedule, tmp_path_factory.mktemp("law"))
+
+    run()
+
+
+@pytest.mark.parametrize("encrypt", [False, True])
+def test_a_session_of_version_2_goes_on_with_the_same_tokens(encrypt, tmp_path_factory, monkeypatch) -> None:
+    """Whenever it is closed, its files become those of version 2: what is old and what is new lie side by side."""
+    monkeypatch.setenv(KEY_VARIABLE, "5c" * 32)
+
+    @settings(max_examples=3, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    @given(SCHEDULES)
+    def run(schedule: list[tuple[str, int, bool]]) -> None:
+        one, two = (tmp_path_factory.mktemp("law") for _ in range(2))
+        old = play("llama", schedule, one, reopen=True, encrypt=encrypt, between=make_version_2)
+        assert old == play("llama", schedule, two, reopen=False, encrypt=encrypt)
 
     run()
 

@@ -6,7 +6,9 @@ also as somebody would who then writes the right checksum: values of other types
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
 import random
 import resource
 import shutil
@@ -39,6 +41,7 @@ LAYOUT = Layout(
     sink_tokens=4,
     recent_tokens=8,
 )
+STRIPE_GROUPS = 6  # the second commit goes on in a stripe and into the next
 MODEL = Model(name="m", fingerprint="f", tokenizer="t", rope="r", dtype="float32")
 MORE_MEMORY_BYTES = 64 << 20
 VALUES: tuple[Any, ...] = (-1, 0, 1, 2**31, 2**62, 2**80, 1e300, "", "x" * 5000, "../../etc/passwd", None, True, [], {})
@@ -46,21 +49,21 @@ VALUES: tuple[Any, ...] = (-1, 0, 1, 2**31, 2**62, 2**80, 1e300, "", "x" * 5000,
 
 def commit_groups(store: SessionStore, rng: np.random.Generator, first: int, groups: int) -> None:
     """Write that many groups of every layer behind those of before, and commit."""
-    if not store.appendable():
-        store.begin_segment((first,) * LAYOUT.layers)
+    start = (first,) * LAYOUT.layers
+    segment = store.manifest.segments[-1] if store.appendable() else store.begin_segment(start, STRIPE_GROUPS)
     store.sealer.begin()
-    layers = []
+    file, layers = store.open_data(*segment.names(), direct=False), []
     for layer in range(LAYOUT.layers):
         slots = np.zeros((groups, LAYOUT.slot_bytes), np.uint8)
         body = slots[:, : LAYOUT.geometry.group_bytes]
         body[:] = rng.integers(0, 256, body.shape, dtype=np.uint8)
         seals = store.sealer.seal(layer, first, body)
-        with open(store.open_data(0, layer, direct=False), "r+b") as file:
-            file.seek(first * LAYOUT.slot_bytes)
-            file.write(slots.tobytes())
+        for run in segment.runs(LAYOUT, layer, first, first + groups, 1 << 20):
+            os.pwrite(file, slots[run.first - first :][: run.count].tobytes(), run.offset_bytes)
         size = groups * LAYOUT.group_tokens
         codes = rng.integers(0, 256, (LAYOUT.code_rows, size), dtype=np.uint8)
         layers.append(LayerIndex(seals, codes, rng.integers(0, 999, (2, size)).astype(np.uint16)))
+    os.close(file)
     flushed = first + groups
     tokens = flushed * LAYOUT.group_tokens + 3
     tail = {f"waiting-{n}": rng.integers(0, 256, 3 * LAYOUT.geometry.token_bytes, dtype=np.uint8) for n in range(2)}
@@ -119,9 +122,11 @@ def content(path: Path) -> tuple[Any, ...]:
         ]
         index += [(g.scales.tobytes(),) for g in (stored.groups if stored else ())]
         groups = []
-        for name, size in manifest.files().items() if manifest.layout else ():
-            if name.startswith("data-"):  # padding is not part of a group
-                slots = np.frombuffer(store.folder.read(name, size), np.uint8).reshape(-1, manifest.layout.slot_bytes)
+        for segment, layer in itertools.product(manifest.segments, range(manifest.layout.layers if basis else 0)):
+            for run in segment.runs(manifest.layout, layer, segment.start[layer], segment.high[layer], 1 << 20):
+                slot_bytes = manifest.layout.slot_bytes
+                data = store.folder.read(run.file, run.count * slot_bytes, offset_bytes=run.offset_bytes)
+                slots = np.frombuffer(data, np.uint8).reshape(-1, slot_bytes)  # padding is not part of a group
                 groups.append(slots[:, : manifest.layout.geometry.group_bytes].tobytes())
         if report.problems:
             raise KVSwapError("; ".join(report.problems), hint="repair")

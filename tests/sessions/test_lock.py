@@ -67,7 +67,7 @@ def test_nothing_is_written_to_data_files_after_a_failed_fdatasync(tmp_path, mon
             patch.setattr(os, "fdatasync", lambda fd: (_ for _ in ()).throw(OSError(errno.EIO, "planted")))
             with pytest.raises(DiskWriteError, match="planted"):
                 cache.commit([*ids, *range(60)])
-        for again in (lambda: cache.commit([*ids, *range(60)]), lambda: state.store._make_room(0, 99, 100)):
+        for again in (lambda: cache.commit([*ids, *range(60)]), lambda: state.store._make_room(0, 100)):
             with pytest.raises(DiskWriteError, match="planted"):
                 again()
         session.rollback()

@@ -104,6 +104,20 @@ def test_rollback_forgets_what_was_not_committed(config: Config) -> None:
         assert sorted(session.store.folder.names()) == sorted([*session.store.manifest.files(), "manifest", "lock"])
 
 
+def test_truncation_forgets_a_segment_that_was_not_committed(config: Config) -> None:
+    """A fork writes new groups to a file of its own, which is begun again after the truncation."""
+    with Session.create("s", loaded("llama"), config) as session:
+        session.append(tokens(1, 201)[0].tolist())
+        session.fork("fork")
+    with Session.open("fork", loaded("llama"), config) as session:
+        session._forward(tokens(1, 80, seed=2)[0].tolist())
+        session.truncate(100)
+        session.append(tokens(1, 81, seed=3)[0].tolist())
+        assert session.tokens == 180 and check(session.store).problems == []
+        session.undo()
+        assert session.tokens == 200 and check(session.store).problems == []
+
+
 def test_commits_and_shared_prefixes_are_logged(config: Config, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG, "kvswap")
     prompt = tokens(1, 301)[0].tolist()

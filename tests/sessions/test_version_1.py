@@ -1,7 +1,8 @@
-"""A session of format version 1, as an earlier kvswap exported it, is read, continued, and becomes one of version 2."""
+"""A session of format version 1, as an earlier kvswap exported it, is read, continued, and becomes one of today's."""
 
 from __future__ import annotations
 
+import os
 import tarfile
 from pathlib import Path
 
@@ -62,16 +63,18 @@ def test_it_is_continued_and_its_old_batches_stay(old) -> None:
     with SessionStore.open(old, write=True) as store:
         stored, manifest = store.load(), store.manifest
         layout, first = manifest.layout, manifest.current.flushed[0]
-        layers = []
+        assert not store.appendable()
+        segment, layers = store.begin_segment((first,) * layout.layers, 16), []
+        store.sealer.begin()
+        file = store.open_data(*segment.names(), direct=False)
         for layer in range(layout.layers):
             slots = np.full((1, layout.slot_bytes), layer + 1, np.uint8)
             slots[:, layout.geometry.group_bytes :] = 0
-            with open(store.open_data(0, layer, direct=False), "r+b") as file:
-                file.seek(first * layout.slot_bytes)
-                file.write(slots.tobytes())
+            os.pwrite(file, slots.tobytes(), layer * 16 * layout.slot_bytes)
             seals = store.sealer.seal(layer, first, slots[:, : layout.geometry.group_bytes])
             codes = np.ones((layout.code_rows, layout.group_tokens), np.uint8)
             layers.append(LayerIndex(seals, codes, np.empty((0, layout.group_tokens), np.uint16)))
+        os.close(file)
         store.commit(
             model=manifest.model,
             layout=layout,
@@ -83,7 +86,7 @@ def test_it_is_continued_and_its_old_batches_stay(old) -> None:
             data_bytes=0,
             interim=False,
         )
-    assert (old / "manifest").read_bytes().startswith(b"kvswap-session 2 ")
+    assert (old / "manifest").read_bytes().startswith(b"kvswap-session 3 ")
     with SessionStore.open(old, write=False) as store:
         found = store.load()
         assert check(store).problems == []
@@ -94,4 +97,4 @@ def test_its_archive_is_imported(tmp_path) -> None:
     import_session(ARCHIVE, tmp_path / "new")
     with SessionStore.open(tmp_path / "new", write=False) as store:
         assert store.load().tokens == 35
-    assert (tmp_path / "new" / "manifest").read_bytes().startswith(b"kvswap-session 2 ")
+    assert (tmp_path / "new" / "manifest").read_bytes().startswith(b"kvswap-session 3 ")

@@ -3,7 +3,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvswap.store.layout import FILE_GROWTH_BYTES, GroupLayout
+from kvswap.store.layout import GroupLayout
 from kvswap.terms import KVGeometry, ceil_div, round_up
 
 GEOMETRIES = st.builds(
@@ -36,6 +36,7 @@ def test_groups_lie_in_aligned_slots(geometry: KVGeometry, alignment_bytes: int,
     assert layout.group_elements * geometry.itemsize_bytes == geometry.group_bytes
     kinds, heads, tokens, elements = layout.group_shape
     assert kinds * heads * tokens * elements == layout.group_elements
-    size_bytes = layout.file_bytes(groups)
-    assert max(1, groups) * layout.slot_bytes <= size_bytes
-    assert size_bytes % FILE_GROWTH_BYTES == 0
+    stripe_groups = layout.stripe_groups(groups)
+    size_bytes, stripe_bytes = layout.file_bytes(3, groups, stripe_groups), 3 * stripe_groups * layout.slot_bytes
+    assert 0 <= size_bytes - 3 * max(1, groups) * layout.slot_bytes < stripe_bytes
+    assert size_bytes % stripe_bytes == 0

@@ -236,7 +236,7 @@ def open_state(
     ledger, reuse = _divide(config, needs, pool_type, tokens, answer_tokens)
     capacity, window = capacity_for(tokens), needs.window
     groups = ceil_div(capacity, window.group_tokens)
-    check_space(shape.layers * batch * layout.file_bytes(groups - stored, fine=files is not None))
+    check_space(layout.file_bytes(shape.layers * batch, groups - stored, layout.stripe_groups(groups - stored)))
     size: dict[str, Any] = {"layers": shape.layers, "batch": batch, "layout": layout}
     pool = pool_type(
         window=window,

@@ -146,7 +146,7 @@ def ensure_size(fd: int, size_bytes: int) -> None:
 
 
 def raise_open_files() -> None:
-    """Let this process open as many files as the system allows it: every layer and sequence has one."""
+    """Let this process open as many files as the system allows it: sessions of format version 2 have one a layer."""
     if resource is None:
         return
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -161,8 +161,8 @@ def check_open_files(error: OSError) -> None:
     if error.errno == errno.EMFILE and resource is not None:
         limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         raise StorageError(
-            f"this process may have {limit:,} files open and needs more: one for each layer and sequence",
-            hint=f"raise the limit with ulimit -n {max(4096, 2 * limit)}",
+            f"this process may have {limit:,} files open and needs more",
+            hint=f"close files or contexts that are not used, or raise the limit with ulimit -n {max(4096, 2 * limit)}",
         ) from error
     if error.errno == errno.ENFILE:
         raise StorageError(

@@ -1,4 +1,4 @@
-"""Compiled loops over NumPy arrays: look groups up, plan reads, keep what was read.
+"""Compiled loops over NumPy arrays: look groups up, plan reads, locate them on disk, keep what was read.
 
 ``memory`` and ``store`` call them, and use NumPy where nothing was compiled; they ask ``available`` first. One thread
 at a time on one pool of slots. Arguments that would reach outside the arrays raise ValueError, and nothing is done.
@@ -148,6 +148,43 @@ def plan_reads(files: IntArray, groups: IntArray, gap_groups: int, spare: int) -
         _at(place),
     )
     return extents[:, :found], place
+
+
+class SegmentArrays:
+    """Addresses of arrays of segments: ``starts``, ``files`` ``[segments, rows]``, ``stripe_groups`` ``[segments]``.
+
+    All int64 and contiguous (``kvswap.store.segments``).
+    """
+
+    def __init__(self, starts: IntArray, files: IntArray, stripe_groups: IntArray) -> None:
+        self.arrays = starts, files, stripe_groups
+        self.arguments = *map(_at, self.arrays), *starts.shape
+
+
+def locate(
+    segments: SegmentArrays, rows: IntArray, first: IntArray, count: IntArray, addresses: IntArray, slot_bytes: int
+) -> IntArray:
+    """Pieces of extents of groups on disk (``kvswap.store.segments``), ``[4, pieces]``. Raises ValueError."""
+    compiled, room = required_library(), 2 * len(rows)
+    rows, first, count, addresses = map(np.ascontiguousarray, (rows, first, count, addresses))
+    while True:
+        out = np.empty((4, room), np.int64)
+        pieces = compiled.kvswap_locate(
+            *segments.arguments,
+            _at(rows),
+            _at(first),
+            _at(count),
+            _at(addresses),
+            len(rows),
+            slot_bytes,
+            room,
+            _at(out),
+        )
+        if pieces < 0:
+            raise ValueError("rows or groups that are in no segment")
+        if pieces <= room:
+            return out[:, :pieces]
+        room = pieces
 
 
 def admit(

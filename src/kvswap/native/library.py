@@ -25,6 +25,7 @@ _SIGNATURES: dict[str, tuple[tuple[type, ...], type | None]] = {
     "lookup": ((_P, _I, _I, _P, _P, _I, _I, _I, _P, _I, _P, _P, _P), _I),
     "find": ((_P, _I, _I, _I, _P, _I, _I, _P, _I, _I, _P, _I, _P, _P, _I, _I, _I, _I, _I, _P), _I),
     "plan_reads": ((_P, _P, _I, _I, _I, _P, _P, _P, _P, _P, _P), _I),
+    "locate": ((_P, _P, _P, _I, _I, _P, _P, _P, _P, _I, _I, _I, _P), _I),
     "admit": ((_P, _I, _I, _P, _P, _P, _P, _I, _I, _I, _P, _I, _I, _P, _P, _I, _P, _P, _I, _I), _I),
     "gather": ((_P, _I, _I, _P, _I, _I, _I, _I, _I, _I, _P), _I),
     "attending_floats": ((_I, _I, _I, _I), _I),

@@ -85,6 +85,44 @@ EXPORT int64_t kvswap_plan_reads(const int64_t *files, const int64_t *groups, in
     return extents;
 }
 
+/* Where extents of groups are on disk, each split where it goes from a segment to the next or from a stripe to the next
+ * (kvswap.store.segments). Returns how many pieces there are, or -1 for a row or group that is in no segment. More than
+ * `room` pieces are counted and not written.
+ *
+ * starts, files  [segments, rows]: the first group of each row in a segment, and its file
+ * stripes        [segments]: groups of a row in a stripe, 0 where each row has a file of its own
+ * row ...        [count] each: row, first group, groups and memory address of an extent
+ * out            four rows of `room`: file, offset and length in bytes, and memory address of each piece
+ */
+EXPORT int64_t kvswap_locate(const int64_t *starts, const int64_t *files, const int64_t *stripes, int64_t segments,
+                             int64_t rows, const int64_t *row, const int64_t *first, const int64_t *groups,
+                             const int64_t *address, int64_t count, int64_t slot_bytes, int64_t room, int64_t *out) {
+    int64_t pieces = 0;
+    for (int64_t i = 0; i < count; i++) {
+        const int64_t r = row[i], end = first[i] + groups[i];
+        if (r < 0 || r >= rows) return -1;
+        for (int64_t group = first[i], stop; group < end; group = stop, pieces++) {
+            int64_t s = segments - 1;
+            for (stop = end; s >= 0 && starts[s * rows + r] > group; s--)
+                if (starts[s * rows + r] < stop) stop = starts[s * rows + r];
+            if (s < 0) return -1;
+            int64_t place = group - starts[s * rows + r];
+            if (stripes[s]) {
+                const int64_t stripe = place / stripes[s], rest = place % stripes[s];
+                if (stop - group > stripes[s] - rest) stop = group + stripes[s] - rest;
+                place = (stripe * rows + r) * stripes[s] + rest;
+            }
+            if (pieces < room) {
+                out[pieces] = files[s * rows + r];
+                out[room + pieces] = place * slot_bytes;
+                out[2 * room + pieces] = (stop - group) * slot_bytes;
+                out[3 * room + pieces] = address[i] + (group - first[i]) * slot_bytes;
+            }
+        }
+    }
+    return pieces;
+}
+
 /* kvswap_lookup of one layer's groups and kvswap_plan_reads of those that were not found. Returns how many reads, or -1
  * where a group or row does not exist, or where staging has too few places; then nothing was done.
  *

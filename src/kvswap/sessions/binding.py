@@ -147,18 +147,17 @@ class SessionBinding:
         stored_groups = np.array(current.flushed if current else [0] * layers, np.int64)
         sealer = self.session.sealer
         seals = np.zeros((layers, int(stored_groups.max())), sealer.dtype)
-        starts = np.empty((0, layers), np.int64)
-        files = np.empty((0, layers), np.int64)
-        segments = Segments(starts, files)
+        segments = Segments(layers)
         for number, _ in current.segments if current else ():
             segment = self.session.manifest.segment(number)
-            segments.add(np.array(segment.start, np.int64), self._adopt(backend, number, layers))
+            files = self._adopt(backend, segment.names())
+            segments.add(np.array(segment.start, np.int64), files, segment.stripe_groups)
         for layer, index in enumerate(self._stored.groups if self._stored else ()):
             seals[layer, : len(index.seals)] = index.seals
 
-        def begin(first: NDArray[np.int64]) -> NDArray[np.int64]:
-            number = self.session.begin_segment(tuple(first.tolist()))
-            return self._adopt(backend, number, layers)
+        def begin(first: NDArray[np.int64], stripe_groups: int) -> int:
+            segment = self.session.begin_segment(tuple(first.tolist()), stripe_groups)
+            return int(self._adopt(backend, segment.names())[0])
 
         return PersistentFiles(
             segments=segments,
@@ -219,9 +218,8 @@ class SessionBinding:
         )
         self._data_bytes = written_bytes
 
-    def _adopt(self, backend: ReadBackend, segment: int, layers: int) -> NDArray[np.int64]:
-        open_data = self.session.open_data
-        opened = [backend.adopt(open_data(segment, layer, direct=backend.direct)) for layer in range(layers)]
+    def _adopt(self, backend: ReadBackend, names: Sequence[str]) -> NDArray[np.int64]:
+        opened = [backend.adopt(self.session.open_data(name, direct=backend.direct)) for name in names]
         return np.array(opened, np.int64)
 
     def _check_model(self) -> None:

@@ -186,28 +186,28 @@ def _check_segment(store: SessionStore, segment: Segment, report: Report) -> Non
     assert layout is not None
     index = _index(store, segment)
     for layer in range(layout.layers):
-        first, end = segment.start[layer], segment.high[layer]
-        seals = index[layer].seals
-        report.groups += end - first
-        name, slot_bytes = f"data-{segment.number}-{layer}", layout.slot_bytes
-        piece = max(1, _PIECE_BYTES // slot_bytes)
-        for start in range(0, end - first, piece):
-            count = min(piece, end - first - start)
-            right = np.zeros(count, np.bool_)
+        begin, end = segment.start[layer], segment.high[layer]
+        report.groups += end - begin
+        wrong: dict[str, list[int]] = {}  # by file
+        for run in segment.runs(layout, layer, begin, end, _PIECE_BYTES):
+            seals = index[layer].seals[run.first - begin :][: run.count]
+            right = np.zeros(run.count, np.bool_)
             try:
-                data = store.folder.read(name, count * slot_bytes, offset_bytes=start * slot_bytes)
-                slots = np.frombuffer(data, np.uint8)[: len(data) // slot_bytes * slot_bytes].reshape(-1, slot_bytes)
+                data = store.folder.read(run.file, run.count * layout.slot_bytes, offset_bytes=run.offset_bytes)
+                known = min(len(data) // layout.slot_bytes, len(seals))
+                slots = np.frombuffer(data, np.uint8)[: known * layout.slot_bytes].reshape(known, layout.slot_bytes)
                 report.read_bytes += len(data)
-                known = min(len(slots), max(0, len(seals) - start))
-                used = slots[:known, : layout.geometry.group_bytes]
-                right[:known] = store.sealer.authentic(layer, first + start, used, seals[start : start + known])
+                used = slots[:, : layout.geometry.group_bytes]
+                right[:known] = store.sealer.authentic(layer, run.first, used, seals[:known])
             except _READ_ERRORS as error:
-                report.problems.append(f"{name}: {_words(error)}")
-            wrong = np.flatnonzero(~right)
-            if len(wrong):
-                shown = f"groups {first + start + wrong[0]} to {first + start + wrong[-1]}, {len(wrong)} of them"
+                problem = f"{run.file}: {_words(error)}"
+                report.problems += [problem] if problem not in report.problems else []
+            wrong.setdefault(run.file, []).extend((run.first + np.flatnonzero(~right)).tolist())
+        for name, groups in wrong.items():
+            if groups:
+                shown = f"groups {groups[0]} to {groups[-1]}, {len(groups)} of them"
                 report.problems.append(f"{name}: layer {layer}: {shown} are not what was written")
-                report.damaged_groups |= {(segment.number, layer, first + start + int(each)) for each in wrong}
+                report.damaged_groups |= {(segment.number, layer, group) for group in groups}
 
 
 def _index(store: SessionStore, segment: Segment) -> list[LayerIndex]:
@@ -252,9 +252,8 @@ def _keep_only(store: SessionStore, kept: tuple[Checkpoint, ...]) -> None:
             continue
         high, index_bytes = found
         segments.append(replace(segment, owned=False, high=high, index_bytes=index_bytes))
-        for layer, count in enumerate(high):
-            name = f"data-{segment.number}-{layer}"
-            if count == segment.start[layer] and name not in store.folder.names():
+        for name, size_bytes in segments[-1].files(manifest.layout).items() if manifest.layout else ():
+            if not size_bytes and name not in store.folder.names():
                 store.folder.write(name, b"")
     store.publish(replace(manifest, segments=tuple(segments)))
 

@@ -178,24 +178,27 @@ class SessionStore:
 
     # ---- committing
 
-    def open_data(self, segment: int, layer: int, *, direct: bool) -> int:
-        """A descriptor of a data file, which the caller closes. In a segment that has just begun it is created."""
-        name = f"data-{segment}-{layer}"
-        if self._new_segment is not None and self._new_segment.number == segment:
+    def open_data(self, name: str, *, direct: bool) -> int:
+        """A descriptor of a data file, which the caller closes. That of a segment that has just begun is created."""
+        if self._new_segment is not None and name in self._new_segment.names():
             return self.folder.make(name, direct=direct)
         return self.folder.open(name, write=self.writable, direct=direct)
 
     def appendable(self) -> bool:
-        """Whether new groups may follow those of the base's last segment, in the same files."""
+        """Whether new groups may follow those of the base's last segment, in the same file.
+
+        They do not in a segment of format version 1 or 2, which has one file a layer.
+        """
         current = self.base
         if current is None or not current.segments:
             return False
         number, index_bytes = current.segments[-1]
         last = self.manifest.segment(number)
-        return last.owned and last.high == current.flushed and last.index_bytes == index_bytes
+        whole = last.high == current.flushed and last.index_bytes == index_bytes
+        return last.owned and whole and last.stripe_groups is not None
 
-    def begin_segment(self, start: Counts) -> int:
-        """Begin a segment for new groups from ``start`` on; its number. Raises SessionError after too many."""
+    def begin_segment(self, start: Counts, stripe_groups: int) -> Segment:
+        """Begin a segment for new groups from ``start`` on. Raises SessionError after too many."""
         current = self.base
         if current is not None and len(current.segments) >= MAX_SEGMENTS:
             raise SessionError(
@@ -203,8 +206,10 @@ class SessionStore:
                 hint="export it and import it again, which joins its files",
             )
         number = max((segment.number for segment in self.manifest.segments), default=-1) + 1
-        self._new_segment = Segment(number=number, owned=True, start=start, high=start, index_bytes=0)
-        return number
+        self._new_segment = Segment(
+            number=number, owned=True, start=start, high=start, index_bytes=0, stripe_groups=stripe_groups
+        )
+        return self._new_segment
 
     def commit(
         self,
@@ -300,7 +305,9 @@ class SessionStore:
         layout, current = self.manifest.layout, self.base
         groups = max(0, min(tokens, current.tokens)) // layout.group_tokens if layout and current else 0
         contents = self.load(tail_only=True) if groups else None
-        self._new_segment = None
+        if self._new_segment is not None:  # its file would be in the way of the next one with its number
+            self._new_segment = None
+            self._remove_leftovers()
         if layout is None or current is None or contents is None or contents.has_sliding_layers:
             self._cut = (None, {}) if self.manifest.checkpoints else None
             return
@@ -338,19 +345,19 @@ class SessionStore:
 
     def _remove_leftovers(self) -> None:
         """Remove files that no manifest names: those of an interruption, and tails that are no longer needed."""
-        new_data = f"data-{self._new_segment.number}-" if self._new_segment else None
-        named = {MANIFEST, lock.NAME, *self.manifest.files()}
+        new_data = self._new_segment.names() if self._new_segment else ()
+        named = {MANIFEST, lock.NAME, *self.manifest.files(), *new_data}
         for name in self.folder.names():
-            if name not in named and not (new_data and name.startswith(new_data)):
+            if name not in named:
                 self.folder.remove(name)
 
     def _release_reserved_space(self) -> None:
         """Give back the disk space that was reserved behind the groups of owned segments."""
-        sizes = self.manifest.files()
+        layout = self.manifest.layout
         for segment in self.manifest.segments:
-            if segment.owned and not self._is_shared(segment):
-                for name in [name for name in sizes if name.startswith(f"data-{segment.number}-")]:
-                    self.folder.truncate(name, sizes[name])
+            if layout is not None and segment.owned and not self._is_shared(segment):
+                for name, size_bytes in segment.files(layout).items():
+                    self.folder.truncate(name, size_bytes)
 
     def _is_settled(self) -> bool:
         """Whether it is known what is committed. Where the disk cannot say, nothing of the session is touched."""

@@ -1,4 +1,4 @@
-"""A session as one file: its current context in a tar archive without compression, the files of all segments joined.
+"""A session as one file: its current context in a tar archive without compression, as one segment.
 
 ``export_session`` compares every group with its seal while it writes; an encrypted session stays encrypted, under the
 same key. ``import_session`` reads everything again before the session gets its name. It takes only the names of the
@@ -33,6 +33,7 @@ from kvswap.sessions.lock import new_session_folder
 from kvswap.sessions.manifest import Blob, Manifest, Segment
 from kvswap.sessions.manifest_json import LIMIT_BYTES, encode, parse
 from kvswap.sessions.seal import text_sum
+from kvswap.store.layout import GroupLayout
 
 _PIECE_BYTES = 4 << 20
 _T = TypeVar("_T")
@@ -44,7 +45,7 @@ def export_session(store: SessionStore, target: Path) -> int:
     The file appears complete or not at all. Raises SessionError for an empty session, InputError where the file exists
     or cannot be written, DamagedError.
     """
-    members, layers = _members(store)
+    members, segment, layers = _members(store)
     try:
         if os.path.lexists(target):
             raise FileExistsError
@@ -52,8 +53,7 @@ def export_session(store: SessionStore, target: Path) -> int:
             with tarfile.open(fileobj=file, mode="w", format=tarfile.GNU_FORMAT) as archive:
                 for name, data in members:
                     _add(archive, name, data)
-                for layer, groups in enumerate(layers):
-                    _add_groups(archive, store, layer, groups)
+                _add_groups(archive, store, segment, layers)
             size_bytes = file.tell()
         return size_bytes
     except FileExistsError as error:
@@ -62,8 +62,8 @@ def export_session(store: SessionStore, target: Path) -> int:
         raise InputError(f"{target}: {error.strerror or error}", hint="give a file in a folder of yours") from error
 
 
-def _members(store: SessionStore) -> tuple[list[tuple[str, bytes]], list[LayerIndex]]:
-    """The small files of an archive, by name, and the index of the groups that follow."""
+def _members(store: SessionStore) -> tuple[list[tuple[str, bytes]], Segment, list[LayerIndex]]:
+    """The small files of an archive, by name; the segment that follows, and the index of its groups."""
     contents, manifest = store.load(), store.manifest
     layout, current, basis = manifest.layout, manifest.current, manifest.basis
     if contents is None or layout is None or current is None or basis is None:
@@ -78,7 +78,14 @@ def _members(store: SessionStore) -> tuple[list[tuple[str, bytes]], list[LayerIn
         tail=Blob(file="tail-0", bytes=len(tail), xxh3=text_sum(tail)),
         segments=((0, len(index)),),
     )
-    segment = Segment(number=0, owned=True, start=start, high=current.flushed, index_bytes=len(index))
+    segment = Segment(
+        number=0,
+        owned=True,
+        start=start,
+        high=current.flushed,
+        index_bytes=len(index),
+        stripe_groups=GroupLayout(layout.geometry, layout.alignment_bytes).stripe_groups(max(current.flushed)),
+    )
     joined = replace(manifest, commits=1, written_bytes=0, rates=None, segments=(segment,), checkpoints=(checkpoint,))
     members = [
         (MANIFEST, encode(joined, store.sealer.sign)),
@@ -86,7 +93,7 @@ def _members(store: SessionStore) -> tuple[list[tuple[str, bytes]], list[LayerIn
         ("tail-0", tail),
         ("index-0", index),
     ]
-    return members, contents.groups
+    return members, segment, contents.groups
 
 
 def import_session(source: Path, path: Path) -> Manifest:
@@ -166,31 +173,41 @@ def _add(archive: tarfile.TarFile, name: str, data: bytes) -> None:
     archive.addfile(info, io.BytesIO(data))
 
 
-def _add_groups(archive: tarfile.TarFile, store: SessionStore, layer: int, groups: LayerIndex) -> None:
+def _add_groups(archive: tarfile.TarFile, store: SessionStore, segment: Segment, layers: list[LayerIndex]) -> None:
     assert store.manifest.layout is not None
-    info = tarfile.TarInfo(f"data-0-{layer}")
-    info.size = len(groups.seals) * store.manifest.layout.slot_bytes
-    archive.addfile(info, _Joined(_read_groups(store, layer, groups)))
+    ((name, size_bytes),) = segment.files(store.manifest.layout).items()
+    info = tarfile.TarInfo(name)
+    info.size = size_bytes
+    archive.addfile(info, _Joined(_stripes(store, segment, layers)))
 
 
-def _read_groups(store: SessionStore, layer: int, groups: LayerIndex) -> Iterator[bytes]:
-    """All groups of a layer in order, from all segments, compared with their seals."""
+def _stripes(store: SessionStore, segment: Segment, layers: list[LayerIndex]) -> Iterator[bytes]:
+    """The file of ``segment``, stripe by stripe; what no group fills is zero. May go on past the last group."""
+    layout, stripe_groups = store.manifest.layout, segment.stripe_groups
+    assert layout is not None and stripe_groups is not None
+    for first in range(0, max(segment.high), stripe_groups):
+        for layer, index in enumerate(layers):
+            end = max(first, min(first + stripe_groups, segment.high[layer]))
+            yield from _read_groups(store, layer, index, first, end)
+            if end < first + stripe_groups:
+                yield bytes((first + stripe_groups - end) * layout.slot_bytes)
+
+
+def _read_groups(store: SessionStore, layer: int, index: LayerIndex, first: int, end: int) -> Iterator[bytes]:
+    """Groups ``[first, end)`` of a layer in order, from all segments, compared with their seals."""
     layout, current = store.manifest.layout, store.manifest.current
     assert layout is not None and current is not None
-    slot_bytes, piece = layout.slot_bytes, max(1, _PIECE_BYTES // layout.slot_bytes)
     for segment, ends in store.manifest.ends(current):
-        first, end = segment.start[layer], ends[layer]
-        for start in range(first, end, piece):
-            count = min(piece, end - start)
-            name = f"data-{segment.number}-{layer}"
-            data = store.folder.read(name, count * slot_bytes, offset_bytes=(start - first) * slot_bytes)
-            if len(data) < count * slot_bytes:
-                raise DamagedError(f"{store.label}: {name} ends too early", hint="try: kvswap sessions repair")
-            slots = np.frombuffer(data, np.uint8).reshape(count, slot_bytes)
-            used, seals = slots[:, : layout.geometry.group_bytes], groups.seals[start : start + count]
-            wrong = ~store.sealer.authentic(layer, start, used, seals)
+        begin, stop = max(first, segment.start[layer]), min(end, ends[layer])
+        for run in segment.runs(layout, layer, begin, stop, _PIECE_BYTES):
+            data = store.folder.read(run.file, run.count * layout.slot_bytes, offset_bytes=run.offset_bytes)
+            if len(data) < run.count * layout.slot_bytes:
+                raise DamagedError(f"{store.label}: {run.file} ends too early", hint="try: kvswap sessions repair")
+            slots = np.frombuffer(data, np.uint8).reshape(run.count, layout.slot_bytes)
+            used, seals = slots[:, : layout.geometry.group_bytes], index.seals[run.first : run.first + run.count]
+            wrong = ~store.sealer.authentic(layer, run.first, used, seals)
             if wrong.any():
-                group = start + int(np.flatnonzero(wrong)[0])
+                group = run.first + int(np.flatnonzero(wrong)[0])
                 raise DamagedError(
                     f"{store.label} is damaged: group {group} of layer {layer} is not what was written",
                     hint=f"kvswap sessions repair {store.name} keeps the context before it",
@@ -199,7 +216,7 @@ def _read_groups(store: SessionStore, layer: int, groups: LayerIndex) -> Iterato
 
 
 class _Joined(io.RawIOBase):
-    """A sequence of bytes objects as one file to read from."""
+    """A sequence of bytes objects, none of them empty, as one file to read from."""
 
     def __init__(self, pieces: Iterator[bytes]) -> None:
         self._pieces, self._rest = pieces, memoryview(b"")

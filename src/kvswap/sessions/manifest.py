@@ -5,14 +5,17 @@ Field names are those of the format. Pure.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from kvswap.core.load_or_recompute import Rates
+from kvswap.store.layout import place_in_file
 from kvswap.terms import KVGeometry, ceil_div, round_up
 
 MAX_CHECKPOINTS = 8
 MAX_SEGMENTS = 32
+_ENDLESS = 1 << 40
+"""Groups of a stripe that no file fills."""
 ITEMSIZES_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 
 Counts = tuple[int, ...]
@@ -101,11 +104,22 @@ class Blob:
     xxh3: str
 
 
+@dataclass(frozen=True, slots=True)
+class Run:
+    """``count`` groups of a layer from ``first`` on, which follow each other in a file."""
+
+    file: str
+    offset_bytes: int
+    first: int
+    count: int
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Segment:
-    """Groups ``start[layer]`` up to ``high[layer]`` of every layer, in files of their own.
+    """Groups ``start[layer]`` up to ``high[layer]`` of every layer, in one file with stripes of ``stripe_groups``.
 
-    A session appends to its ``owned`` segments alone. The others are shared with a second session.
+    Segments of format versions 1 and 2 have one file a layer instead, and None. A session appends to its ``owned``
+    segments alone. The others are shared with a second session.
     """
 
     number: int
@@ -113,6 +127,39 @@ class Segment:
     start: Counts
     high: Counts
     index_bytes: int
+    stripe_groups: int | None
+
+    def names(self) -> list[str]:
+        """Names of its data files: one, or one a layer."""
+        if self.stripe_groups is not None:
+            return [f"data-{self.number}"]
+        return [f"data-{self.number}-{layer}" for layer in range(len(self.start))]
+
+    def files(self, layout: Layout) -> dict[str, int]:
+        """Names of its data files, each with the fewest bytes it must have."""
+        sizes = dict.fromkeys(self.names(), 0)
+        for layer, (start, high) in enumerate(zip(self.start, self.high, strict=True)):
+            if start < high:
+                name, place, _ = self._place(layer, high - 1)
+                sizes[name] = max(sizes[name], (place + 1) * layout.slot_bytes)
+        return sizes
+
+    def runs(self, layout: Layout, layer: int, first: int, end: int, most_bytes: int) -> Iterator[Run]:
+        """Groups ``[first, end)`` of a layer in runs that are in one piece on disk, of up to ``most_bytes``."""
+        most = max(1, most_bytes // layout.slot_bytes)
+        while first < end:
+            name, place, room = self._place(layer, first)
+            count = min(end - first, room, most)
+            yield Run(name, place * layout.slot_bytes, first, count)
+            first += count
+
+    def _place(self, layer: int, group: int) -> tuple[str, int, int]:
+        """Of a group: its file, its place there in groups, and how many of its layer go on there."""
+        index = group - self.start[layer]
+        if self.stripe_groups is None:
+            return f"data-{self.number}-{layer}", index, _ENDLESS
+        place = place_in_file(layer, index, len(self.start), self.stripe_groups)
+        return f"data-{self.number}", place, self.stripe_groups - index % self.stripe_groups
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -185,9 +232,7 @@ class Manifest:
             return sizes
         for segment in self.segments:
             sizes[f"index-{segment.number}"] = segment.index_bytes
-            for layer in range(self.layout.layers):
-                groups = segment.high[layer] - segment.start[layer]
-                sizes[f"data-{segment.number}-{layer}"] = groups * self.layout.slot_bytes
+            sizes |= segment.files(self.layout)
         return sizes
 
     def blobs(self) -> list[Blob]:

@@ -30,7 +30,7 @@ from kvswap.sessions.manifest import (
 )
 from kvswap.sessions.seal import text_sum
 
-MAGIC, VERSION = "kvswap-session", 2
+MAGIC, VERSION = "kvswap-session", 3
 LIMIT_BYTES = 16 << 20
 _TOKENS = 1 << 31
 _FILE = re.compile(r"basis|tail-[0-9]{1,12}")
@@ -56,7 +56,7 @@ def parse(data: bytes, label: str) -> Manifest:
     words = head.decode("ascii", errors="replace").split(" ")
     if len(words) not in (3, 4) or words[0] != MAGIC or not words[1].isdecimal():
         raise damaged(label, "its manifest does not begin as one")
-    if words[1] not in ("1", str(VERSION)):
+    if words[1] not in [str(version) for version in range(1, VERSION + 1)]:
         raise SessionError(
             f"{label} was made by a newer kvswap (format {words[1][:9]}, this one reads 1 to {VERSION})",
             hint="update kvswap; nothing was changed",
@@ -99,6 +99,10 @@ class _Fields:
 
     def number(self, key: str, low: int = 0, high: int = 1 << 62) -> int:
         return _number(self.take(key), f"{self._name}.{key}", low, high)
+
+    def maybe_number(self, key: str, low: int, high: int) -> int | None:
+        value = self.take(key)
+        return None if value is None else _number(value, f"{self._name}.{key}", low, high)
 
     def text(self, key: str) -> str:
         value = self.take(key)
@@ -155,7 +159,7 @@ def _manifest(fields: _Fields, version: int) -> Manifest:
         layout=layout,
         basis=fields.maybe("basis", _blob),
         segments=tuple(
-            _segment(_Fields(value, "segment"), layers)
+            _segment(_Fields(value, "segment"), layers, version)
             for value in fields.items("segments", MAX_CHECKPOINTS * MAX_SEGMENTS)
         ),
         checkpoints=tuple(
@@ -223,13 +227,14 @@ def _blob(fields: _Fields) -> Blob:
     return blob
 
 
-def _segment(fields: _Fields, layers: int) -> Segment:
+def _segment(fields: _Fields, layers: int, version: int) -> Segment:
     segment = Segment(
         number=fields.number("number", 0, 10**9),
         owned=fields.flag("owned"),
         start=fields.counts("start", layers),
         high=fields.counts("high", layers),
         index_bytes=fields.number("index_bytes", 0, 1 << 40),
+        stripe_groups=fields.maybe_number("stripe_groups", 1, _TOKENS) if version > 2 else None,
     )
     fields.end()
     if any(low > high for low, high in zip(segment.start, segment.high, strict=True)):

@@ -139,7 +139,7 @@ def _copy_prefix(target: SessionStore, source: SessionStore, tokens: int, conver
     segments = _shared_segments(manifest, current)
     names = [basis.file]
     for segment in segments:
-        names += [f"index-{segment.number}", *(f"data-{segment.number}-{layer}" for layer in range(layout.layers))]
+        names += [f"index-{segment.number}", *segment.names()]
     _share_files(source.folder, target.folder, names)
     flushed, tail = current.flushed, replace_text(contents, contents.ids[: current.tokens], conversation)
     if tokens < current.tokens:

@@ -1,10 +1,9 @@
 """The groups of all layers and sequences on disk: packed, written behind, read back.
 
-``GroupStore`` keeps one unnamed file for each layer and sequence, with the groups in order (``store/layout.py``). The
-files are gone when it is closed. ``store/persistent.py`` keeps those of a session instead. ``append`` returns when the
-groups are in the bounded write queue. ``settle`` blocks until the writes to the given files are done, so that a read
-that follows sees them. The next call raises what a write failed with. One thread calls; the queue's writer is the only
-other one.
+``GroupStore`` keeps one unnamed file (``store/layout.py``), which is gone when it is closed. ``store/persistent.py``
+keeps the files of a session instead. ``append`` returns when the groups are in the bounded write queue. ``settle``
+blocks until the writes to the given rows are done, so that a read that follows sees them. The next call raises what a
+write failed with. One thread calls; the queue's writer is the only other one.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from kvswap.store.tiles import TileMemory, TileReader
 
 
 class GroupStore:
-    """Files of ``layers`` x ``batch`` sequences on one backend, made for ``groups`` groups each.
+    """Groups of ``layers`` x ``batch`` sequences on one backend, made for ``groups`` groups each.
 
     A row is one layer of one sequence.
     """
@@ -49,19 +48,19 @@ class GroupStore:
     ) -> None:
         """Queue whole groups from ``first`` on: K, V ``[H_kv, n * G, d]`` of any dtype, stored as ``dtype``."""
         layout, row = self.layout, self.row(layer, sequence)
-        group_tokens = layout.geometry.group_tokens
-        groups = keys.shape[1] // group_tokens
-        begin = self._make_room(row, first, first + groups)
-        file = int(self.segments.files[-1, row])
-        piece = max(1, self.writer.largest_bytes // layout.slot_bytes)
-        for start in range(0, groups, piece):
-            count = min(piece, groups - start)
-            buffer = self.writer.acquire(count * layout.slot_bytes)
+        slot_bytes, group_tokens = layout.slot_bytes, layout.geometry.group_tokens
+        groups, start = keys.shape[1] // group_tokens, 0
+        self._make_room(row, first + groups)
+        most = max(1, self.writer.largest_bytes // slot_bytes)
+        while start < groups:
+            file, place, room = self.segments.place(row, first + start)
+            count = min(most, room, groups - start)
+            buffer = self.writer.acquire(count * slot_bytes)
             tokens = slice(start * group_tokens, (start + count) * group_tokens)
             self._pack(buffer, keys[:, tokens], values[:, tokens], dtype)
             self._before_write(row, first + start, buffer)
-            offset = (first - begin + start) * layout.slot_bytes
-            self._last_write[row] = self.writer.submit(file, offset, buffer)
+            self._last_write[row] = self.writer.submit(file, place * slot_bytes, buffer)
+            start += count
 
     def settle(self, rows: IntArray) -> None:
         """Block until everything queued for these rows is written."""
@@ -104,27 +103,29 @@ class GroupStore:
 
     # ---- what a persistent store does in another way
 
-    def _open(self, rows: int, groups: int) -> tuple[Segments, IntArray]:
-        """Open the files; returns where groups are, and the size in bytes of each row's last file."""
-        size_bytes = self.layout.file_bytes(groups)
-        files: IntArray = np.array([[self.backend.open(size_bytes) for _ in range(rows)]], np.int64)
-        return Segments(np.zeros((1, rows), np.int64), files), np.full(rows, size_bytes, np.int64)
+    def _open(self, rows: int, groups: int) -> tuple[Segments, int]:
+        """Open the files; returns where groups are, and the size in bytes of the last file."""
+        stripe_groups = self.layout.stripe_groups(groups)
+        size_bytes, segments = self.layout.file_bytes(rows, groups, stripe_groups), Segments(rows)
+        segments.add(np.zeros(rows, np.int64), self.backend.open(size_bytes), stripe_groups)
+        return segments, size_bytes
 
     def _before_write(self, row: int, first: int, buffer: ByteArray) -> None:
         """Called with packed groups of ``row`` from ``first`` on, before they are queued."""
 
-    def _file_bytes(self, row: int, groups: int) -> int:
-        """The size that the row's last file is given for ``groups`` groups."""
-        return self.layout.file_bytes(groups)
+    def _before_growth(self, nbytes: int) -> None:
+        """Called before the last file takes ``nbytes`` more."""
 
-    def _make_room(self, row: int, first: int, end: int) -> int:
-        """Give the row's last file room for groups up to ``end``; returns the group with which that file begins."""
-        begin = int(self.segments.starts[-1, row])
-        if (end - begin) * self.layout.slot_bytes > self._size_bytes[row]:
-            size_bytes = self._file_bytes(row, end - begin)
-            self.backend.ensure_size(int(self.segments.files[-1, row]), size_bytes)
-            self._size_bytes[row] = size_bytes
-        return begin
+    def _make_room(self, row: int, end: int) -> None:
+        """Give the last file room for groups of the row up to ``end``, by whole stripes."""
+        file, place, _ = self.segments.place(row, end - 1)
+        if (place + 1) * self.layout.slot_bytes > self._size_bytes:
+            groups = end - int(self.segments.starts[-1, row])
+            stripe_groups = int(self.segments.stripe_groups[-1])
+            size_bytes = self.layout.file_bytes(len(self._last_write), groups, stripe_groups)
+            self._before_growth(size_bytes - self._size_bytes)
+            self.backend.ensure_size(file, size_bytes)
+            self._size_bytes = size_bytes
 
     def _pack(self, buffer: ByteArray, keys: torch.Tensor, values: torch.Tensor, dtype: torch.dtype) -> None:
         layout = self.layout

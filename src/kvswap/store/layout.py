@@ -1,18 +1,23 @@
 """How one group is laid out on disk and in memory. Arithmetic only.
 
 A group is one contiguous extent: K of all KV heads, then V, each ``[H_kv, G, d]``, padded to the alignment of direct
-I/O. The groups of one layer of one sequence follow each other in a file, so group g starts at ``g * slot_bytes``. A
-slot in memory has the same bytes, padding included, so nothing is rearranged after a read.
+I/O. A slot in memory has the same bytes, padding included, so nothing is rearranged after a read.
+
+One file has the groups of all rows; a row is one layer of one sequence. The file is a sequence of stripes. A stripe has
+as many places for each row, row after row, so the groups of a row are neighbours within it. A file grows by whole
+stripes, and nothing in it ever moves.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kvswap.terms import KVGeometry, round_up
+from kvswap.terms import KVGeometry, ceil_div, round_up
 
-FILE_GROWTH_BYTES = 4 << 20
-FINE_GROWTH_BYTES = 128 << 10
+STRIPES = 16
+"""Stripes of a file as long as planned, within the limits below. Up to one stripe is reserved and not used."""
+MIN_RUN_BYTES = 128 << 10
+MAX_RUN_BYTES = 4 << 20
 STREAM_TILE_TOKENS = 1024
 """Tokens that many queries attend to at a time when all K, V of a layer are streamed: their logits are in memory."""
 STREAM_TILE_BYTES = 2 << 20
@@ -58,6 +63,17 @@ class GroupLayout:
         geometry = self.geometry
         return (2, geometry.kv_heads, geometry.group_tokens, geometry.head_dim)
 
-    def file_bytes(self, groups: int, *, fine: bool = False) -> int:
-        """Size to allocate for a file of ``groups`` groups, in growth steps; ``fine`` steps are for files that stay."""
-        return round_up(max(groups, 1) * self.slot_bytes, FINE_GROWTH_BYTES if fine else FILE_GROWTH_BYTES)
+    def stripe_groups(self, groups: int) -> int:
+        """Groups of each row in one stripe of a new file, which is planned for ``groups`` groups of each row."""
+        run_bytes = min(max(groups * self.slot_bytes // STRIPES, MIN_RUN_BYTES), MAX_RUN_BYTES)
+        return ceil_div(run_bytes, self.slot_bytes)
+
+    def file_bytes(self, rows: int, groups: int, stripe_groups: int) -> int:
+        """Size to allocate for a file with ``groups`` groups of each row: whole stripes, at least one."""
+        return ceil_div(max(groups, 1), stripe_groups) * stripe_groups * rows * self.slot_bytes
+
+
+def place_in_file(row: int, index: int, rows: int, stripe_groups: int) -> int:
+    """The place in a file of a row's group number ``index`` in it, counted in groups."""
+    stripe, rest = divmod(index, stripe_groups)
+    return (stripe * rows + row) * stripe_groups + rest

@@ -37,8 +37,8 @@ class PersistentFiles:
     label
         Names the session in messages: ``session NAME``.
     begin_segment
-        ``begin_segment(starts)`` makes the files of one more segment, which holds groups from ``starts[row]`` on;
-        returns the files, ``(rows,)``.
+        ``begin_segment(starts, stripe_groups)`` makes the file of one more segment, which holds groups from
+        ``starts[row]`` on; returns the file.
     reserve
         ``reserve(bytes)`` is called before files take more space, and raises StorageError to refuse.
     """
@@ -50,7 +50,7 @@ class PersistentFiles:
     verify: bool
     appendable: bool
     label: str
-    begin_segment: Callable[[Int], Int]
+    begin_segment: Callable[[Int, int], int]
     reserve: Callable[[int], None]
 
 
@@ -60,7 +60,7 @@ class PersistentGroupStore(GroupStore):
     def __init__(self, files: PersistentFiles, **common: Any) -> None:
         self._files, self._appendable = files, files.appendable
         self._stored_groups, self._seals = files.stored_groups.copy(), files.seals
-        self._changed: NDArray[np.bool_] = np.zeros(len(files.stored_groups), np.bool_)
+        self._changed = False
         self._sync_error: DiskError | None = None
         self.checked = files.verify or files.sealer.encrypts
         files.sealer.begin()
@@ -77,13 +77,14 @@ class PersistentGroupStore(GroupStore):
         """
         self._check_sync()
         self.writer.flush()
-        for row in np.flatnonzero(self._changed):
-            try:
-                self.backend.sync(int(self.segments.files[-1, row]))
-            except DiskError as error:
-                self._sync_error = error
-                raise
-        self._changed[:] = False
+        if not self._changed:
+            return
+        try:
+            self.backend.sync(int(self.segments.files[-1, 0]))
+        except DiskError as error:
+            self._sync_error = error
+            raise
+        self._changed = False
 
     def _check_sync(self) -> None:
         if self._sync_error is not None:
@@ -103,24 +104,25 @@ class PersistentGroupStore(GroupStore):
                 hint=f"kvswap sessions repair {label.split()[-1]} keeps the context before it",
             )
 
-    def _open(self, rows: int, groups: int) -> tuple[Segments, Int]:
-        files = self._files
-        begun = files.segments.starts[-1] if files.appendable else files.stored_groups
-        return files.segments, (files.stored_groups - begun) * self.layout.slot_bytes
+    def _open(self, rows: int, groups: int) -> tuple[Segments, int]:
+        segments, stored = self._files.segments, self._files.stored_groups
+        self._stripe_groups = self.layout.stripe_groups(groups - int(stored.min()))
+        if not self._appendable:
+            return segments, 0
+        begun = np.flatnonzero(stored > segments.starts[-1]).tolist()
+        used = max((segments.place(row, int(stored[row]) - 1)[1] + 1 for row in begun), default=0)
+        return segments, used * self.layout.slot_bytes
 
-    def _make_room(self, row: int, first: int, end: int) -> int:
+    def _make_room(self, row: int, end: int) -> None:
         self._check_sync()
         if not self._appendable:
             starts = self._stored_groups.copy()
-            self.segments.add(starts, self._files.begin_segment(starts))
-            self._size_bytes[:] = 0
-            self._appendable = True
-        return super()._make_room(row, first, end)
+            self.segments.add(starts, self._files.begin_segment(starts, self._stripe_groups), self._stripe_groups)
+            self._size_bytes, self._appendable = 0, True
+        super()._make_room(row, end)
 
-    def _file_bytes(self, row: int, groups: int) -> int:
-        size_bytes = self.layout.file_bytes(groups, fine=True)
-        self._files.reserve(size_bytes - int(self._size_bytes[row]))
-        return size_bytes
+    def _before_growth(self, nbytes: int) -> None:
+        self._files.reserve(nbytes)
 
     def _before_write(self, row: int, first: int, buffer: NDArray[np.uint8]) -> None:
         """Zero the padding of packed groups, which would be old bytes of somebody, and seal them."""
@@ -134,4 +136,4 @@ class PersistentGroupStore(GroupStore):
             self._seals = wider
         self._seals[row, first:end] = self._files.sealer.seal(row // self.batch, first, slots[:, :used_bytes])
         self._stored_groups[row] = end
-        self._changed[row] = True
+        self._changed = True
