@@ -46,8 +46,12 @@ VALUES: tuple[Any, ...] = (-1, 0, 1, 2**31, 2**62, 2**80, 1e300, "", "x" * 5000,
 
 def commit_groups(store: SessionStore, rng: np.random.Generator, first: int, groups: int) -> None:
     """Write that many groups of every layer behind those of before, and commit."""
-    if not store.appendable():
-        store.begin_segment((first,) * LAYOUT.layers)
+    start, current = first, store.base
+    if store.appendable() and current is not None:
+        number = current.segments[-1][0]
+        start = store.manifest.segment(number).start[0]
+    else:
+        number = store.begin_segment((first,) * LAYOUT.layers)
     store.sealer.begin()
     layers = []
     for layer in range(LAYOUT.layers):
@@ -55,8 +59,8 @@ def commit_groups(store: SessionStore, rng: np.random.Generator, first: int, gro
         body = slots[:, : LAYOUT.geometry.group_bytes]
         body[:] = rng.integers(0, 256, body.shape, dtype=np.uint8)
         seals = store.sealer.seal(layer, first, body)
-        with open(store.open_data(0, layer, direct=False), "r+b") as file:
-            file.seek(first * LAYOUT.slot_bytes)
+        with open(store.open_data(number, layer, direct=False), "r+b") as file:
+            file.seek((first - start) * LAYOUT.slot_bytes)
             file.write(slots.tobytes())
         size = groups * LAYOUT.group_tokens
         codes = rng.integers(0, 256, (LAYOUT.code_rows, size), dtype=np.uint8)

@@ -22,8 +22,8 @@ from typing import IO
 
 NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK, errno.EXDEV, errno.ENOSYS)
 """Errors of a file system that has no hard links, or no more of them."""
-_NO_FOLDER_SYNC = (errno.EINVAL, errno.EOPNOTSUPP, errno.EACCES)
-"""Errors of a file system that cannot sync folders, and of a folder that may be written but not read."""
+NO_FOLDER_SYNC = (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS)
+"""Errors of a file system that cannot sync folders: those of other machines, which keep the names themselves."""
 
 
 def atomic_write(target: Path, data: bytes, *, mode: int = 0o666) -> None:
@@ -112,7 +112,7 @@ def sync_folder(path: Path) -> None:
     try:
         _fsync(path, os.O_DIRECTORY)
     except OSError as error:
-        if error.errno not in _NO_FOLDER_SYNC:
+        if error.errno not in (*NO_FOLDER_SYNC, errno.EACCES):  # a folder that may be written but not read
             raise
 
 

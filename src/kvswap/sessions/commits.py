@@ -63,9 +63,9 @@ class SessionStore:
         self._cut: tuple[Checkpoint | None, Arrays] | None = None  # what ``truncate`` has kept, and its tail
         self._sound = False
         try:
-            self._committed = Committed(folder, self.label)
+            self._committed = Committed(folder, self.label, write=write)
             if check_files:
-                self._check_files()
+                self._committed.steady(self._check_files)
             if write and check_files:
                 self._remove_leftovers()
             self._sound = check_files
@@ -128,6 +128,10 @@ class SessionStore:
         """What is committed now."""
         return self._committed.manifest
 
+    def refresh(self) -> Manifest:
+        """What is committed now; see ``Committed.refresh``."""
+        return self._committed.refresh()
+
     @property
     def base(self) -> Checkpoint | None:
         """The checkpoint that the next commit continues; None where it starts from nothing."""
@@ -148,6 +152,11 @@ class SessionStore:
 
         Raises DamagedError, SessionError.
         """
+        if checkpoint is None:
+            return self._committed.steady(lambda: self._load(None, tail_only))
+        return self._load(checkpoint, tail_only)
+
+    def _load(self, checkpoint: Checkpoint | None, tail_only: bool) -> CheckpointContents | None:
         cut = self._cut if checkpoint is None else None
         manifest, checkpoint = self.manifest, checkpoint or self.base
         if checkpoint is None or manifest.layout is None:
