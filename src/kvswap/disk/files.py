@@ -41,7 +41,7 @@ def prepare_dir(path: str | Path) -> Path:
     Returns the absolute path. Raises StorageError with what to do next.
     """
     folder = absolute(path)
-    existing = next(parent for parent in (folder, *folder.parents) if os.path.exists(parent))
+    existing = next((parent for parent in (folder, *folder.parents) if os.path.exists(parent)), Path(folder.anchor))
     filesystem = filesystem_of(existing)
     if filesystem in IN_MEMORY:
         raise StorageError(
@@ -132,12 +132,14 @@ def ensure_size(fd: int, size_bytes: int) -> None:
 
     Not for two threads at once on one file. Raises DiskFullError and leaves the file as it was.
     """
-    old_bytes = os.fstat(fd).st_size
-    if size_bytes <= old_bytes:
-        return
+    old_bytes: int | None = None
     try:
-        _reserve(fd, old_bytes, size_bytes)
+        old_bytes = os.fstat(fd).st_size
+        if size_bytes > old_bytes:
+            _reserve(fd, old_bytes, size_bytes)
     except OSError as error:
+        if old_bytes is None:
+            raise DiskWriteError(f"a KV file cannot be looked at: {error.strerror}", hint=advice(error)) from error
         # A full disk can leave the file half grown: give that space back.
         with contextlib.suppress(OSError):
             os.ftruncate(fd, old_bytes)

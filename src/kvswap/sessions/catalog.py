@@ -142,7 +142,8 @@ def used_bytes(root: Path) -> int:
     for folder, _, names in os.walk(root):
         for name in names:
             try:
-                status = os.lstat(os.path.join(folder, name))
+                with translate_read_errors(f"{folder}/{name} cannot be looked at"):
+                    status = os.lstat(os.path.join(folder, name))
             except FileNotFoundError:  # a commit has just removed it
                 continue
             seen[status.st_dev, status.st_ino] = status.st_blocks * 512

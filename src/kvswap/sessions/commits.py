@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from kvswap.core.load_or_recompute import Rates
 from kvswap.disk.private_folder import PrivateFolder
-from kvswap.errors import KVSwapError, SessionError
+from kvswap.errors import KVSwapError, SessionError, undo_after
 from kvswap.sessions import lock
 from kvswap.sessions.arrays import Arrays, damaged, decode_arrays, encode_arrays
 from kvswap.sessions.checkpoint_contents import CheckpointContents, decode_tail, replace_text, truncate_contents
@@ -118,8 +118,8 @@ class SessionStore:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *error: object) -> None:
-        self.close()
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        undo_after(error, self.close) if error is not None else self.close()
 
     # ---- reading
 

@@ -32,6 +32,7 @@ from kvswap.sessions.index import LayerIndex, batch_name, encode_batch
 from kvswap.sessions.lock import new_session_folder
 from kvswap.sessions.manifest import Blob, Manifest, Segment
 from kvswap.sessions.manifest_json import LIMIT_BYTES, encode, parse
+from kvswap.sessions.quota import counted
 from kvswap.sessions.seal import text_sum
 
 _PIECE_BYTES = 4 << 20
@@ -98,7 +99,8 @@ def import_session(source: Path, path: Path) -> Manifest:
     try:
         with new_session_folder(path) as folder, _header(lambda: tarfile.open(source, mode="r:")) as archive:
             check_free(path.parent, source.stat().st_size)
-            manifest = _unpack(archive, folder, label)
+            with counted(folder):
+                manifest = _unpack(archive, folder, label)
             with SessionStore.open(folder.path, write=False) as store:
                 report = check(store)
             if report.problems:

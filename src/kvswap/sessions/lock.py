@@ -57,6 +57,8 @@ def acquire(folder: PrivateFolder, label: str) -> int:
             there = folder.in_place() and os.fstat(fd).st_nlink > 0
         if not there:
             raise removed(label)
+        _write_owner(fd)
+        return fd
     except OSError as error:
         holder = owner(folder)
         os.close(fd)
@@ -68,15 +70,15 @@ def acquire(folder: PrivateFolder, label: str) -> int:
     except BaseException:
         os.close(fd)
         raise
-    _write_owner(fd)
-    return fd
 
 
 def release(fd: int) -> None:
     """Release the writer's lock."""
-    with contextlib.suppress(OSError):
-        os.ftruncate(fd, 0)
-    os.close(fd)
+    try:
+        with contextlib.suppress(OSError):
+            os.ftruncate(fd, 0)
+    finally:
+        os.close(fd)
 
 
 def is_locked(folder: PrivateFolder) -> bool:
