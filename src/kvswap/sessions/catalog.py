@@ -16,7 +16,7 @@ from kvswap.disk.files import prepare_dir
 from kvswap.disk.folders import sessions_folder
 from kvswap.disk.private_folder import PrivateFolder, remove_tree, translate_os_errors, translate_read_errors
 from kvswap.errors import DamagedError, KVSwapError, SessionError
-from kvswap.sessions import lock
+from kvswap.sessions import encrypted_names, lock
 from kvswap.sessions.commits import SessionStore
 from kvswap.sessions.committed import MANIFEST
 from kvswap.sessions.manifest import Manifest
@@ -183,12 +183,16 @@ def _session_paths(root: Path) -> list[Path]:
 # ---- removing
 
 
-def remove(path: Path, *, wipe: bool = False) -> int:
+def remove(path: Path, *, wipe: bool = False, forget: bool = True) -> int:
     """Remove a session. With ``wipe`` its files are overwritten first; returns how many bytes were overwritten.
 
-    Files that other sessions share stay as they are. Raises SessionError while the session is in use.
+    Files that other sessions share stay as they are. If it was encrypted, a plain session may get its name afterwards,
+    unless ``forget`` is False. Raises SessionError while the session is in use.
     """
     if not os.path.lexists(path):
+        if forget and encrypted_names.is_known(path):  # it was deleted by other means
+            encrypted_names.forget(path)
+            return 0
         raise SessionError(f"there is no session {path.name}", hint="see: kvswap sessions list")
     folder = PrivateFolder(path)
     wiped_bytes = 0
@@ -201,6 +205,8 @@ def remove(path: Path, *, wipe: bool = False) -> int:
             gone = lock.temporary_path(path)
             with translate_os_errors(f"session {path.name} cannot be removed"):
                 os.rename(path, gone)  # frees the name at once; after an interruption prune removes the rest
+            if forget:
+                encrypted_names.forget(path)
             remove_tree(gone)
         finally:
             os.close(locked)

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from kvswap.core.load_or_recompute import Rates
 from kvswap.disk.private_folder import PrivateFolder
 from kvswap.errors import KVSwapError, SessionError, undo_after
-from kvswap.sessions import lock
+from kvswap.sessions import encrypted_names, lock
 from kvswap.sessions.arrays import Arrays, damaged, decode_arrays, encode_arrays
 from kvswap.sessions.checkpoint_contents import CheckpointContents, decode_tail, replace_text, truncate_contents
 from kvswap.sessions.committed import MANIFEST, Committed
@@ -92,7 +92,7 @@ class SessionStore:
     def create(cls, path: Path, *, encrypt: bool = False) -> SessionStore:
         """Create an empty session and open it for writing. Raises SessionError: name taken, no key to encrypt with."""
         label = f"session {path.name}"
-        with lock.new_session_folder(path) as folder:
+        with lock.new_session_folder(path, encrypted=encrypt) as folder:
             encryption, now = new_encryption(label) if encrypt else None, int(time.time())
             manifest = Manifest(created=now, used=now, encryption=encryption)
             folder.replace(MANIFEST, encode(manifest, create_sealer(encryption, label).sign))
@@ -108,6 +108,7 @@ class SessionStore:
             if locked is not None and self._sound and self._is_settled():
                 if discard_empty and not self.manifest.checkpoints and self.manifest.written_bytes == 0:
                     shutil.rmtree(self.folder.path, ignore_errors=True)
+                    encrypted_names.forget(self.folder.path)
                 else:
                     self._release_reserved_space()
         finally:

@@ -17,7 +17,7 @@ from typing import TypeVar
 
 from kvswap.disk.private_folder import PrivateFolder
 from kvswap.errors import DiskReadError, SessionError, StorageError
-from kvswap.sessions import lock
+from kvswap.sessions import encrypted_names, lock
 from kvswap.sessions.arrays import damaged
 from kvswap.sessions.encryption import authenticated_sealer
 from kvswap.sessions.manifest import Manifest
@@ -35,13 +35,16 @@ _T = TypeVar("_T")
 class Committed:
     """The committed state of the session in ``folder``; ``label`` is for messages. Without ``write`` it is a reader's.
 
-    Raises DamagedError, and SessionError where another process has removed the session.
+    Raises DamagedError. Raises SessionError where another process has removed the session, and to a writer where it is
+    a plain one in an encrypted one's place.
     """
 
     def __init__(self, folder: PrivateFolder, label: str, *, write: bool) -> None:
         self._folder, self._label, self._write = folder, label, write
         self._data = self._read()
         self._manifest = parse(self._data, label)
+        if write:
+            encrypted_names.keep(folder.path, encrypted=self._manifest.encryption is not None)
         self._sealer: Sealer | None = None
         self._next: tuple[bytes, Manifest, Sealer] | None = None  # while a replacement runs, and after it broke off
 

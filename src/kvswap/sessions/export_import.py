@@ -23,6 +23,7 @@ from kvswap.disk.atomic import atomic_file
 from kvswap.disk.files import check_free
 from kvswap.disk.private_folder import PrivateFolder
 from kvswap.errors import DamagedError, InputError, SessionError
+from kvswap.sessions import encrypted_names
 from kvswap.sessions.arrays import encode_arrays
 from kvswap.sessions.check import check
 from kvswap.sessions.commits import BASIS, SessionStore
@@ -105,6 +106,7 @@ def import_session(source: Path, path: Path) -> Manifest:
                 report = check(store)
             if report.problems:
                 raise DamagedError(f"{label} is damaged: {report.problems[0]}", hint="export it again")
+            encrypted_names.keep(path, encrypted=manifest.encryption is not None)
         return manifest
     except (tarfile.TarError, EOFError) as error:
         raise InputError(f"{source}: not an archive of a session ({error})", hint="give a file from export") from error

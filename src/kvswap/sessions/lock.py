@@ -31,6 +31,7 @@ from kvswap.disk.files import advice, filesystem_of
 from kvswap.disk.folders import ELSEWHERE
 from kvswap.disk.private_folder import PrivateFolder, remove_tree, translate_os_errors
 from kvswap.errors import KVSwapError, SessionError, StorageError
+from kvswap.sessions import encrypted_names
 
 NAME = "lock"
 TEMPORARY_PREFIX = ".new-"
@@ -186,14 +187,17 @@ def creation_lock(root: Path, *, exclusive: bool = False) -> Iterator[None]:
 
 
 @contextmanager
-def new_session_folder(path: Path) -> Iterator[PrivateFolder]:
+def new_session_folder(path: Path, *, encrypted: bool | None = None) -> Iterator[PrivateFolder]:
     """A folder with a temporary name to build a session in; it gets the name ``path``, durably, when the block ends.
 
-    An exception in the block removes it. Raises SessionError where the name is taken.
+    An exception in the block removes it. Raises SessionError where the name is taken, or where it is that of an
+    encrypted session and this one is not; None is not known yet.
     """
     if os.path.lexists(path):
         raise SessionError(f"session {path.name} exists already", hint="choose another name")
     with creation_lock(path.parent):
+        if encrypted is not None:
+            encrypted_names.keep(path, encrypted=encrypted)
         temporary = temporary_path(path)
         folder = PrivateFolder.create(temporary)
         try:

@@ -111,7 +111,7 @@ class Quota:
         if sum(gains_bytes) >= excess_bytes:
             for entry in closed:
                 with contextlib.suppress(KVSwapError):  # another process has just opened it
-                    remove(entry.path)
+                    remove(entry.path, forget=False)
                     _logger.debug("disk quota: evicted session %s", entry.name)
                     self._notice(f"disk quota: session {entry.name} was used longest ago and was removed")
                 excess_bytes = used_bytes(self.root) + nbytes - quota_bytes

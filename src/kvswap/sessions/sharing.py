@@ -45,7 +45,8 @@ def fork(source: SessionStore, path: Path) -> int:
     The fork appears complete or not at all. Raises SessionError where the name is taken, DiskWriteError, DiskFullError.
     """
     sign = source.sealer.sign
-    with new_session_folder(path) as target, counted(target):
+    encrypted = source.manifest.encryption is not None
+    with new_session_folder(path, encrypted=encrypted) as target, counted(target):
         _share_files(source.folder, target, list(source.manifest.files()))
         now = int(time.time())
         manifest = replace(
