@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import os
 import subprocess
 import sys
 import time
@@ -20,7 +19,7 @@ import numpy as np
 import pytest
 
 from kvswap.errors import InputError, SessionError
-from kvswap.sessions import catalog, commits
+from kvswap.sessions import catalog
 from kvswap.sessions.check import check
 from kvswap.sessions.commits import SessionStore
 from kvswap.sessions.encryption import KEY_VARIABLE
@@ -29,7 +28,7 @@ from kvswap.sessions.quota import Limits, Quota
 from kvswap.sessions.sharing import find_prefix
 from tests.sessions.test_fuzz import commit_groups, make
 
-SECONDS = 3.0
+SECONDS = 1.5
 KEY = "5c" * 32
 
 
