@@ -110,7 +110,7 @@ def on_error(undo: Callable[[], object]) -> Iterator[None]:
 
 
 def undo_after(first: BaseException, undo: Callable[[], object]) -> None:
-    """Call ``undo``, which cleans up after ``first``. What fails in it becomes a note of ``first`` and hides nothing."""
+    """Call ``undo``, which cleans up after ``first``. What fails in it is a note of ``first`` and hides nothing."""
     try:
         undo()
     except Exception as second:  # noqa: BLE001 - the first error is the one to raise
