@@ -333,6 +333,12 @@ def translate_read_errors(what: str) -> Iterator[None]:
         raise _read_error(what, error) from error
 
 
+def is_folder(path: Path) -> bool:
+    """Whether there is a folder of that path. Raises DiskReadError where nobody can tell."""
+    with translate_read_errors(f"folder {path} cannot be looked at"):
+        return path.is_dir()
+
+
 def remove_tree(path: Path) -> None:
     """Remove a folder with all that is in it; another process may be removing it too. Raises DiskWriteError."""
     with translate_os_errors(f"folder {path} cannot be removed"):

@@ -14,7 +14,13 @@ from pathlib import Path
 
 from kvswap.disk.files import prepare_dir
 from kvswap.disk.folders import sessions_folder
-from kvswap.disk.private_folder import PrivateFolder, remove_tree, translate_os_errors, translate_read_errors
+from kvswap.disk.private_folder import (
+    PrivateFolder,
+    is_folder,
+    remove_tree,
+    translate_os_errors,
+    translate_read_errors,
+)
 from kvswap.errors import DamagedError, KVSwapError, SessionError
 from kvswap.sessions import encrypted_names, lock
 from kvswap.sessions.commits import SessionStore
@@ -102,7 +108,7 @@ class Entry:
 
 def entries(root: Path) -> list[Entry]:
     """All sessions of a folder, by name. Those that another process removes meanwhile are left out."""
-    found = [entry(path) for path in _session_paths(root)] if root.is_dir() else []
+    found = [entry(path) for path in _session_paths(root)] if is_folder(root) else []
     return [each for each in found if each.manifest is not None or os.path.lexists(each.path)]
 
 
@@ -175,6 +181,11 @@ def _statuses(path: Path) -> Iterator[os.stat_result]:
                 yield file.lstat()
 
 
+def _leftovers(root: Path) -> list[Path]:
+    with translate_read_errors(f"folder {root} cannot be read"):
+        return [path for path in sorted(root.iterdir()) if path.name.startswith(lock.TEMPORARY_PREFIX)]
+
+
 def _session_paths(root: Path) -> list[Path]:
     with translate_read_errors(f"folder {root} cannot be read"):
         return [path for path in sorted(root.iterdir()) if _NAME.fullmatch(path.name)]
@@ -218,10 +229,10 @@ def remove(path: Path, *, wipe: bool = False, forget: bool = True) -> int:
 def prune(root: Path) -> list[str]:
     """Remove leftovers of interrupted work, and sessions that were never used; what was removed, in words."""
     removed: list[str] = []
-    if not root.is_dir():
+    if not is_folder(root):
         return removed
     with lock.creation_lock(root, exclusive=True):
-        for path in sorted(root.glob(f"{lock.TEMPORARY_PREFIX}*")):
+        for path in _leftovers(root):
             remove_tree(path)
             removed.append(f"leftover {path.name}")
     for found in entries(root):

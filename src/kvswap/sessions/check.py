@@ -15,7 +15,13 @@ from pathlib import Path
 
 import numpy as np
 
-from kvswap.disk.private_folder import PrivateFolder, remove_tree, translate_os_errors
+from kvswap.disk.private_folder import (
+    PrivateFolder,
+    is_folder,
+    remove_tree,
+    translate_os_errors,
+    translate_read_errors,
+)
 from kvswap.errors import DamagedError
 from kvswap.sessions import lock
 from kvswap.sessions.commits import SessionStore
@@ -138,13 +144,14 @@ def quarantine_path(path: Path) -> Path:
 def quarantined(root: Path) -> list[Path]:
     """All folders in quarantine."""
     place = root / QUARANTINE
-    return sorted(place.iterdir()) if place.is_dir() else []
+    with translate_read_errors(f"folder {place} cannot be read"):
+        return sorted(place.iterdir()) if place.is_dir() else []
 
 
 def remove_quarantined(root: Path) -> list[str]:
     """Remove all folders in quarantine for good; what was removed, in words."""
     removed = []
-    with lock.creation_lock(root, exclusive=True) if root.is_dir() else contextlib.nullcontext():
+    with lock.creation_lock(root, exclusive=True) if is_folder(root) else contextlib.nullcontext():
         for path in quarantined(root):
             remove_tree(path)
             removed.append(f"quarantined {path.name}")
