@@ -24,7 +24,7 @@ import shutil
 import stat
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -64,7 +64,7 @@ def atomic_file(target: Path, *, replace: bool = True, mode: int = 0o666) -> Ite
     remove_leftovers(target.parent)
     temporary = temporary_path(target)
     file = open(temporary, "xb", opener=lambda path, flags: os.open(path, flags | os.O_NOFOLLOW, mode))  # noqa: SIM115
-    with on_error(lambda: temporary.unlink(missing_ok=True)), _held(os.dup(file.fileno())):
+    with on_error(lambda: temporary.unlink(missing_ok=True)), closing(file), _held(os.dup(file.fileno())):
         with file:
             yield file
         sync(temporary)
