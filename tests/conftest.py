@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import faulthandler
+import os
 import signal
 import tempfile
 from pathlib import Path
@@ -24,6 +26,17 @@ def pytest_configure(config: pytest.Config) -> None:
     """Many systems keep the folder for temporary files in memory, which is no place for KV files: tests write here."""
     if config.option.basetemp is None and filesystem_of(tempfile.gettempdir()) in IN_MEMORY:
         config.option.basetemp = Path(config.rootpath, ".pytest_tmp")
+
+
+STDERR = os.dup(2)  # the real one: pytest puts a file in its place
+SLOW_S = 3600.0
+
+
+@pytest.fixture(autouse=True)
+def _slow_tests_may_be_slow(request: pytest.FixtureRequest) -> None:
+    """A test that hangs is ended after ``faulthandler_timeout``, which no test that needs minutes would survive."""
+    if request.node.get_closest_marker("slow"):
+        faulthandler.dump_traceback_later(SLOW_S, exit=True, file=STDERR)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -6,6 +6,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
 
 class KVSwapError(Exception):
     """Base of all errors that this package raises on purpose."""
@@ -94,3 +97,21 @@ class DiskFullError(DiskWriteError):
 
 class DamagedError(DiskReadError):
     """Stored bytes are not what was written, or were damaged on their way to memory. Nothing is deleted."""
+
+
+@contextmanager
+def on_error(undo: Callable[[], object]) -> Iterator[None]:
+    """Call ``undo`` where the block fails; see ``undo_after``."""
+    try:
+        yield
+    except BaseException as error:
+        undo_after(error, undo)
+        raise
+
+
+def undo_after(first: BaseException, undo: Callable[[], object]) -> None:
+    """Call ``undo``, which cleans up after ``first``. What fails in it is a note of ``first`` and hides nothing."""
+    try:
+        undo()
+    except Exception as second:  # noqa: BLE001 - the first error is the one to raise
+        first.add_note(f"after that: {second}")

@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import secrets
 import stat
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
 import pytest
 
 from kvswap.disk import atomic
-from kvswap.disk.atomic import atomic_file, atomic_folder, atomic_write, sync_folder, try_atomic_file
+from kvswap.disk.atomic import (
+    atomic_file,
+    atomic_folder,
+    atomic_write,
+    remove_leftovers,
+    sync_folder,
+    try_atomic_file,
+)
 
 
 @pytest.fixture
@@ -221,3 +231,62 @@ def test_trying_leaves_nothing(tmp_path: Path) -> None:
     assert names(tmp_path) == []
     with pytest.raises(FileNotFoundError):
         try_atomic_file(tmp_path / "absent" / "file")
+
+
+# ---- what a kill leaves
+
+
+KILLED = """
+import sys, time
+from pathlib import Path
+from kvswap.disk.atomic import atomic_file, atomic_folder
+make = {"file": atomic_file, "folder": atomic_folder}[sys.argv[1]]
+with make(Path(sys.argv[2])) as made:
+    if sys.argv[1] == "folder":
+        (made / "weights").write_bytes(b"half")
+        (made / "inside").mkdir()
+    print("ready", flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_what_a_kill_left_is_removed_by_the_next_writer_and_what_is_held_is_not(kind: str, tmp_path: Path) -> None:
+    words = [sys.executable, "-c", KILLED, kind, str(tmp_path / "model")]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as writer:
+        assert writer.stdout is not None and writer.stdout.readline() == "ready\n"
+        (partial,) = tmp_path.iterdir()
+        if kind == "file":
+            os.utime(partial, (0, 0))
+        atomic_write(tmp_path / "other", b"new")
+        assert partial.exists()  # its writer is still there
+        writer.kill()
+    assert partial.exists()
+    others = [tmp_path / ".notes.partial", tmp_path / ".x.0123456789abcdef.partial.txt"]
+    for path in others:
+        path.write_bytes(b"a user's")
+    with atomic_folder(tmp_path / "second"):
+        pass
+    assert sorted(tmp_path.iterdir()) == sorted([tmp_path / "other", tmp_path / "second", *others])
+
+
+def test_a_file_that_a_library_has_just_put_in_place_of_a_held_one_is_kept(target: Path) -> None:
+    with atomic_file(target) as file:
+        Path(file.name).unlink()
+        Path(file.name).write_bytes(b"by name")
+        remove_leftovers(target.parent)
+    assert target.read_bytes() == b"by name"
+
+
+def test_without_locks_nothing_is_removed(target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def flock(fd: int, how: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    left = target.with_name(".model.0123456789abcdef.partial")
+    left.mkdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(fcntl, "flock", flock)
+        atomic_write(target, b"new")
+        assert left.exists() and target.read_bytes() == b"new"
+    remove_leftovers(target.parent)
+    assert not left.exists()

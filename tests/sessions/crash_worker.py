@@ -23,6 +23,7 @@ torch.set_num_threads(1)  # children are forked
 MODEL = LoadedModel(tiny_model("llama", vocab_size=300), byte_tokenizer(), "tiny-llama")
 NAME = "tale"
 HEIR = "heir"
+KEPT = (".usage", ".encrypted")
 KEY = "5c" * 32
 OPERATIONS = (
     ("append", 190),
@@ -122,5 +123,5 @@ def _recover(folder: Path, states: list[list[int]]) -> int | str:
         names = set(os.listdir(entry.path)) - {"manifest", "lock"}
         if names != set(entry.manifest.files()):
             return f"{entry.name}: leaked {names ^ set(entry.manifest.files())}"
-    leaked = [name for name in os.listdir(root) if name.startswith(".") and name != ".usage"]
+    leaked = [name for name in os.listdir(root) if name.startswith(".") and name not in KEPT]
     return f"leaked {leaked}" if leaked else reached

@@ -13,8 +13,16 @@ import pytest
 
 from kvswap.config import Config
 from kvswap.errors import DamagedError, KVSwapError, SessionError
-from kvswap.sessions import encryption
-from kvswap.sessions.catalog import entry, open_store, prune
+from kvswap.sessions import encrypted_names, encryption
+from kvswap.sessions.catalog import (
+    create_store,
+    entry,
+    open_or_create_store,
+    open_store,
+    prune,
+    remove,
+    session_path,
+)
 from kvswap.sessions.check import check, repair_session
 from kvswap.sessions.encryption import KEY_VARIABLE
 from kvswap.sessions.export_import import export_session, import_session
@@ -168,7 +176,7 @@ def test_without_its_key_a_session_is_listed_and_removed_and_nothing_else(
     assert shown.manifest is not None and shown.manifest.encryption is not None and not shown.problem
     prune(secret.parent)
     assert {file.name: file.read_bytes() for file in secret.iterdir() if file.name != "lock"} == before
-    assert sorted(path.name for path in secret.parent.iterdir() if path.is_dir()) == ["secret"]
+    assert sorted(path.name for path in secret.parent.iterdir() if path.is_dir()) == [".encrypted", "secret"]
 
 
 def goes_on(config: Config) -> None:
@@ -278,3 +286,104 @@ def test_archive_needs_the_key(secret, config, tmp_path, monkeypatch) -> None:
     with pytest.raises(KVSwapError, match="another key"):
         import_session(tmp_path / "secret.kvswap", secret.with_name("again"))
     assert not os.path.lexists(secret.with_name("again"))
+
+
+# ---- another session in an encrypted one's place
+
+
+def put_plain(config: Config, path: Path) -> None:
+    """A plain session under the name of an encrypted one, as a mistake with a backup would leave it."""
+    with Session.create("plain", loaded("llama"), config) as session:
+        session.append(PROMPT)
+    shutil.rmtree(path)
+    os.rename(path.with_name("plain"), path)
+
+
+def fork_it(config: Config) -> None:
+    with open_store(config.kv_dir, "secret") as store:
+        fork(store, session_path(config.kv_dir, "fork"))
+
+
+@pytest.mark.parametrize("use", [goes_on, fork_it, lambda config: open_or_create_store(config.kv_dir, "secret")])
+def test_a_plain_session_in_an_encrypted_ones_place_is_not_written_to(use, secret, config) -> None:
+    put_plain(config, secret)
+    before = {file.name: file.read_bytes() for file in secret.iterdir() if file.name != "lock"}
+    with pytest.raises(SessionError, match=r"session secret was encrypted.*rm secret"):
+        use(config)
+    assert {file.name: file.read_bytes() for file in secret.iterdir() if file.name != "lock"} == before
+    assert entry(secret).manifest is not None  # it can be looked at and removed
+    remove(secret)
+    open_or_create_store(config.kv_dir, "secret").close()
+
+
+def test_a_name_that_was_encrypted_is_not_used_for_a_plain_session(secret, config, tmp_path) -> None:
+    """After the folder was deleted by hand, and after an eviction: create, fork, import, run --session."""
+    with Session.create("plain", loaded("llama"), config) as session:
+        session.append(PROMPT)
+        archive = tmp_path / "plain.kvswap"
+        export_session(session.store, archive)
+    remove(secret, forget=False)
+    with open_store(config.kv_dir, "plain") as plain:
+        for use in (
+            lambda: create_store(config.kv_dir, "secret"),
+            lambda: open_or_create_store(config.kv_dir, "secret"),
+            lambda: fork(plain, secret),
+            lambda: import_session(archive, secret),
+        ):
+            with pytest.raises(SessionError, match="session secret was encrypted"):
+                use()
+            assert not secret.exists()
+    open_or_create_store(config.kv_dir, "secret", encrypt=True).close(discard_empty=True)
+    create_store(config.kv_dir, "secret").close()
+    remove(secret)
+    with pytest.raises(SessionError, match="there is no session secret"):
+        remove(secret)
+
+
+def test_an_encrypted_session_with_another_key_in_its_place_is_not_written_to(secret, config, monkeypatch) -> None:
+    monkeypatch.setenv(KEY_VARIABLE, "6d" * 32)
+    with Session.create("other", loaded("llama"), config, encrypt=True) as session:
+        session.append(PROMPT)
+    shutil.rmtree(secret)
+    os.rename(secret.with_name("other"), secret)
+    before = {file.name: file.read_bytes() for file in secret.iterdir() if file.name != "lock"}
+    monkeypatch.setenv(KEY_VARIABLE, KEY)
+    for use in (goes_on, fork_it):
+        with pytest.raises(SessionError, match="is encrypted with another key"):
+            use(config)
+    assert {file.name: file.read_bytes() for file in secret.iterdir() if file.name != "lock"} == before
+
+
+def test_an_open_session_goes_on_in_its_own_folder_when_another_takes_its_place(secret, config) -> None:
+    with Session.open("secret", loaded("llama"), config) as session:
+        os.rename(secret, secret.with_name("moved"))
+        with Session.create("plain", loaded("llama"), config) as plain:
+            plain.append(PROMPT)
+        os.rename(secret.with_name("plain"), secret)
+        before = {file.name: file.read_bytes() for file in secret.iterdir() if file.name != "lock"}
+        session.append(tokens(1, 30, seed=5)[0].tolist())
+        kept = session.token_ids
+        session.rollback()
+        assert session.token_ids == kept
+    assert {file.name: file.read_bytes() for file in secret.iterdir() if file.name != "lock"} == before
+    with Session.open("moved", loaded("llama"), config) as session:
+        assert session.token_ids == kept and check(session.store).problems == []
+
+
+def test_a_source_that_is_replaced_after_it_was_found_is_not_shared(secret, config, monkeypatch) -> None:
+    """Neither a plain one, which would make the new session plain, nor one with other tokens."""
+    from kvswap.sessions import sharing
+
+    with Session.create("heir", loaded("llama"), config, encrypt=True) as heir:
+        real = sharing.find_prefix
+
+        def find(*words: Any) -> Any:
+            found = real(*words)
+            assert [path.name for _, path in found] == ["secret"]
+            put_plain(config, secret)
+            encrypted_names.forget(secret)
+            return found
+
+        monkeypatch.setattr(sharing, "find_prefix", find)
+        assert heir.share_prefix([*PROMPT, 1]) is None
+        assert heir.store.manifest.encryption is not None and heir.token_ids == []

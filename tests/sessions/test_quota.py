@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import errno
+import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from kvswap.config import Config
-from kvswap.errors import StorageError
+from kvswap.errors import DiskWriteError, StorageError
 from kvswap.models.loading import LoadedModel
 from kvswap.sessions import quota as quotas
 from kvswap.sessions.catalog import freed_by_removal, remove, session_path, used_bytes
 from kvswap.sessions.check import move_away, quarantine_path, quarantined, remove_quarantined
+from kvswap.sessions.export_import import export_session, import_session
 from kvswap.sessions.quota import Limits, Quota, read_written_bytes
 from kvswap.sessions.session import Session
 from tests.helpers.families import tiny_model, tokens
@@ -105,3 +110,44 @@ def test_quarantine_is_removed_on_request(model, config) -> None:
     assert len(quarantined(path.parent)) == 1 and taken_bytes > 100_000
     assert [words.split()[0] for words in remove_quarantined(path.parent)] == ["quarantined"]
     assert quarantined(path.parent) == [] and used_bytes(path.parent) < taken_bytes / 2
+
+
+def test_bytes_of_failed_commits_forks_and_imports_are_counted(model, config, tmp_path, monkeypatch) -> None:
+    """Each byte that goes to a file of a session is counted, whatever becomes of the change; and each once."""
+    taken = [0]
+
+    def count(real: Callable[..., int]) -> Callable[..., int]:
+        def call(fd: int, data: Any, *rest: Any) -> int:
+            wrote = real(fd, data, *rest)
+            place = os.readlink(f"/proc/self/fd/{fd}")
+            trial = place.endswith("(deleted)")  # whether the folder can do direct I/O
+            taken[0] += wrote if not trial and Path(place).name not in (".usage", "lock") else 0
+            return wrote
+
+        return call
+
+    broken = [False]
+
+    def fdatasync(fd: int) -> None:
+        if broken[0]:
+            raise OSError(errno.EIO, "planted")
+
+    monkeypatch.setattr(os, "pwrite", count(os.pwrite))
+    monkeypatch.setattr(os, "fdatasync", fdatasync)
+    with Session.create("s", model, config.replace(backend="threads")) as session:
+        root, before = session.store.folder.path.parent, taken[0]
+        session.append(tokens(1, 300)[0].tolist())
+        assert read_written_bytes(root).total_bytes == taken[0] - before > 50_000
+        good = taken[0]
+        broken[0] = True
+        with pytest.raises(DiskWriteError, match="planted"):
+            session.append(tokens(1, 300, seed=1)[0].tolist())
+        broken[0] = False
+        assert taken[0] - good > 50_000
+        assert read_written_bytes(root).total_bytes == taken[0] - before
+        session.append([1, 2, 3])
+        session.undo()
+        session.fork("t")
+        export_session(session.store, tmp_path / "s.kvswap")
+        import_session(tmp_path / "s.kvswap", root / "u")
+    assert read_written_bytes(root).total_bytes == taken[0] - before

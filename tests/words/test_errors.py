@@ -5,7 +5,7 @@ import inspect
 import pytest
 
 from kvswap import errors
-from kvswap.errors import DiskError, KVSwapError, MemoryBudgetError, UserError
+from kvswap.errors import DiskError, KVSwapError, MemoryBudgetError, UserError, on_error
 
 CLASSES = [found for _, found in inspect.getmembers(errors, inspect.isclass) if found.__module__ == errors.__name__]
 
@@ -33,3 +33,16 @@ def test_memory_error_tells_what_would_work() -> None:
     error = MemoryBudgetError("too small", minimum_bytes=5, longest_tokens=7, hint="set kv_memory to 5")
     assert (error.minimum_bytes, error.longest_tokens) == (5, 7)
     assert str(error).endswith("set kv_memory to 5")
+
+
+def test_what_fails_while_cleaning_up_is_added_to_the_first_error() -> None:
+    def undo() -> None:
+        raise DiskError("nor can it be taken back")
+
+    with pytest.raises(UserError, match="cannot be written") as found, on_error(undo):
+        raise UserError("cannot be written")
+    assert str(found.value) == "cannot be written"
+    assert found.value.__notes__ == ["after that: nor can it be taken back"]
+    with pytest.raises(KeyboardInterrupt) as interrupted, on_error(lambda: None):
+        raise KeyboardInterrupt
+    assert not hasattr(interrupted.value, "__notes__")

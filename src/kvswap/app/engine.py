@@ -26,7 +26,7 @@ from kvswap.core.cache import KVSwapCache
 from kvswap.core.cache_stats import CacheStats
 from kvswap.core.layer_major import FullCache, InMemory, Progress
 from kvswap.core.load_or_recompute import Choice
-from kvswap.errors import InputError, SessionError, UnsupportedError
+from kvswap.errors import InputError, SessionError, UnsupportedError, on_error
 from kvswap.memory.available import peak_rss_bytes
 from kvswap.models.adapter import check_token_ids, context_limit
 from kvswap.models.generation_config import remarks
@@ -230,7 +230,8 @@ class Engine:
         text, ids, continues = self._conversation.prompt(self._loaded.tokenizer, request)
         sampling = self._fit(len(check_token_ids(self._loaded.model, ids)), sampling)
         kept = False
-        try:
+        # Else layers may have different numbers of tokens, and the session what only this question needs.
+        with on_error(lambda: None if kept else self._rollback()):
             self._match_context(ids, continues)
             cache = self._cache or self._open_cache()
             started_s -= self._setup_s - self._calibration_s
@@ -251,9 +252,6 @@ class Engine:
                     stats = self._measure(generation, ids, stored, started_s, before, cache.stats)
                     self._stats = replace(stats, quality=meter.stats if meter else None)
                     self._setup_s = self._calibration_s = 0.0
-        finally:
-            if not kept:  # layers may have different numbers of tokens, and the session what only this question needs
-                self._rollback()
 
     def _match_context(self, ids: list[int], continues: bool) -> None:
         """See that what is stored is the beginning of the prompt ``ids``: take back what is not."""

@@ -169,7 +169,7 @@ def _run(arguments: list[str]) -> int:
             result = kvswap.main(arguments, prog_name="kvswap", standalone_mode=False)
         return result if isinstance(result, int) else 0
     except KVSwapError as error:
-        return _fail(str(error), error.exit_code)
+        return _fail("; ".join([str(error), *getattr(error, "__notes__", ())]), error.exit_code)
     except click.exceptions.Exit as error:
         return error.exit_code
     except click.exceptions.NoArgsIsHelpError as error:

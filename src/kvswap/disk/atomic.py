@@ -3,8 +3,12 @@
 Everything in kvswap that replaces a file uses these functions. A session's manifest is the one exception: it is
 replaced below an open folder, by ``PrivateFolder.replace``. The functions here write a temporary file in the same
 folder, sync it (fsync), rename it, and sync the folder. A failure removes the temporary file and leaves the old file
-as it was. A kill can leave a hidden file that ends in ``.partial``, which nothing reads. The temporary name is random
-and created with O_EXCL: two writers never share it, and a link in its place is not followed.
+as it was. The temporary name is random and created with O_EXCL: two writers never share it, and a link in its place is
+not followed.
+
+A kill can leave a hidden file or folder that ends in ``.partial``, which nothing reads. The next one who writes to the
+same folder removes it (``remove_leftovers``). A writer holds a lock (flock) on what it makes, which ends with its
+process. So only what nobody holds is removed; where the file system has no locks, nothing is.
 
 Any thread, any process; the last writer wins. The functions raise OSError, and the caller says what the file was for.
 """
@@ -12,18 +16,26 @@ Any thread, any process; the last writer wins. The functions raise OSError, and 
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
+import re
 import secrets
 import shutil
+import stat
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
+from kvswap.errors import on_error
+
 NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK, errno.EXDEV, errno.ENOSYS)
 """Errors of a file system that has no hard links, or no more of them."""
-_NO_FOLDER_SYNC = (errno.EINVAL, errno.EOPNOTSUPP, errno.EACCES)
-"""Errors of a file system that cannot sync folders, and of a folder that may be written but not read."""
+_PARTIAL = re.compile(r"\..{1,40}\.[0-9a-f]{16}\.partial", re.DOTALL)
+_FORGOTTEN_S = 3600.0
+NO_FOLDER_SYNC = (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS)
+"""Errors of a file system that cannot sync folders: those of other machines, which keep the names themselves."""
 
 
 def atomic_write(target: Path, data: bytes, *, mode: int = 0o666) -> None:
@@ -49,9 +61,10 @@ def atomic_file(target: Path, *, replace: bool = True, mode: int = 0o666) -> Ite
     ------
     OSError
     """
+    remove_leftovers(target.parent)
     temporary = temporary_path(target)
     file = open(temporary, "xb", opener=lambda path, flags: os.open(path, flags | os.O_NOFOLLOW, mode))  # noqa: SIM115
-    try:
+    with on_error(lambda: temporary.unlink(missing_ok=True)), closing(file), _held(os.dup(file.fileno())):
         with file:
             yield file
         sync(temporary)
@@ -59,8 +72,6 @@ def atomic_file(target: Path, *, replace: bool = True, mode: int = 0o666) -> Ite
             os.replace(temporary, target)
         else:
             _link(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
     sync_folder(target.parent)
 
 
@@ -70,9 +81,11 @@ def atomic_folder(target: Path) -> Iterator[Path]:
 
     Raises FileExistsError when there is a folder of that name with something in it, which is left alone, and OSError.
     """
+    remove_leftovers(target.parent)
     temporary = temporary_path(target)
     os.mkdir(temporary)
-    try:
+    with on_error(lambda: shutil.rmtree(temporary, ignore_errors=True)), _held(os.open(temporary, os.O_RDONLY)):
+        os.stat(temporary)  # before it was held, somebody could take it for a leftover
         yield temporary
         for path in temporary.iterdir():
             sync(path)
@@ -83,10 +96,43 @@ def atomic_folder(target: Path) -> Iterator[Path]:
             if error.errno == errno.ENOTEMPTY:
                 raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target)) from error
             raise
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
     sync_folder(target.parent)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what killed processes have left of ``atomic_file`` and ``atomic_folder`` in a folder. Raises nothing.
+
+    A file has to be an hour old as well, because a library may have put one that nobody holds in its place.
+    """
+    with suppress(OSError):
+        for path in folder.iterdir():
+            if _PARTIAL.fullmatch(path.name):
+                with suppress(OSError):
+                    _remove_leftover(path)
+
+
+def _remove_leftover(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        status = os.fstat(fd)
+        if stat.S_ISDIR(status.st_mode):
+            shutil.rmtree(path)
+        elif time.time() - status.st_mtime > _FORGOTTEN_S:
+            path.unlink()
+    finally:
+        os.close(fd)
+
+
+@contextmanager
+def _held(fd: int) -> Iterator[None]:
+    """Lock what a descriptor has open, where that can be done, and close it at the end."""
+    try:
+        with suppress(OSError):
+            fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
 
 
 def try_atomic_file(target: Path) -> None:
@@ -112,7 +158,7 @@ def sync_folder(path: Path) -> None:
     try:
         _fsync(path, os.O_DIRECTORY)
     except OSError as error:
-        if error.errno not in _NO_FOLDER_SYNC:
+        if error.errno not in (*NO_FOLDER_SYNC, errno.EACCES):  # a folder that may be written but not read
             raise
 
 
@@ -128,6 +174,7 @@ def _link(temporary: Path, target: Path) -> None:
     """Give a file a second name that is not taken. Raises FileExistsError."""
     try:
         os.link(temporary, target)
+        os.unlink(temporary)
     except OSError as error:
         if error.errno not in NO_LINKS:
             raise

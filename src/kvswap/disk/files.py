@@ -28,6 +28,8 @@ IN_MEMORY = ("tmpfs", "ramfs", "devtmpfs", "hugetlbfs")
 OPEN_FILES = 65_536
 """Open files that a process is given where the system's own limit is higher."""
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_UNSUPPORTED = (errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOLCK, errno.EINVAL)
+_DENIED = (errno.EPERM, errno.EACCES, errno.EROFS)
 # glibc falls back to writing a byte per block, which a direct descriptor answers with EINVAL.
 _NO_FALLOCATE = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
 _MOUNTINFO = Path("/proc/self/mountinfo")
@@ -39,7 +41,7 @@ def prepare_dir(path: str | Path) -> Path:
     Returns the absolute path. Raises StorageError with what to do next.
     """
     folder = absolute(path)
-    existing = next(parent for parent in (folder, *folder.parents) if os.path.exists(parent))
+    existing = next((parent for parent in (folder, *folder.parents) if os.path.exists(parent)), Path(folder.anchor))
     filesystem = filesystem_of(existing)
     if filesystem in IN_MEMORY:
         raise StorageError(
@@ -130,19 +132,21 @@ def ensure_size(fd: int, size_bytes: int) -> None:
 
     Not for two threads at once on one file. Raises DiskFullError and leaves the file as it was.
     """
-    old_bytes = os.fstat(fd).st_size
-    if size_bytes <= old_bytes:
-        return
+    old_bytes: int | None = None
     try:
-        _reserve(fd, old_bytes, size_bytes)
+        old_bytes = os.fstat(fd).st_size
+        if size_bytes > old_bytes:
+            _reserve(fd, old_bytes, size_bytes)
     except OSError as error:
+        if old_bytes is None:
+            raise DiskWriteError(f"a KV file cannot be looked at: {error.strerror}", hint=advice(error)) from error
         # A full disk can leave the file half grown: give that space back.
         with contextlib.suppress(OSError):
             os.ftruncate(fd, old_bytes)
         what = f"a KV file cannot grow from {format_bytes(old_bytes)} to {format_bytes(size_bytes)}"
         if error.errno in _FULL:
             raise full_error(what, error) from error
-        raise DiskWriteError(f"{what}: {error.strerror}", hint="check the disk") from error
+        raise DiskWriteError(f"{what}: {error.strerror}", hint=advice(error)) from error
 
 
 def raise_open_files() -> None:
@@ -168,6 +172,15 @@ def check_open_files(error: OSError) -> None:
         raise StorageError(
             "the system has as many files open as it allows", hint="close other programs, or raise fs.file-max"
         ) from error
+
+
+def advice(error: OSError) -> str:
+    """What to do about an error of a file system, as a hint."""
+    if error.errno in _UNSUPPORTED:
+        return f"this file system cannot do that: {ELSEWHERE}, on another file system"
+    if error.errno in _DENIED:
+        return f"see that this user may write there, or {ELSEWHERE}"
+    return "check the disk (dmesg), then try again"
 
 
 def is_full(error: OSError) -> bool:
@@ -211,5 +224,7 @@ def _create_unlinked(folder: Path, flags: int) -> int:
         os.unlink(name)
     except BaseException:
         os.close(fd)
+        with contextlib.suppress(OSError):  # some file systems remove no file that is open
+            os.unlink(name)
         raise
     return fd

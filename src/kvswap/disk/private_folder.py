@@ -2,8 +2,14 @@
 
 Sessions keep their files here. Folders have mode 0700 and files 0600, whatever the umask. Files that others may write
 to, and anything that is not a plain file, are refused. ``write``, ``append`` and ``replace`` return when the bytes are
-on the disk (fdatasync); new names and renames are durable after ``sync``. One thread at a time. Raises StorageError,
-DiskFullError, DiskWriteError, DiskReadError.
+on the disk (fdatasync); new names and renames are durable after ``sync``.
+
+Some file systems keep no modes or owners (FAT, exFAT, NTFS, SMB): all files have those that were given when it was
+mounted. What counts is that nobody else gets at a new file. So such a file system will do where it was mounted for this
+user alone, and is refused otherwise.
+
+One thread at a time. Raises StorageError, DiskFullError, DiskWriteError, DiskReadError. Apart from FileNotFoundError
+and FileExistsError, no OSError gets out.
 """
 
 from __future__ import annotations
@@ -11,16 +17,21 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import shutil
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from kvswap.disk.atomic import NO_LINKS
-from kvswap.disk.files import check_open_files, full_error, is_full
+from kvswap.disk.atomic import NO_FOLDER_SYNC, NO_LINKS
+from kvswap.disk.files import advice, check_open_files, filesystem_of, full_error, is_full
+from kvswap.disk.folders import ELSEWHERE
 from kvswap.errors import DiskReadError, DiskWriteError, StorageError
 
 _READ_BYTES = 1 << 24
+_NO_MODES = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
+"""Errors of a file system that keeps no modes."""
+_TRIES = 100
 _PLAIN = os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK  # a pipe in a file's place must not block
 
 
@@ -31,13 +42,18 @@ class PrivateFolder:
         try:
             self._fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
         except OSError as error:
-            link = error.errno in (errno.ELOOP, errno.ENOTDIR)
-            why = "it is a link or no folder" if link else error.strerror
-            raise StorageError(f"folder {path}: {why}", hint="give a folder of your own") from error
+            check_open_files(error)
+            if error.errno in (errno.ELOOP, errno.ENOTDIR):
+                raise StorageError(
+                    f"folder {path}: it is a link or no folder", hint="give a folder of your own"
+                ) from error
+            gone = error.errno == errno.ENOENT
+            hint = "another process has removed or moved it" if gone else advice(error)
+            raise StorageError(f"folder {path} cannot be opened: {_words(error)}", hint=hint) from error
         self.path = path
         self.written_bytes = 0
         try:
-            self._check_owner(os.fstat(self._fd), path)
+            _check_owner(self._fd, path)
         except BaseException:
             os.close(self._fd)
             raise
@@ -47,9 +63,13 @@ class PrivateFolder:
         """Make the folder, which must not exist, with mode 0700. Raises FileExistsError when it does."""
         with translate_os_errors(f"folder {path} cannot be made"):
             os.mkdir(path, 0o700)
-            folder = cls(path)
-            os.fchmod(folder._fd, 0o700)
-        return folder
+        try:
+            _take_in(path, 0o700)
+            return cls(path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.rmdir(path)
+            raise
 
     def close(self) -> None:
         """Close the descriptor. May be called twice."""
@@ -80,7 +100,7 @@ class PrivateFolder:
             why = "it is a link" if error.errno == errno.ELOOP else error.strerror
             raise StorageError(f"{self.path / name}: {why}", hint="a session has plain files of its owner") from error
         try:
-            self._check_owner(os.fstat(fd), self.path / name, plain=True)
+            _check_owner(fd, self.path / name, plain=True)
         except BaseException:
             os.close(fd)
             raise
@@ -91,7 +111,13 @@ class PrivateFolder:
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | _PLAIN | (getattr(os, "O_DIRECT", 0) if direct else 0)
         with translate_os_errors(f"{self.path / name} cannot be made"):
             fd = os.open(name, flags, 0o600, dir_fd=self._fd)
-            os.fchmod(fd, 0o600)
+        try:
+            _make_private(fd, self.path / name, 0o600)
+        except BaseException:
+            os.close(fd)
+            with contextlib.suppress(OSError):
+                os.unlink(name, dir_fd=self._fd)
+            raise
         return fd
 
     # ---- whole files
@@ -100,7 +126,7 @@ class PrivateFolder:
         """All bytes of a file from an offset on, at most ``limit_bytes`` of them. Raises FileNotFoundError."""
         fd = self.open(name)
         try:
-            left = min(limit_bytes, max(0, os.fstat(fd).st_size - offset_bytes))
+            left = min(limit_bytes, max(0, _status(fd, self.path / name).st_size - offset_bytes))
             parts = []
             while left > 0:
                 part = _pread(fd, min(left, _READ_BYTES), offset_bytes, self.path / name)
@@ -154,19 +180,25 @@ class PrivateFolder:
             return size_bytes
 
     def sync(self) -> None:
-        """Make names durable."""
+        """Make names durable, where the file system lets its user do that."""
         with translate_os_errors(f"folder {self.path} cannot be made durable"):
-            os.fsync(self._fd)
+            try:
+                os.fsync(self._fd)
+            except OSError as error:
+                if error.errno not in NO_FOLDER_SYNC:
+                    raise
 
     # ---- names
 
     def names(self) -> list[str]:
         """All names in the folder, sorted."""
-        return sorted(os.listdir(self._fd))
+        with translate_read_errors(f"folder {self.path} cannot be read"):
+            return sorted(os.listdir(self._fd))
 
     def stat(self, name: str) -> os.stat_result:
         """Of the name itself, not of what a link leads to. Raises FileNotFoundError."""
-        return os.stat(name, dir_fd=self._fd, follow_symlinks=False)
+        with translate_read_errors(f"{self.path / name} cannot be looked at"):
+            return os.stat(name, dir_fd=self._fd, follow_symlinks=False)
 
     def remove(self, name: str) -> None:
         """Remove a name; nothing when it is absent."""
@@ -214,13 +246,59 @@ class PrivateFolder:
             offset_bytes, view = offset_bytes + wrote, view[wrote:]
             self.written_bytes += wrote
 
-    def _check_owner(self, status: os.stat_result, path: Path, *, plain: bool = False) -> None:
-        if plain and not stat.S_ISREG(status.st_mode):
-            raise StorageError(f"{path} is no plain file", hint="a session has plain files of its owner")
-        if status.st_uid != os.geteuid() or status.st_mode & 0o022:
-            raise StorageError(
-                f"{path} belongs to another user or may be written by others", hint="use a folder of your own"
-            )
+
+# ---- owners and modes
+
+
+def _take_in(path: Path, mode: int) -> None:
+    """Make a new folder private."""
+    with translate_os_errors(f"folder {path} cannot be opened"):
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        _make_private(fd, path, mode)
+    finally:
+        os.close(fd)
+
+
+def _make_private(fd: int, path: Path, mode: int) -> None:
+    """See that a new file or folder is this user's alone."""
+    with translate_os_errors(f"the mode of {path} cannot be set"):
+        try:
+            os.fchmod(fd, mode)
+        except OSError as error:
+            if error.errno not in _NO_MODES:
+                raise
+    status, user = _status(fd, path), os.geteuid()
+    if status.st_uid != user or status.st_mode & 0o077:
+        raise StorageError(
+            f"others may get at what is stored in {path.parent}: files made there belong to user {status.st_uid} and "
+            f"have mode {stat.S_IMODE(status.st_mode):04o}, which its file system ({filesystem_of(path.parent)}) "
+            "does not let kvswap change",
+            hint=f"mount it with uid={user},umask=077, or {ELSEWHERE}",
+        )
+
+
+def _check_owner(fd: int, path: Path, *, plain: bool = False) -> None:
+    """See that nobody else can have written a file or folder that exists."""
+    status, user = _status(fd, path), os.geteuid()
+    if plain and not stat.S_ISREG(status.st_mode):
+        raise StorageError(f"{path} is no plain file", hint="a session has plain files of its owner")
+    if status.st_uid == user and not status.st_mode & 0o022:
+        return
+    raise StorageError(
+        f"{path} belongs to another user or may be written by others "
+        f"(it is user {status.st_uid}'s with mode {stat.S_IMODE(status.st_mode):04o}; this is user {user})",
+        hint="use a folder of your own; a file system without owners and modes has to be mounted for you alone "
+        f"(uid={user},umask=077)",
+    )
+
+
+# ---- errors
+
+
+def _status(fd: int, path: Path) -> os.stat_result:
+    with translate_read_errors(f"{path} cannot be looked at"):
+        return os.fstat(fd)
 
 
 def _pread(fd: int, count_bytes: int, offset_bytes: int, path: Path) -> bytes:
@@ -244,15 +322,46 @@ def translate_os_errors(what: str) -> Iterator[None]:
         raise _write_error(what, error) from error
 
 
+@contextmanager
+def translate_read_errors(what: str) -> Iterator[None]:
+    """As ``translate_os_errors``, with DiskReadError."""
+    try:
+        yield
+    except (FileNotFoundError, FileExistsError):
+        raise
+    except OSError as error:
+        raise _read_error(what, error) from error
+
+
+def is_folder(path: Path) -> bool:
+    """Whether there is a folder of that path. Raises DiskReadError where nobody can tell."""
+    with translate_read_errors(f"folder {path} cannot be looked at"):
+        return path.is_dir()
+
+
+def remove_tree(path: Path) -> None:
+    """Remove a folder with all that is in it; another process may be removing it too. Raises DiskWriteError."""
+    with translate_os_errors(f"folder {path} cannot be removed"):
+        for _ in range(_TRIES):
+            try:
+                return shutil.rmtree(path)
+            except FileNotFoundError:
+                if not os.path.lexists(path):
+                    return
+        raise OSError(errno.EBUSY, f"{os.strerror(errno.EBUSY)}: its contents change")
+
+
 def _read_error(what: str, error: OSError) -> DiskReadError:
     check_open_files(error)
-    name = errno.errorcode.get(error.errno or 0, "?")
-    return DiskReadError(f"{what}: {name}, {error.strerror}", hint="check the disk (dmesg), then try again")
+    return DiskReadError(f"{what}: {_words(error)}", hint=advice(error))
 
 
 def _write_error(what: str, error: OSError) -> DiskWriteError:
     if is_full(error):
         return full_error(what, error)
     check_open_files(error)
-    name = errno.errorcode.get(error.errno or 0, "?")
-    return DiskWriteError(f"{what}: {name}, {error.strerror}", hint="check the disk (dmesg) and its permissions")
+    return DiskWriteError(f"{what}: {_words(error)}", hint=advice(error))
+
+
+def _words(error: OSError) -> str:
+    return f"{errno.errorcode.get(error.errno or 0, '?')}, {error.strerror}"

@@ -2,7 +2,7 @@
 
 ``loading`` calls this. The name of the directory comes from the file's content, so a file that was moved or installed
 again is not converted again. A conversion is renamed when it is complete (``disk.atomic``): an interrupt leaves nothing
-that could be loaded. Needs the extra ``gguf``. One thread.
+that could be loaded, and the next start removes what a kill has left. Needs the extra ``gguf``. One thread.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from kvswap.disk.atomic import atomic_folder
+from kvswap.disk.atomic import atomic_folder, remove_leftovers
 from kvswap.disk.folders import models_folder, user_path
 from kvswap.errors import ModelError, StorageError
 from kvswap.models.gguf_rope import mentions_scaling, rope_scaling
@@ -43,6 +43,7 @@ _BAD = (ValueError, KeyError, TypeError, IndexError, OverflowError, RuntimeError
 
 def bundled_model(notice: Callable[[str], None]) -> Path:
     """The directory of SmolLM2-135M-Instruct, made from the package that carries it. Raises ModelError."""
+    remove_leftovers(models_folder())
     folder = models_folder() / f"smollm2-135m-{PACKAGE_VERSION}"
     if _complete(folder):
         return folder
@@ -66,6 +67,7 @@ def bundled_file() -> Path:
 
 def converted(file: Path, notice: Callable[[str], None]) -> Path:
     """The directory made from a GGUF file, now or earlier. Raises ModelError."""
+    remove_leftovers(models_folder())
     try:
         identity = content_identity(file)
     except OSError as error:

@@ -8,17 +8,23 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from kvswap.disk.files import prepare_dir
 from kvswap.disk.folders import sessions_folder
-from kvswap.disk.private_folder import PrivateFolder
-from kvswap.errors import KVSwapError, SessionError
-from kvswap.sessions import lock
+from kvswap.disk.private_folder import (
+    PrivateFolder,
+    is_folder,
+    remove_tree,
+    translate_os_errors,
+    translate_read_errors,
+)
+from kvswap.errors import DamagedError, KVSwapError, SessionError
+from kvswap.sessions import encrypted_names, lock
 from kvswap.sessions.commits import SessionStore
+from kvswap.sessions.committed import MANIFEST
 from kvswap.sessions.manifest import Manifest
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -101,8 +107,9 @@ class Entry:
 
 
 def entries(root: Path) -> list[Entry]:
-    """All sessions of a folder, by name."""
-    return [entry(path) for path in _session_paths(root)] if root.is_dir() else []
+    """All sessions of a folder, by name. Those that another process removes meanwhile are left out."""
+    found = [entry(path) for path in _session_paths(root)] if is_folder(root) else []
+    return [each for each in found if each.manifest is not None or os.path.lexists(each.path)]
 
 
 def entry(path: Path) -> Entry:
@@ -114,7 +121,10 @@ def entry(path: Path) -> Entry:
             manifest = store.manifest
             in_use = lock.is_locked(store.folder)
             for name in store.folder.names():
-                status = store.folder.stat(name)
+                try:
+                    status = store.folder.stat(name)
+                except FileNotFoundError:  # a commit has just removed it
+                    continue
                 if status.st_nlink == 1:
                     own_bytes += status.st_blocks * 512
                 else:
@@ -138,7 +148,8 @@ def used_bytes(root: Path) -> int:
     for folder, _, names in os.walk(root):
         for name in names:
             try:
-                status = os.lstat(os.path.join(folder, name))
+                with translate_read_errors(f"{folder}/{name} cannot be looked at"):
+                    status = os.lstat(os.path.join(folder, name))
             except FileNotFoundError:  # a commit has just removed it
                 continue
             seen[status.st_dev, status.st_ino] = status.st_blocks * 512
@@ -154,40 +165,60 @@ def freed_by_removal(paths: Sequence[Path]) -> list[int]:
     freed = []
     for path in paths:
         freed_bytes = 0
-        for file in path.iterdir():
-            with contextlib.suppress(FileNotFoundError):  # a commit has just removed it
-                status = file.lstat()
-                key = status.st_dev, status.st_ino
-                removed[key] = removed.get(key, 0) + 1
-                freed_bytes += status.st_blocks * 512 if removed[key] == status.st_nlink else 0
+        for status in _statuses(path):
+            key = status.st_dev, status.st_ino
+            removed[key] = removed.get(key, 0) + 1
+            freed_bytes += status.st_blocks * 512 if removed[key] == status.st_nlink else 0
         freed.append(freed_bytes)
     return freed
 
 
+def _statuses(path: Path) -> Iterator[os.stat_result]:
+    """Of all files of a session; of none that another process removes meanwhile."""
+    with translate_read_errors(f"folder {path} cannot be looked at"), contextlib.suppress(FileNotFoundError):
+        for file in path.iterdir():
+            with contextlib.suppress(FileNotFoundError):
+                yield file.lstat()
+
+
+def _leftovers(root: Path) -> list[Path]:
+    with translate_read_errors(f"folder {root} cannot be read"):
+        return [path for path in sorted(root.iterdir()) if path.name.startswith(lock.TEMPORARY_PREFIX)]
+
+
 def _session_paths(root: Path) -> list[Path]:
-    return [path for path in sorted(root.iterdir()) if _NAME.fullmatch(path.name)]
+    with translate_read_errors(f"folder {root} cannot be read"):
+        return [path for path in sorted(root.iterdir()) if _NAME.fullmatch(path.name)]
 
 
 # ---- removing
 
 
-def remove(path: Path, *, wipe: bool = False) -> int:
+def remove(path: Path, *, wipe: bool = False, forget: bool = True) -> int:
     """Remove a session. With ``wipe`` its files are overwritten first; returns how many bytes were overwritten.
 
-    Files that other sessions share stay as they are. Raises SessionError while the session is in use.
+    Files that other sessions share stay as they are. If it was encrypted, a plain session may get its name afterwards,
+    unless ``forget`` is False. Raises SessionError while the session is in use.
     """
     if not os.path.lexists(path):
+        if forget and encrypted_names.is_known(path):  # it was deleted by other means
+            encrypted_names.forget(path)
+            return 0
         raise SessionError(f"there is no session {path.name}", hint="see: kvswap sessions list")
     folder = PrivateFolder(path)
     wiped_bytes = 0
     try:
         locked = lock.acquire(folder, f"session {path.name}")
         try:
-            for name in folder.names() if wipe else ():
+            # The manifest first: what is half wiped must not look like damage.
+            for name in sorted(folder.names(), key=lambda name: name != MANIFEST) if wipe else ():
                 wiped_bytes += folder.overwrite(name)
             gone = lock.temporary_path(path)
-            os.rename(path, gone)  # frees the name at once; after an interruption prune removes the rest
-            shutil.rmtree(gone)
+            with translate_os_errors(f"session {path.name} cannot be removed"):
+                os.rename(path, gone)  # frees the name at once; after an interruption prune removes the rest
+            if forget:
+                encrypted_names.forget(path)
+            remove_tree(gone)
         finally:
             os.close(locked)
     finally:
@@ -198,11 +229,11 @@ def remove(path: Path, *, wipe: bool = False) -> int:
 def prune(root: Path) -> list[str]:
     """Remove leftovers of interrupted work, and sessions that were never used; what was removed, in words."""
     removed: list[str] = []
-    if not root.is_dir():
+    if not is_folder(root):
         return removed
     with lock.creation_lock(root, exclusive=True):
-        for path in sorted(root.glob(f"{lock.TEMPORARY_PREFIX}*")):
-            shutil.rmtree(path)
+        for path in _leftovers(root):
+            remove_tree(path)
             removed.append(f"leftover {path.name}")
     for found in entries(root):
         if found.manifest is None or found.in_use:
@@ -213,6 +244,6 @@ def prune(root: Path) -> list[str]:
             if empty:
                 remove(found.path)
                 removed.append(f"empty session {found.name}")
-        except SessionError:  # another process has opened or removed it in the meantime
+        except (SessionError, DamagedError):  # another process has opened or removed it in the meantime
             continue
     return removed

@@ -9,23 +9,28 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
-from kvswap.disk.private_folder import PrivateFolder
-from kvswap.errors import DamagedError, DiskReadError, StorageError
+from kvswap.disk.private_folder import (
+    PrivateFolder,
+    is_folder,
+    remove_tree,
+    translate_os_errors,
+    translate_read_errors,
+)
+from kvswap.errors import DamagedError
 from kvswap.sessions import lock
 from kvswap.sessions.commits import SessionStore
+from kvswap.sessions.committed import MAX_READS, READ_ERRORS, changes_too_fast
 from kvswap.sessions.index import LayerIndex, decode_index, empty_index
 from kvswap.sessions.manifest import Checkpoint, Manifest, Segment
 
 QUARANTINE = ".damaged"
 _PIECE_BYTES = 4 << 20
-_READ_ERRORS = (DamagedError, DiskReadError, StorageError, FileNotFoundError)
 
 
 @dataclass(slots=True)
@@ -42,19 +47,31 @@ class Report:
 
 
 def check(store: SessionStore) -> Report:
-    """Read everything that a session refers to and compare it with its checksums. Raises SessionError: no key."""
-    report, manifest = Report(), store.manifest
+    """Read everything that a session refers to and compare it with its checksums. Raises SessionError: no key.
+
+    What is wrong because another process has committed in between is read again, as of that commit.
+    """
+    for _ in range(MAX_READS):
+        manifest = store.manifest
+        report = _check(store, manifest)
+        if not report.problems or store.refresh() is manifest:
+            return report
+    raise changes_too_fast(store.label)
+
+
+def _check(store: SessionStore, manifest: Manifest) -> Report:
+    report = Report()
     _ = store.sealer  # a missing key is an error, not damage
     for checkpoint in manifest.checkpoints:
         try:
             store.load(checkpoint)
-        except _READ_ERRORS as error:
+        except READ_ERRORS as error:
             report.damaged_commits.add(checkpoint.commit)
             report.problems.append(f"commit {checkpoint.commit}: {_words(error)}")
     if manifest.checkpoints:
         try:
             store.basis()
-        except _READ_ERRORS as error:
+        except READ_ERRORS as error:
             report.damaged_commits |= {checkpoint.commit for checkpoint in manifest.checkpoints}
             report.problems.append(f"basis: {_words(error)}")
     for segment in manifest.segments:
@@ -127,28 +144,28 @@ def quarantine_path(path: Path) -> Path:
 def quarantined(root: Path) -> list[Path]:
     """All folders in quarantine."""
     place = root / QUARANTINE
-    return sorted(place.iterdir()) if place.is_dir() else []
+    with translate_read_errors(f"folder {place} cannot be read"):
+        return sorted(place.iterdir()) if place.is_dir() else []
 
 
 def remove_quarantined(root: Path) -> list[str]:
     """Remove all folders in quarantine for good; what was removed, in words."""
     removed = []
-    with lock.creation_lock(root, exclusive=True) if root.is_dir() else contextlib.nullcontext():
+    with lock.creation_lock(root, exclusive=True) if is_folder(root) else contextlib.nullcontext():
         for path in quarantined(root):
-            shutil.rmtree(path)
+            remove_tree(path)
             removed.append(f"quarantined {path.name}")
     return removed
 
 
 def move_away(path: Path, place: Path) -> None:
     """Move a session's folder to ``place`` in quarantine, which may have its files already."""
-    place.parent.mkdir(mode=0o700, exist_ok=True)
-    if not place.exists():
-        os.rename(path, place)
-        return
-    for name in os.listdir(path):  # second names of the files in quarantine
-        os.unlink(path / name)
-    os.rmdir(path)
+    with translate_os_errors(f"session {path.name} cannot be moved to {place}"):
+        place.parent.mkdir(mode=0o700, exist_ok=True)
+        if not place.exists():
+            os.rename(path, place)
+            return
+    remove_tree(path)  # it has second names of the files in quarantine
 
 
 def _quarantine(path: Path) -> Path:
@@ -167,7 +184,8 @@ def _quarantine(path: Path) -> Path:
 
 def _copy_to_quarantine(store: SessionStore, place: Path) -> None:
     """Second names for all files of a session; copies where the file system has no hard links."""
-    place.parent.mkdir(mode=0o700, exist_ok=True)
+    with translate_os_errors(f"folder {place.parent} cannot be made"):
+        place.parent.mkdir(mode=0o700, exist_ok=True)
     target = PrivateFolder.create(place)
     try:
         for name in store.folder.names():
@@ -199,7 +217,7 @@ def _check_segment(store: SessionStore, segment: Segment, report: Report) -> Non
                 report.read_bytes += len(data)
                 used = slots[:, : layout.geometry.group_bytes]
                 right[:known] = store.sealer.authentic(layer, run.first, used, seals[:known])
-            except _READ_ERRORS as error:
+            except READ_ERRORS as error:
                 problem = f"{run.file}: {_words(error)}"
                 report.problems += [problem] if problem not in report.problems else []
             wrong.setdefault(run.file, []).extend((run.first + np.flatnonzero(~right)).tolist())
@@ -217,7 +235,7 @@ def _index(store: SessionStore, segment: Segment) -> list[LayerIndex]:
     try:
         data = store.folder.read(f"index-{segment.number}", segment.index_bytes)
         return decode_index(data, layout, store.sealer, segment.number, segment.start, segment.high, store.label)
-    except _READ_ERRORS:
+    except READ_ERRORS:
         return empty_index(layout, store.sealer)
 
 

@@ -25,8 +25,8 @@ from numpy.typing import NDArray
 
 from kvswap.core.load_or_recompute import Rates
 from kvswap.disk.private_folder import PrivateFolder
-from kvswap.errors import KVSwapError, SessionError
-from kvswap.sessions import lock
+from kvswap.errors import KVSwapError, SessionError, undo_after
+from kvswap.sessions import encrypted_names, lock
 from kvswap.sessions.arrays import Arrays, damaged, decode_arrays, encode_arrays
 from kvswap.sessions.checkpoint_contents import CheckpointContents, decode_tail, replace_text, truncate_contents
 from kvswap.sessions.committed import MANIFEST, Committed
@@ -63,9 +63,9 @@ class SessionStore:
         self._cut: tuple[Checkpoint | None, Arrays] | None = None  # what ``truncate`` has kept, and its tail
         self._sound = False
         try:
-            self._committed = Committed(folder, self.label)
+            self._committed = Committed(folder, self.label, write=write)
             if check_files:
-                self._check_files()
+                self._committed.steady(self._check_files)
             if write and check_files:
                 self._remove_leftovers()
             self._sound = check_files
@@ -92,7 +92,7 @@ class SessionStore:
     def create(cls, path: Path, *, encrypt: bool = False) -> SessionStore:
         """Create an empty session and open it for writing. Raises SessionError: name taken, no key to encrypt with."""
         label = f"session {path.name}"
-        with lock.new_session_folder(path) as folder:
+        with lock.new_session_folder(path, encrypted=encrypt) as folder:
             encryption, now = new_encryption(label) if encrypt else None, int(time.time())
             manifest = Manifest(created=now, used=now, encryption=encryption)
             folder.replace(MANIFEST, encode(manifest, create_sealer(encryption, label).sign))
@@ -108,6 +108,7 @@ class SessionStore:
             if locked is not None and self._sound and self._is_settled():
                 if discard_empty and not self.manifest.checkpoints and self.manifest.written_bytes == 0:
                     shutil.rmtree(self.folder.path, ignore_errors=True)
+                    encrypted_names.forget(self.folder.path)
                 else:
                     self._release_reserved_space()
         finally:
@@ -118,8 +119,8 @@ class SessionStore:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *error: object) -> None:
-        self.close()
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        undo_after(error, self.close) if error is not None else self.close()
 
     # ---- reading
 
@@ -127,6 +128,10 @@ class SessionStore:
     def manifest(self) -> Manifest:
         """What is committed now."""
         return self._committed.manifest
+
+    def refresh(self) -> Manifest:
+        """What is committed now; see ``Committed.refresh``."""
+        return self._committed.refresh()
 
     @property
     def base(self) -> Checkpoint | None:
@@ -148,6 +153,11 @@ class SessionStore:
 
         Raises DamagedError, SessionError.
         """
+        if checkpoint is None:
+            return self._committed.steady(lambda: self._load(None, tail_only))
+        return self._load(checkpoint, tail_only)
+
+    def _load(self, checkpoint: Checkpoint | None, tail_only: bool) -> CheckpointContents | None:
         cut = self._cut if checkpoint is None else None
         manifest, checkpoint = self.manifest, checkpoint or self.base
         if checkpoint is None or manifest.layout is None:

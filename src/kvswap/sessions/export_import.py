@@ -23,6 +23,7 @@ from kvswap.disk.atomic import atomic_file
 from kvswap.disk.files import check_free
 from kvswap.disk.private_folder import PrivateFolder
 from kvswap.errors import DamagedError, InputError, SessionError
+from kvswap.sessions import encrypted_names
 from kvswap.sessions.arrays import encode_arrays
 from kvswap.sessions.check import check
 from kvswap.sessions.commits import BASIS, SessionStore
@@ -32,6 +33,7 @@ from kvswap.sessions.index import LayerIndex, batch_name, encode_batch
 from kvswap.sessions.lock import new_session_folder
 from kvswap.sessions.manifest import Blob, Manifest, Segment
 from kvswap.sessions.manifest_json import LIMIT_BYTES, encode, parse
+from kvswap.sessions.quota import counted
 from kvswap.sessions.seal import text_sum
 from kvswap.store.layout import GroupLayout
 
@@ -105,11 +107,13 @@ def import_session(source: Path, path: Path) -> Manifest:
     try:
         with new_session_folder(path) as folder, _header(lambda: tarfile.open(source, mode="r:")) as archive:
             check_free(path.parent, source.stat().st_size)
-            manifest = _unpack(archive, folder, label)
+            with counted(folder):
+                manifest = _unpack(archive, folder, label)
             with SessionStore.open(folder.path, write=False) as store:
                 report = check(store)
             if report.problems:
                 raise DamagedError(f"{label} is damaged: {report.problems[0]}", hint="export it again")
+            encrypted_names.keep(path, encrypted=manifest.encryption is not None)
         return manifest
     except (tarfile.TarError, EOFError) as error:
         raise InputError(f"{source}: not an archive of a session ({error})", hint="give a file from export") from error

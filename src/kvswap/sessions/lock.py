@@ -6,6 +6,9 @@ under them, and they notice when a file is removed.
 
 A new session is built in a folder with a temporary name and renamed when it is complete. An interruption leaves the
 temporary folder, which ``kvswap sessions prune`` removes; the creation lock keeps prune away from one in use.
+
+A file system without locks is refused. Two programs could write to one session there, and no other kind of lock ends
+with its holder: what a lock file says outlives a kill. Sessions can be read there, because nobody can be writing.
 """
 
 from __future__ import annotations
@@ -16,7 +19,6 @@ import fcntl
 import json
 import os
 import secrets
-import shutil
 import socket
 import sys
 import time
@@ -25,13 +27,19 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from kvswap.disk.atomic import sync_folder
-from kvswap.disk.private_folder import PrivateFolder, translate_os_errors
-from kvswap.errors import SessionError
+from kvswap.disk.files import advice, filesystem_of
+from kvswap.disk.folders import ELSEWHERE
+from kvswap.disk.private_folder import PrivateFolder, remove_tree, translate_os_errors
+from kvswap.errors import KVSwapError, SessionError, StorageError
+from kvswap.sessions import encrypted_names
 
 NAME = "lock"
 TEMPORARY_PREFIX = ".new-"
 _OWNER_BYTES = 4096
 _TRIES, _PAUSE_S = 4, 0.02
+_HELD = (errno.EWOULDBLOCK, errno.EACCES)
+_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
+"""Errors of a file system that has no locks."""
 
 
 # ---- one writer a session
@@ -40,35 +48,42 @@ _TRIES, _PAUSE_S = 4, 0.02
 def acquire(folder: PrivateFolder, label: str) -> int:
     """Take the writer's lock; returns the descriptor that holds it.
 
-    Raises SessionError that names the holder, or where the folder was removed or moved since it was opened.
+    Raises SessionError that names the holder, or where the folder was removed or moved since it was opened, and
+    StorageError where the file system has no locks.
     """
     fd = _open_file(folder, label)
     try:
         _lock(fd)
+        with translate_os_errors(f"{label} cannot be locked"):
+            there = folder.in_place() and os.fstat(fd).st_nlink > 0
+        if not there:
+            raise removed(label)
+        _write_owner(fd)
+        return fd
     except OSError as error:
         holder = owner(folder)
         os.close(fd)
-        if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-            raise SessionError(f"{label} cannot be locked: {error.strerror}", hint="use another folder") from error
+        if error.errno not in _HELD:
+            raise _cannot_lock(label, folder.path, error) from error
         raise SessionError(
             f"{label} is in use by {holder}", hint="end that, or use a session of another name (kvswap sessions fork)"
         ) from error
-    if not folder.in_place() or os.fstat(fd).st_nlink == 0:
+    except BaseException:
         os.close(fd)
-        raise _removed(label)
-    _write_owner(fd)
-    return fd
+        raise
 
 
 def release(fd: int) -> None:
     """Release the writer's lock."""
-    with contextlib.suppress(OSError):
-        os.ftruncate(fd, 0)
-    os.close(fd)
+    try:
+        with contextlib.suppress(OSError):
+            os.ftruncate(fd, 0)
+    finally:
+        os.close(fd)
 
 
 def is_locked(folder: PrivateFolder) -> bool:
-    """Whether a running process has the session open for writing."""
+    """Whether a running process has the session open for writing. Raises StorageError where nobody can tell."""
     try:
         fd = folder.open(NAME)
     except FileNotFoundError:
@@ -76,7 +91,11 @@ def is_locked(folder: PrivateFolder) -> bool:
     try:
         fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
         return False
-    except OSError:
+    except OSError as error:
+        if error.errno in _NO_LOCKS:  # nobody can have opened it for writing
+            return False
+        if error.errno not in _HELD:
+            raise _cannot_lock(f"session {folder.path.name}", folder.path, error) from error
         return True
     finally:
         os.close(fd)
@@ -90,7 +109,7 @@ def owner(folder: PrivateFolder) -> str:
         return (
             f"process {int(found['pid'])} ({str(found['command'])[:40]!r} on {str(found['host'])[:60]}) since {since}"
         )
-    except (OSError, ValueError, KeyError, TypeError):
+    except (KVSwapError, OSError, ValueError, KeyError, TypeError):
         return "another process"
 
 
@@ -103,11 +122,12 @@ def _open_file(folder: PrivateFolder, label: str) -> int:
         except FileExistsError:  # another process has just made it
             continue
         except FileNotFoundError as error:
-            raise _removed(label) from error
-    raise _removed(label)
+            raise removed(label) from error
+    raise removed(label)
 
 
-def _removed(label: str) -> SessionError:
+def removed(label: str) -> SessionError:
+    """The error for a session whose folder has gone while it was opened or read."""
     return SessionError(f"{label} was removed by another process", hint="see: kvswap sessions list")
 
 
@@ -116,9 +136,22 @@ def _lock(fd: int) -> None:
     for _ in range(_TRIES - 1):
         try:
             return fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except OSError as error:
+            if error.errno not in _HELD:
+                raise
             time.sleep(_PAUSE_S)
     return fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def _cannot_lock(what: str, path: Path, error: OSError) -> StorageError:
+    words = f"{what} cannot be locked: {errno.errorcode.get(error.errno or 0, '?')}, {error.strerror}"
+    if error.errno not in _NO_LOCKS:
+        return StorageError(words, hint=advice(error))
+    return StorageError(
+        f"{words}; the file system of {path} ({filesystem_of(path)}) has no locks, so two programs could write to one "
+        "session at once",
+        hint=f"mount it with locks, or {ELSEWHERE}, on a file system that has them",
+    )
 
 
 def _write_owner(fd: int) -> None:
@@ -144,28 +177,35 @@ def creation_lock(root: Path, *, exclusive: bool = False) -> Iterator[None]:
     with translate_os_errors(f"folder {root} cannot be locked"):
         fd = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH)
+        except OSError as error:
+            raise _cannot_lock(f"folder {root}", root, error) from error
         yield
     finally:
         os.close(fd)
 
 
 @contextmanager
-def new_session_folder(path: Path) -> Iterator[PrivateFolder]:
+def new_session_folder(path: Path, *, encrypted: bool | None = None) -> Iterator[PrivateFolder]:
     """A folder with a temporary name to build a session in; it gets the name ``path``, durably, when the block ends.
 
-    An exception in the block removes it. Raises SessionError where the name is taken.
+    An exception in the block removes it. Raises SessionError where the name is taken, or where it is that of an
+    encrypted session and this one is not; None is not known yet.
     """
     if os.path.lexists(path):
         raise SessionError(f"session {path.name} exists already", hint="choose another name")
     with creation_lock(path.parent):
+        if encrypted is not None:
+            encrypted_names.keep(path, encrypted=encrypted)
         temporary = temporary_path(path)
         folder = PrivateFolder.create(temporary)
         try:
             yield folder
             _move_into_place(temporary, path)
         except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
+            with contextlib.suppress(KVSwapError):
+                remove_tree(temporary)
             raise
         finally:
             folder.close()

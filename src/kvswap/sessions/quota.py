@@ -13,11 +13,13 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from kvswap.disk.files import free_bytes
+from kvswap.disk.private_folder import PrivateFolder
 from kvswap.errors import KVSwapError, StorageError
 from kvswap.sessions.catalog import entries, freed_by_removal, remove, used_bytes
 from kvswap.units import format_bytes
@@ -77,7 +79,8 @@ class Quota:
 
     def record(self, nbytes: int) -> None:
         """Count ``nbytes`` as written, in place of what was reserved since the last call."""
-        add_written_bytes(self.root, nbytes)
+        if nbytes:
+            add_written_bytes(self.root, nbytes)
         self._unrecorded_bytes = 0
 
     def _check_writes(self, nbytes: int) -> None:
@@ -108,7 +111,7 @@ class Quota:
         if sum(gains_bytes) >= excess_bytes:
             for entry in closed:
                 with contextlib.suppress(KVSwapError):  # another process has just opened it
-                    remove(entry.path)
+                    remove(entry.path, forget=False)
                     _logger.debug("disk quota: evicted session %s", entry.name)
                     self._notice(f"disk quota: session {entry.name} was used longest ago and was removed")
                 excess_bytes = used_bytes(self.root) + nbytes - quota_bytes
@@ -127,6 +130,15 @@ class Quota:
                 f"{format_bytes(RESERVE_BYTES)} are left for others",
                 hint="free some space, remove sessions, or choose another folder with kv_dir",
             )
+
+
+@contextmanager
+def counted(folder: PrivateFolder) -> Iterator[None]:
+    """Count what is written to the folder of a new session in the block, also where that fails."""
+    try:
+        yield
+    finally:
+        add_written_bytes(folder.path.parent, folder.written_bytes)
 
 
 def read_written_bytes(root: Path) -> WrittenBytes:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, Self
 
@@ -25,7 +25,7 @@ from kvswap.core.cache import KVSwapCache
 from kvswap.core.layer_major import Progress
 from kvswap.core.load_or_recompute import Choice, load_or_recompute
 from kvswap.core.prefill import chunk_spans
-from kvswap.errors import InputError, KVSwapError
+from kvswap.errors import InputError, on_error, undo_after
 from kvswap.models import tokens
 from kvswap.models.adapter import cache_keyword, check_length, check_token_ids, inspect
 from kvswap.models.loading import LoadedModel, load_model
@@ -69,6 +69,7 @@ class Session:
         self._stack = ExitStack()
         self._cache: KVSwapCache | None = None
         self._generating = self._closed = False
+        self._counted_bytes = 0  # of what this session's folder and cache have written
         self._broken = False  # a change runs or was broken off: only what is committed counts
         self._ids, self._conversation, self._tokens = list[int](), b"", 0
         self._identity = identify(loaded)
@@ -97,13 +98,10 @@ class Session:
         session = cls._with_model(create_store(config.kv_dir, name, encrypt=encrypt), model, config, **options)
         if prompt is None:
             return session
-        try:
+        with on_error(session.close):
             ids = session.encode(prompt)
             session.share_prefix(ids)
             session.append(ids[len(session.token_ids) :])
-        except BaseException:
-            session.close()
-            raise
         return session
 
     @classmethod
@@ -118,12 +116,9 @@ class Session:
 
     @classmethod
     def _with_model(cls, store: SessionStore, model: str | LoadedModel, config: Config, **options: Any) -> Session:
-        try:
+        with on_error(store.close):
             loaded = load_model(model) if isinstance(model, str) else model
             return cls(store, loaded, config, **options)
-        except BaseException:
-            store.close()
-            raise
 
     # ---- its contents
 
@@ -227,13 +222,10 @@ class Session:
         fits = partial(compatible, model=self._identity, config=self.config)
         ids = check_token_ids(self._loaded.model, ids)
         with self._changing():
-            source, written_bytes = share_prefix(self.store, ids, fits, conversation)
-            if source:
+            source = share_prefix(self.store, ids, fits, conversation)
+            if source is not None:
                 self._detach()
                 self._read_committed()
-        if not source:
-            return None
-        self._quota.record(written_bytes)
         return source
 
     def load_or_recompute(self, tokens: int) -> Choice:
@@ -266,12 +258,11 @@ class Session:
         unchanged = self.tokens == self._tokens
         if unchanged and not self.store.truncated and (ids, conversation) == (self._ids, self._conversation):
             return
-        before_bytes = self.store.manifest.written_bytes
         if unchanged and self._tokens:
             self.store.commit_text(ids, conversation, interim=interim)
         else:
             self._open_cache().commit(ids, conversation, interim=interim)
-        self._quota.record(self.store.manifest.written_bytes - before_bytes)
+        self._record()
         self._ids, self._conversation, self._tokens = ids, conversation, self.tokens
 
     def commit_prompt(self, ids: Sequence[int], conversation: bytes = b"") -> None:
@@ -338,8 +329,8 @@ class Session:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *error: object) -> None:
-        self.close()
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        undo_after(error, self.close) if error is not None else self.close()
 
     # ---- details
 
@@ -356,7 +347,7 @@ class Session:
         finally:
             self._generating = False
             if generation.error is not None:
-                self.rollback()
+                undo_after(generation.error, self.rollback)
             else:
                 with self._changing():
                     self._commit(self._ids + generation.token_ids, self._conversation)
@@ -371,12 +362,8 @@ class Session:
     def _changing(self) -> Iterator[None]:
         """Around a change: where it breaks off, the session goes back to its last commit, now or when next used."""
         self._broken = True
-        try:
+        with on_error(self.rollback):
             yield
-        except BaseException:
-            with suppress(KVSwapError, OSError):  # the first error is the one to raise
-                self.rollback()
-            raise
         self._broken = False
 
     def _read_committed(self) -> None:
@@ -388,8 +375,20 @@ class Session:
 
     def _detach(self) -> None:
         """Give the model back. The next use of ``cache`` attaches to it again, as of the last commit."""
-        self._cache = None
-        self._stack.close()
+        cache, self._cache = self._cache, None
+        try:
+            self._stack.close()
+        finally:
+            self._record(cache)
+            self._counted_bytes = self.store.folder.written_bytes
+
+    def _record(self, cache: KVSwapCache | None = None) -> None:
+        """Count what was written since the last call as written, whether it was committed or not."""
+        cache = cache if cache is not None else self._cache
+        data_bytes = cache.stats.disk_write_bytes if cache is not None else 0
+        total_bytes = self.store.folder.written_bytes + data_bytes
+        self._quota.record(total_bytes - self._counted_bytes)
+        self._counted_bytes = total_bytes
 
     def _check_open(self) -> None:
         if self._closed:

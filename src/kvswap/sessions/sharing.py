@@ -28,6 +28,7 @@ from kvswap.sessions.committed import MANIFEST
 from kvswap.sessions.lock import new_session_folder
 from kvswap.sessions.manifest import Checkpoint, Manifest, Segment
 from kvswap.sessions.manifest_json import encode
+from kvswap.sessions.quota import counted
 
 MIN_SHARED_TOKENS = 256
 """A shorter prefix is computed sooner than it is shared."""
@@ -44,7 +45,8 @@ def fork(source: SessionStore, path: Path) -> int:
     The fork appears complete or not at all. Raises SessionError where the name is taken, DiskWriteError, DiskFullError.
     """
     sign = source.sealer.sign
-    with new_session_folder(path) as target:
+    encrypted = source.manifest.encryption is not None
+    with new_session_folder(path, encrypted=encrypted) as target, counted(target):
         _share_files(source.folder, target, list(source.manifest.files()))
         now = int(time.time())
         manifest = replace(
@@ -89,12 +91,7 @@ def find_prefix(paths: Sequence[Path], ids: Sequence[int], fits: Callable[[Manif
     for path in paths:
         try:
             with SessionStore.open(path, write=False) as store:
-                layout = store.manifest.layout
-                if layout is None or not fits(store.manifest):
-                    continue
-                contents = store.load(tail_only=True)
-                if contents is not None:
-                    found.append((shareable_tokens(ids, contents, layout.group_tokens), path))
+                found.append((_common_now(store, ids, fits), path))
         except (KVSwapError, OSError):
             continue
     return sorted((each for each in found if each[0] >= MIN_SHARED_TOKENS), reverse=True)
@@ -102,31 +99,44 @@ def find_prefix(paths: Sequence[Path], ids: Sequence[int], fits: Callable[[Manif
 
 def share_prefix(
     target: SessionStore, ids: Sequence[int], fits: Callable[[Manifest], bool], conversation: bytes = b""
-) -> tuple[str, int]:
+) -> str | None:
     """Let an empty session begin with the longest prefix of ``ids`` that a closed session beside it stores.
 
-    Returns the name of that session, and bytes of new disk; no name where no session ``fits`` and shares enough.
-    Raises DiskError.
+    Returns the name of that session; None where no session ``fits`` and shares enough. Raises DiskError.
     """
     encrypted = target.manifest.encryption is not None
 
     def usable(found: Manifest) -> bool:
         return (found.encryption is not None) == encrypted and fits(found)
 
-    for tokens, path in find_prefix(sibling_paths(target.folder.path), ids, usable):
+    for _, path in find_prefix(sibling_paths(target.folder.path), ids, usable):
         try:
             source = SessionStore.open(path, write=True)  # fails while another process has it open
         except KVSwapError:
             continue
         with source:
-            written_bytes = _copy_prefix(target, source, tokens, conversation)
-            _logger.debug("%s: shares %d tokens with %s", target.label, tokens, source.label)
-            return source.name, written_bytes
-    return "", 0
+            tokens = _common_now(source, ids, usable)  # another process may have changed or replaced it meanwhile
+            if tokens >= MIN_SHARED_TOKENS:
+                _copy_prefix(target, source, tokens, conversation)
+                _logger.debug("%s: shares %d tokens with %s", target.label, tokens, source.label)
+                return source.name
+    return None
 
 
-def _copy_prefix(target: SessionStore, source: SessionStore, tokens: int, conversation: bytes) -> int:
-    """Let an empty session begin with the first ``tokens`` of ``source``; bytes of new disk.
+def _common_now(source: SessionStore, ids: Sequence[int], fits: Callable[[Manifest], bool]) -> int:
+    """Tokens of ``ids`` that a session can share as it is now; 0 where it does not fit or cannot be read."""
+    layout = source.manifest.layout
+    if layout is None or not fits(source.manifest):
+        return 0
+    try:
+        contents = source.load(tail_only=True)
+    except KVSwapError:
+        return 0
+    return shareable_tokens(ids, contents, layout.group_tokens) if contents is not None else 0
+
+
+def _copy_prefix(target: SessionStore, source: SessionStore, tokens: int, conversation: bytes) -> None:
+    """Let an empty session begin with the first ``tokens`` of ``source``.
 
     Both are open for writing, and both are encrypted or none is. The target gets the key of the source, but neither its
     earlier checkpoints nor its conversation, but ``conversation``. An interruption leaves the target empty.
@@ -162,7 +172,6 @@ def _copy_prefix(target: SessionStore, source: SessionStore, tokens: int, conver
         ),
         sealer=source.sealer,
     )
-    return target.folder.written_bytes - before_bytes
 
 
 def _shared_segments(manifest: Manifest, checkpoint: Checkpoint) -> tuple[Segment, ...]:
