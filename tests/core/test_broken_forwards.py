@@ -101,7 +101,7 @@ def test_space_is_checked_before_anything_is_computed(
 
 def test_memory_is_checked_before_anything_is_computed(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("llama")
-    monkeypatch.setattr("kvswap.core.cache.available_bytes", lambda: 1 << 20)
+    monkeypatch.setattr("kvswap.core.prompt_memory.available_bytes", lambda: 1 << 20)
     from kvswap.errors import MemoryBudgetError
 
     with attach(model, config) as cache, torch.no_grad():

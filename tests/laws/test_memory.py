@@ -93,7 +93,7 @@ def test_a_prompt_that_is_refused_changes_no_account(tmp_path, monkeypatch):
         ledger = cache._state.ledger
         before = dict(ledger.reserved), dict(ledger.peaks), ledger.limit_bytes, cache.stats.reuse_slots
         with monkeypatch.context() as patch:
-            patch.setattr("kvswap.core.cache.available_bytes", lambda: 1 << 10)
+            patch.setattr("kvswap.core.prompt_memory.available_bytes", lambda: 1 << 10)
             with pytest.raises(MemoryBudgetError, match="of memory are free"):
                 forced_logits(model, tokens(1, 600), tokens(1, 1), cache)
         with pytest.raises(MemoryBudgetError, match="is used up"):

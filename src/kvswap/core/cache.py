@@ -24,16 +24,15 @@ from kvswap.core.cache_stats import CacheStats
 from kvswap.core.decode import Decode
 from kvswap.core.layer_major import FullCache, LayerForward, LayerMajorCache, Progress, offloaded_layers, special
 from kvswap.core.load_or_recompute import Rates
-from kvswap.core.prefill import Prefill, chunk_spans
+from kvswap.core.prefill import Prefill
+from kvswap.core.prompt_memory import check_free_memory, prompt_needs
 from kvswap.disk.backend import ReadBackend
-from kvswap.errors import MemoryBudgetError, UnsupportedError
-from kvswap.memory.available import available_bytes, device_available_bytes
-from kvswap.memory.budget import PROMPT_PARTS, PrefillNeeds
+from kvswap.errors import UnsupportedError
+from kvswap.memory.budget import PROMPT_PARTS
 from kvswap.models.adapter import LayerParts, ModelParts
 from kvswap.models.masks import DeferredMask, left_pads
 from kvswap.selection.method import Method, SketchMaker
 from kvswap.selection.sketch import LayerSketch
-from kvswap.store.layout import tile_groups
 from kvswap.units import format_bytes, format_parts
 
 _log = logging.getLogger("kvswap")
@@ -91,7 +90,11 @@ class KVSwapCache(LayerMajorCache):
         super().begin(hidden, mask)
         batch, tokens = hidden.shape[:2]
         padding = mask.padding
-        transient_bytes = 0 if self._decoding else self._check_memory(hidden)
+        transient_bytes = 0
+        if not self._decoding:
+            appended, implementation = self._stored > 0, self.implementation
+            needs = prompt_needs(self.parts, self._shape, self.config, hidden, implementation, appended=appended)
+            transient_bytes = check_free_memory(needs, hidden.device)
         answer_tokens, self.answer_tokens = self.answer_tokens, 0
         if self._state is not None and self.config.kv_memory != "auto":
             self._state.needs.check_answer(self._state.ledger.limit_bytes, self._stored + tokens, answer_tokens)
@@ -227,42 +230,6 @@ class KVSwapCache(LayerMajorCache):
                 f"the input begins at position {int(first[0]):,}, but {int(stored[0]):,} tokens are stored",
                 hint="pass the stored tokens and new ones after them, or keep fewer with cache.truncate(tokens)",
             )
-
-    def _check_memory(self, hidden: torch.Tensor) -> int:
-        """Temporary memory that a prompt needs, in bytes. Raises MemoryBudgetError where less is free."""
-        shape, (batch, tokens, elements) = self._shape, hidden.shape
-        sliding = [self.parts.layer_kwargs[part.index] for part in self.parts.layers if part.order is None]
-        needs = PrefillNeeds(
-            batch=batch,
-            tokens=tokens,
-            chunk_tokens=max(stop - start for start, stop in chunk_spans(tokens, self.chunk_tokens)),
-            hidden_elements=elements,
-            inner_elements=getattr(self.parts.config, "intermediate_size", 4 * elements),
-            query_heads=shape.query_heads,
-            query_elements=shape.query_heads * shape.head_dim,
-            key_elements=shape.kv_heads * shape.head_dim,
-            itemsize_bytes=hidden.element_size(),
-            eager=self.implementation == "eager",
-            tile_bytes=self._tile_bytes(tokens) if self._stored else 0,
-            ropes=len({part.layer_type for part in self.parts.layers}),
-            sliding_tokens=sum(min(tokens, each.get("sliding_window") or 0) for each in sliding),
-        )
-        transient_bytes = needs.transient_bytes()
-        free_bytes = available_bytes() if hidden.device.type == "cpu" else device_available_bytes(hidden.device)
-        if free_bytes is not None and transient_bytes > free_bytes:
-            where = "memory" if hidden.device.type == "cpu" else f"the memory of {hidden.device}"
-            raise MemoryBudgetError(
-                f"prefill of {batch * tokens:,} tokens needs {format_bytes(transient_bytes)} temporarily, "
-                f"{format_bytes(free_bytes)} of {where} are free",
-                hint="close other programs, shorten the context, or lower chunk_tokens",
-            )
-        return transient_bytes
-
-    def _tile_bytes(self, queries: int) -> int:
-        """Bytes that are read at a time of what is stored, for a prompt of ``queries`` tokens."""
-        group_tokens, shape = self.config.group_tokens, self._shape
-        slot_bytes = group_tokens * 2 * shape.kv_heads * shape.head_dim * shape.store_dtype.itemsize  # or a bit more
-        return tile_groups(slot_bytes, group_tokens, queries=queries) * slot_bytes
 
     def _open(self, batch: int, tokens: int, answer_tokens: int = 0) -> BatchState:
         binding = self._binding

@@ -44,7 +44,8 @@ from kvswap.sessions.manifest import (
     Segment,
 )
 from kvswap.sessions.manifest_json import encode
-from kvswap.sessions.seal import Sealer, text_sum
+from kvswap.sessions.seal import Sealer
+from kvswap.sessions.whole_files import check_files_of, read_blob, read_file, write_blob
 
 BASIS = "basis"
 
@@ -65,7 +66,7 @@ class SessionStore:
         try:
             self._committed = Committed(folder, self.label, write=write)
             if check_files:
-                self._committed.steady(self._check_files)
+                self._committed.steady(lambda: check_files_of(folder, self.manifest, self.label))
             if write and check_files:
                 self._remove_leftovers()
             self._sound = check_files
@@ -165,7 +166,10 @@ class SessionStore:
         layout, indexes = manifest.layout, []
         pairs = () if tail_only else checkpoint.segments
         for (segment, ends), (number, index_bytes) in zip(manifest.ends(checkpoint), pairs, strict=False):
-            data, label = self._read(f"index-{number}", index_bytes), f"{self.label}: index-{number}"
+            data, label = (
+                read_file(self.folder, f"index-{number}", index_bytes, self.label),
+                f"{self.label}: index-{number}",
+            )
             indexes.append(decode_index(data, layout, self.sealer, number, segment.start, ends, label))
         tail = cut[1] if cut else decode_tail(self._read_blob(checkpoint.tail), layout, checkpoint, self.label)
         groups = join_indexes(indexes) if indexes else empty_index(layout, self.sealer)
@@ -376,32 +380,8 @@ class SessionStore:
         except (KVSwapError, OSError):
             return False
 
-    def _check_files(self) -> None:
-        for name, size_bytes in self.manifest.files().items():
-            try:
-                os.close(self.folder.open(name))  # a plain file of this user
-                found_bytes = self.folder.stat(name).st_size
-            except FileNotFoundError as error:
-                raise damaged(self.label, f"{name} is gone") from error
-            if found_bytes < size_bytes:
-                raise damaged(self.label, f"{name} has {found_bytes:,} bytes instead of {size_bytes:,}")
-
-    def _read(self, name: str, size_bytes: int) -> bytes:
-        try:
-            data = self.folder.read(name, size_bytes)
-        except FileNotFoundError as error:
-            raise damaged(self.label, f"{name} is gone") from error
-        if len(data) != size_bytes:
-            raise damaged(self.label, f"{name} ends too early")
-        return data
-
     def _read_blob(self, blob: Blob) -> bytes:
-        data = self._read(blob.file, blob.bytes)
-        if text_sum(data) != blob.xxh3:
-            raise damaged(self.label, f"{blob.file} is not what was written")
-        return self.sealer.unwrap(data, blob.file, self.label)
+        return read_blob(self.folder, blob, self.sealer, self.label)
 
     def _write_blob(self, folder: PrivateFolder, name: str, data: bytes) -> Blob:
-        data = self.sealer.wrap(data, name)
-        folder.write(name, data)
-        return Blob(file=name, bytes=len(data), xxh3=text_sum(data))
+        return write_blob(folder, name, data, self.sealer)
