@@ -48,9 +48,7 @@ class Slab:
             if most_bytes == self.nbytes:
                 raise
             self._map = mmap.mmap(-1, self.nbytes, flags=flags)
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            with contextlib.suppress(OSError):  # a kernel without them
-                self._map.madvise(mmap.MADV_HUGEPAGE)
+        self._advise()
         self.array: NDArray[np.uint8] = np.frombuffer(self._map, dtype=np.uint8)
         self.address = int(self.array.ctypes.data)
 
@@ -59,6 +57,17 @@ class Slab:
         if not self.nbytes <= nbytes <= self.array.nbytes:
             raise ValueError(f"cannot grow a slab from {self.nbytes} to {nbytes} of {self.array.nbytes} bytes")
         self.nbytes = round_up(nbytes, mmap.PAGESIZE)
+        self._advise()
+
+    def _advise(self) -> None:
+        """Ask for huge pages, but for none that reaches past ``nbytes``: it would take memory that nobody counts."""
+        if not hasattr(mmap, "MADV_HUGEPAGE"):
+            return
+        rest = len(self._map) - self.nbytes
+        with contextlib.suppress(OSError):  # a kernel without them
+            self._map.madvise(mmap.MADV_HUGEPAGE, 0, self.nbytes)
+            if rest:
+                self._map.madvise(mmap.MADV_NOHUGEPAGE, self.nbytes, rest)
 
     def shrink(self, nbytes: int) -> None:
         """Give the pages past ``nbytes`` back to the system. The mapping stays; what was in them is lost."""
