@@ -86,7 +86,7 @@ def test_space_is_checked_before_anything_is_computed(
     config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = tiny_model("llama")
-    monkeypatch.setattr("kvswap.disk.files.free_bytes", lambda path: 1 << 20)
+    monkeypatch.setattr("kvswap.disk.files.free_bytes", lambda path: 64 << 10)
     computed: list[int] = []
     model.model.layers[0].mlp.register_forward_hook(lambda *_: computed.append(1))
     with (

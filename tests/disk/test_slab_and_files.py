@@ -47,6 +47,22 @@ def test_shrink_gives_memory_back() -> None:
     slab.close()
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_slab_that_can_grow_takes_no_more_than_is_used() -> None:
+    slab = Slab(3 << 20, 64 << 20)
+    assert (slab.nbytes, slab.array.nbytes) == (3 << 20, 64 << 20)
+    before = rss_anon_bytes()
+    for size in (3 << 20, 5 << 20, 9 << 20):
+        slab.grow(size)
+        slab.array[:size] = 1
+        assert size - (1 << 19) <= rss_anon_bytes() - before <= size + (1 << 19)
+    slab.shrink(1 << 20)
+    assert rss_anon_bytes() - before <= (1 << 20) + (1 << 19)
+    with pytest.raises(ValueError, match="grow"):
+        slab.grow(65 << 20)
+    slab.close()
+
+
 def vm_flags(address: int) -> list[str]:
     """What the kernel notes of the mapping that holds an address."""
     inside = False

@@ -48,7 +48,7 @@ class Slab:
             if most_bytes == self.nbytes:
                 raise
             self._map = mmap.mmap(-1, self.nbytes, flags=flags)
-        self._advise_huge_pages()
+        self._advise()
         self.array: NDArray[np.uint8] = np.frombuffer(self._map, dtype=np.uint8)
         self.address = int(self.array.ctypes.data)
 
@@ -57,15 +57,17 @@ class Slab:
         if not self.nbytes <= nbytes <= self.array.nbytes:
             raise ValueError(f"cannot grow a slab from {self.nbytes} to {nbytes} of {self.array.nbytes} bytes")
         self.nbytes = round_up(nbytes, mmap.PAGESIZE)
-        self._advise_huge_pages()
+        self._advise()
 
-    def _advise_huge_pages(self) -> None:
-        """Ask for huge pages where they hold nothing but bytes that may be used: touching one charges it whole."""
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            with contextlib.suppress(OSError):  # a kernel without them
-                self._map.madvise(mmap.MADV_HUGEPAGE, 0, self.nbytes)
-                if self.nbytes < len(self._map):
-                    self._map.madvise(mmap.MADV_NOHUGEPAGE, self.nbytes)
+    def _advise(self) -> None:
+        """Ask for huge pages, but for none that reaches past ``nbytes``: it would take memory that nobody counts."""
+        if not hasattr(mmap, "MADV_HUGEPAGE"):
+            return
+        rest = len(self._map) - self.nbytes
+        with contextlib.suppress(OSError):  # a kernel without them
+            self._map.madvise(mmap.MADV_HUGEPAGE, 0, self.nbytes)
+            if rest:
+                self._map.madvise(mmap.MADV_NOHUGEPAGE, self.nbytes, rest)
 
     def shrink(self, nbytes: int) -> None:
         """Give the pages past ``nbytes`` back to the system. The mapping stays; what was in them is lost."""
