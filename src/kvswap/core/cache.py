@@ -21,6 +21,8 @@ from kvswap.config import Config
 from kvswap.core.batch_state import BatchState, Shape, open_state
 from kvswap.core.binding import Binding
 from kvswap.core.cache_stats import CacheStats
+from kvswap.core.compiled_layers import CompiledLayers
+from kvswap.core.compiled_step import CompiledDecode
 from kvswap.core.decode import Decode
 from kvswap.core.layer_major import FullCache, LayerForward, LayerMajorCache, Progress, offloaded_layers, special
 from kvswap.core.load_or_recompute import Rates
@@ -53,6 +55,7 @@ class KVSwapCache(LayerMajorCache):
         check_space: Callable[[int], None],
         on_progress: Progress | None,
         binding: Binding | None = None,
+        compiled: CompiledLayers | None = None,
     ) -> None:
         layers = offloaded_layers(parts, self)
         super().__init__(parts, implementation, layers, chunk_tokens=config.chunk_tokens, on_progress=on_progress)
@@ -81,6 +84,7 @@ class KVSwapCache(LayerMajorCache):
         # with positions in two dimensions, a picture takes fewer positions than tokens
         self._counts_pictures = "mrope_section" in repr(getattr(parts.config, "rope_parameters", None))
         self._decode_type: type[Decode] = method.decode or Decode
+        self._compiled = compiled if self._decode_type is Decode and method.slots is None else None
 
     # ---- a forward
 
@@ -94,7 +98,7 @@ class KVSwapCache(LayerMajorCache):
         if self._state is None:
             self._pads = _left_pads(padding, batch, self._stored + tokens)
             self._state = self._open(batch, self._stored + tokens)
-            self._decode = self._decode_type(self._state, self.parts)
+            self._decode = self._open_decode(self._state)
         elif batch != self._state.batch:
             raise UnsupportedError(f"batch of {batch} on a cache of {self._state.batch}", hint="attach anew for it")
         elif padding is not None and not bool(padding[:, self._stored :].all()):
@@ -144,6 +148,9 @@ class KVSwapCache(LayerMajorCache):
     ) -> Any:
         """Start what the next layer needs, then run this one."""
         assert self._decode is not None
+        if isinstance(self._decode, CompiledDecode) and (layer := self._decode.layer(part)) is not None:
+            kwargs["kvswap_call"].attended = True
+            return self._decode.run(part, layer, hidden, kwargs)
         self._decode.enter(part, hidden, kwargs)
         if part.order is None:
             return super().decode_layer(part, forward, hidden, kwargs)
@@ -184,7 +191,7 @@ class KVSwapCache(LayerMajorCache):
         batch, _, tokens, _ = source.layers[self.parts.offloaded[0].index].keys.shape
         self._pads = np.zeros(batch, np.int64)
         self._state = self._open(batch, tokens)
-        self._decode = self._decode_type(self._state, self.parts)
+        self._decode = self._open_decode(self._state)
         prefill = Prefill(self._state, tokens, self._pads)
         for part in self.parts.layers:
             layer = source.layers[part.index]
@@ -271,6 +278,11 @@ class KVSwapCache(LayerMajorCache):
         parts, limit = format_parts(state.ledger.reserved), format_bytes(state.ledger.limit_bytes)
         _log.debug("plan for %d x %d tokens under %s: %s", batch, tokens, limit, parts)
         return state
+
+    def _open_decode(self, state: BatchState) -> Decode:
+        if self._compiled is not None and self._compiled.layers:
+            return CompiledDecode(state, self.parts, self._compiled)
+        return self._decode_type(state, self.parts)
 
     # ---- a session
 

@@ -142,6 +142,18 @@ class Decode:
         """
         state, step = self.state, self.step
         assert step is not None
+        fetch = self.arrive(layer)
+        slots, valid = step.attended(self._first_pinned[layer], fetch.found.slots, fetch.valid)
+        kv = self.gather(layer, slots, fetch, step)
+        mask = self.mask(layer, valid, slots.shape[1], step)
+        if mask is None:
+            kv = kv[:, :, :, : kv.shape[3] - state.window.group_tokens + int(step.offset[0]) + 1]
+        self.keep(layer, fetch)
+        return kv[0], kv[1], mask
+
+    def arrive(self, layer: int) -> Fetch:
+        """Wait for the reads of ``layer``; then its groups are in their slots. A lap begins."""
+        state = self.state
         fetch = self.latest[layer] = self._fetches.pop(layer)
         state.store.backend.wait(fetch.ticket)
         state.trace.lap()
@@ -150,14 +162,12 @@ class Decode:
             rows = layer * state.batch + found.sequences
             state.store.unseal(rows, found.groups, *state.pool.staged(fetch.half, found.staged))
         state.pool.publish(fetch.half, found.filled)
-        slots, valid = step.attended(self._first_pinned[layer], found.slots, fetch.valid)
-        kv = self.gather(layer, slots, fetch, step)
-        mask = self.mask(layer, valid, slots.shape[1], step)
-        if mask is None:
-            kv = kv[:, :, :, : kv.shape[3] - state.window.group_tokens + int(step.offset[0]) + 1]
-        state.pool.admit(layer, found.sequences, found.groups, found.staged)
-        state.trace.lap("slots_s")
-        return kv[0], kv[1], mask
+        return fetch
+
+    def keep(self, layer: int, fetch: Fetch) -> None:
+        """Keep what was read for ``layer`` where that is worth more than what a slot holds. The lap ends."""
+        self.state.pool.admit(layer, fetch.found.sequences, fetch.found.groups, fetch.found.staged)
+        self.state.trace.lap("slots_s")
 
     # ---- parts of the path that a published method may replace (lab/rivals/parts/decoding.py)
 

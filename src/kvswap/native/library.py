@@ -27,6 +27,10 @@ _SIGNATURES: dict[str, tuple[tuple[type, ...], type | None]] = {
     "plan_reads": ((_P, _P, _I, _I, _I, _P, _P, _P, _P, _P, _P), _I),
     "admit": ((_P, _I, _I, _P, _P, _P, _P, _I, _I, _I, _P, _I, _I, _P, _P, _I, _P, _P, _I, _I), _I),
     "gather": ((_P, _I, _I, _P, _I, _I, _I, _I, _I, _I, _P), _I),
+    "step_bytes": ((_P, _I, _I), _I),
+    "step_query": ((_P, _P, _P, _P), _I),
+    "step_begin": ((_P, _P, _P, _P, _P, _P), _I),
+    "step_finish": ((_P, _P, _P, _P, _P, _I, _P, _P), _I),
     "put_tokens": ((_P, _I, _I, _P, _P, _I, _I, _I, _I, _I, _P, _P, _P), _I),
 }
 """Arguments and result of each function; in C its name begins with ``kvswap_``."""
