@@ -6,11 +6,14 @@
  * dot_scaled  sums so far, and four products each times a factor: one for the first 16 codes, one for the rest
  * pairs       sums of two products of 16 with 16 integers
  * add         a * b + c, rounded once
+ * nibbles     the low four bits of 16 bytes, then their high ones
  * spread      16 where a bit is set
  * half        a float16 as float; `halves` eight of them
  *
  * Eight sums run side by side in the order of columns, and are added up at the end of a row.
  */
+
+#define UNROLL _Pragma("GCC unroll 8")
 
 TARGET INLINE u8x32 NAME(load)(const void *from) {
     u8x32 found;
@@ -39,14 +42,6 @@ TARGET INLINE u8x32 NAME(bits)(u8x32 bytes, const int right, const int left, con
     return (u8x32)((u16x16)bytes >> right << left) & all;
 }
 
-/* The low four bits of 16 bytes, then their high ones. */
-TARGET INLINE u8x32 NAME(nibbles)(const uint8_t *from) {
-    union { u8x16 half[2]; u8x32 whole; } both;
-    memcpy(&both.half[0], from, 16);
-    both.half[1] = (u8x16)((__attribute__((vector_size(16))) uint16_t)both.half[0] >> 4);
-    return NAME(bits)(both.whole, 0, 0, 15);
-}
-
 /* One short block: unsigned codes (signed of Q8_0), what one is worth, and what is added to each. */
 TARGET INLINE u8x32 NAME(short_block)(const uint8_t *block, const int type, float *step, float *offset) {
     const int middle = type == Q4_0 ? 8 : type == Q5_0 ? 16 : 0, head = type == Q4_1 || type == Q5_1 ? 4 : 2;
@@ -66,10 +61,10 @@ TARGET INLINE void NAME(multiply_short)(const kvswap_matrix *m, int64_t row, con
     float rest[4] = {0, 0, 0, 0};
     const uint8_t *data = m->data + row * m->row_bytes;
     for (int64_t b = 0; b < m->columns / SHORT; b++)
-        for (int r = 0; r < rows; r++) {
+        UNROLL for (int r = 0; r < rows; r++) {
             float step, offset;
             const u8x32 codes = NAME(short_block)(data + r * m->row_bytes + b * SHORT_BYTES(type), type, &step, &offset);
-            for (int n = 0; n < count; n++) {
+            UNROLL for (int n = 0; n < count; n++) {
                 const s8x32 rounded = (s8x32)NAME(load)(x[n].codes + b * SHORT);
                 const s32x8 dot = type == Q8_0 ? NAME(dot_signed)((s8x32)codes, rounded) : NAME(dot)(codes, rounded);
                 const int k = r + n;
@@ -77,8 +72,8 @@ TARGET INLINE void NAME(multiply_short)(const kvswap_matrix *m, int64_t row, con
                 if (type != Q8_0) rest[k] = __builtin_fmaf(offset, x[n].sums[b], rest[k]);
             }
         }
-    for (int r = 0; r < rows; r++)
-        for (int n = 0; n < count; n++) y[n * stride + r] = NAME(total)(sums[r + n]) + rest[r + n];
+    UNROLL for (int r = 0; r < rows; r++)
+        UNROLL for (int n = 0; n < count; n++) y[n * stride + r] = NAME(total)(sums[r + n]) + rest[r + n];
 }
 
 /* Part s of a long block: 32 unsigned codes. */
@@ -116,22 +111,21 @@ TARGET INLINE void NAME(multiply_long)(const kvswap_matrix *m, int64_t row, cons
     f32x8 rest[4] = {NAME(splat)(0), NAME(splat)(0), NAME(splat)(0), NAME(splat)(0)};
     const uint8_t *data = m->data + row * m->row_bytes;
     for (int64_t b = 0; b < m->columns / LONG; b++)
-        for (int r = 0; r < rows; r++) {
+        UNROLL for (int r = 0; r < rows; r++) {
             const uint8_t *block = data + r * m->row_bytes + b * LONG_BYTES(type);
             int16_t scales[16];
             s32x8 dots[4];
             NAME(long_scales)(block, type, scales);
-            for (int n = 0; n < count; n++) dots[n] = (s32x8){0};
-#pragma GCC unroll 8
-            for (int s = 0; s < 8; s++) {
+            UNROLL for (int n = 0; n < count; n++) dots[n] = (s32x8){0};
+            UNROLL for (int s = 0; s < 8; s++) {
                 const u8x32 codes = NAME(long_codes)(block, type, s);
                 const int16_t low = scales[type == Q6_K ? 2 * s : s], high = scales[type == Q6_K ? 2 * s + 1 : s];
-                for (int n = 0; n < count; n++)
+                UNROLL for (int n = 0; n < count; n++)
                     dots[n] = NAME(dot_scaled)(dots[n], codes, (s8x32)NAME(load)(x[n].codes + b * LONG + s * 32), low, high);
             }
             const float step = NAME(half_at)(block + (type == Q6_K ? 208 : 0));
             const float least = type == Q6_K ? 0.0f : -NAME(half_at)(block + 2);
-            for (int n = 0; n < count; n++) {
+            UNROLL for (int n = 0; n < count; n++) {
                 const int k = r + n;
                 const float worth = x[n].steps[b];
                 if (type == Q6_K) dots[n] -= NAME(pairs)(scales, x[n].sum16 + b * 16) * 32;
@@ -143,8 +137,8 @@ TARGET INLINE void NAME(multiply_long)(const kvswap_matrix *m, int64_t row, cons
                 rest[k] = NAME(add)(NAME(splat)(least * worth), __builtin_convertvector(offset, f32x8), rest[k]);
             }
         }
-    for (int r = 0; r < rows; r++)
-        for (int n = 0; n < count; n++) y[n * stride + r] = NAME(total)(sums[r + n]) + NAME(total)(rest[r + n]);
+    UNROLL for (int r = 0; r < rows; r++)
+        UNROLL for (int n = 0; n < count; n++) y[n * stride + r] = NAME(total)(sums[r + n]) + NAME(total)(rest[r + n]);
 }
 
 /* Eight weights that are floats. */
@@ -179,9 +173,9 @@ TARGET INLINE void NAME(multiply_floats)(const kvswap_matrix *m, int64_t row, co
     const int size = type == F32 ? 4 : 2;
     int64_t i = 0;
     for (; i + 8 <= m->columns; i += 8)
-        for (int r = 0; r < rows; r++) {
+        UNROLL for (int r = 0; r < rows; r++) {
             const f32x8 weights = NAME(floats)(data + r * m->row_bytes + i * size, type);
-            for (int n = 0; n < count; n++) {
+            UNROLL for (int n = 0; n < count; n++) {
                 f32x8 eight;
                 memcpy(&eight, x[n].floats + i, 32);
                 sums[r + n] = NAME(add)(weights, eight, sums[r + n]);
@@ -192,12 +186,12 @@ TARGET INLINE void NAME(multiply_floats)(const kvswap_matrix *m, int64_t row, co
             for (int n = 0; n < count; n++)
                 rest[r + n] = __builtin_fmaf(NAME(float_at)(data + r * m->row_bytes + i * size, type), x[n].floats[i],
                                              rest[r + n]);
-    for (int r = 0; r < rows; r++)
-        for (int n = 0; n < count; n++) y[n * stride + r] = NAME(total)(sums[r + n]) + rest[r + n];
+    UNROLL for (int r = 0; r < rows; r++)
+        UNROLL for (int n = 0; n < count; n++) y[n * stride + r] = NAME(total)(sums[r + n]) + rest[r + n];
 }
 
 /* All rows with all vectors: a few rows at a time with every vector, so that they are read from memory once. */
-#define SHAPES(function, type)                                                                        \
+#define SHAPES(function, type, ROWS)                                                                       \
     for (int64_t tile = first; tile < last; tile += 16) {                                             \
         const int64_t end = tile + 16 < last ? tile + 16 : last;                                      \
         for (int64_t n = 0; n < count;) {                                                             \
@@ -210,7 +204,7 @@ TARGET INLINE void NAME(multiply_floats)(const kvswap_matrix *m, int64_t row, co
                 for (; row < end; row++) function(m, row, x + n, to + row, stride, type, 1, 2);       \
                 n += 2;                                                                               \
             } else {                                                                                  \
-                for (; row + 4 <= end; row += 4) function(m, row, x + n, to + row, stride, type, 4, 1); \
+                for (; row + ROWS <= end; row += ROWS) function(m, row, x + n, to + row, stride, type, ROWS, 1); \
                 for (; row < end; row++) function(m, row, x + n, to + row, stride, type, 1, 1);       \
                 n += 1;                                                                               \
             }                                                                                         \
@@ -221,17 +215,17 @@ TARGET INLINE void NAME(multiply_floats)(const kvswap_matrix *m, int64_t row, co
 TARGET static void NAME(multiply)(const kvswap_matrix *m, const Vector *x, int64_t count, int64_t first, int64_t last,
                                   float *y, int64_t stride) {
     switch (m->type) {
-    case F32: SHAPES(NAME(multiply_floats), F32)
-    case F16: SHAPES(NAME(multiply_floats), F16)
-    case BF16: SHAPES(NAME(multiply_floats), BF16)
-    case Q4_0: SHAPES(NAME(multiply_short), Q4_0)
-    case Q4_1: SHAPES(NAME(multiply_short), Q4_1)
-    case Q5_0: SHAPES(NAME(multiply_short), Q5_0)
-    case Q5_1: SHAPES(NAME(multiply_short), Q5_1)
-    case Q8_0: SHAPES(NAME(multiply_short), Q8_0)
-    case Q4_K: SHAPES(NAME(multiply_long), Q4_K)
-    case Q5_K: SHAPES(NAME(multiply_long), Q5_K)
-    case Q6_K: SHAPES(NAME(multiply_long), Q6_K)
+    case F32: SHAPES(NAME(multiply_floats), F32, 4)
+    case F16: SHAPES(NAME(multiply_floats), F16, 4)
+    case BF16: SHAPES(NAME(multiply_floats), BF16, 4)
+    case Q4_0: SHAPES(NAME(multiply_short), Q4_0, 4)
+    case Q4_1: SHAPES(NAME(multiply_short), Q4_1, 4)
+    case Q5_0: SHAPES(NAME(multiply_short), Q5_0, 4)
+    case Q5_1: SHAPES(NAME(multiply_short), Q5_1, 4)
+    case Q8_0: SHAPES(NAME(multiply_short), Q8_0, 4)
+    case Q4_K: SHAPES(NAME(multiply_long), Q4_K, 1)
+    case Q5_K: SHAPES(NAME(multiply_long), Q5_K, 1)
+    case Q6_K: SHAPES(NAME(multiply_long), Q6_K, 1)
     default: break;
     }
 }
@@ -258,8 +252,7 @@ TARGET INLINE void NAME(unpack_long)(const uint8_t *row, int64_t columns, const 
         const float least = type == Q6_K ? 0.0f : NAME(half_at)(row + 2);
         int16_t scales[16];
         NAME(long_scales)(row, type, scales);
-#pragma GCC unroll 8
-        for (int s = 0; s < 8; s++, out += 32) {
+        UNROLL for (int s = 0; s < 8; s++, out += 32) {
             const u8x32 found = NAME(long_codes)(row, type, s);
             uint8_t codes[32];
             memcpy(codes, &found, 32);
@@ -302,3 +295,5 @@ TARGET static void NAME(unpack)(const kvswap_matrix *m, int64_t first, int64_t l
         }
     }
 }
+
+#undef UNROLL

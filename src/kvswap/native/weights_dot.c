@@ -53,6 +53,17 @@ INLINE f32x8 add_plain(f32x8 a, f32x8 b, f32x8 c) {
     return found;
 }
 
+INLINE u8x32 nibbles_plain(const uint8_t *from) {
+    uint8_t bytes[32];
+    u8x32 found;
+    for (int i = 0; i < 16; i++) {
+        bytes[i] = from[i] & 15;
+        bytes[16 + i] = from[i] >> 4;
+    }
+    memcpy(&found, bytes, 32);
+    return found;
+}
+
 INLINE u8x32 spread_plain(uint32_t bits) {
     uint8_t bytes[32];
     u8x32 found;
@@ -86,6 +97,11 @@ INLINE f32x8 halves_plain(const uint8_t *from) {
     }                                                                                                                  \
     TARGET INLINE f32x8 add_##SUFFIX(f32x8 a, f32x8 b, f32x8 c) {                                                      \
         return (f32x8)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);                                                \
+    }                                                                                                                  \
+    TARGET INLINE u8x32 nibbles_##SUFFIX(const uint8_t *from) {                                                        \
+        const __m128i both = _mm_loadu_si128((const void *)from);                                                      \
+        const __m256i apart = _mm256_set_m128i(_mm_srli_epi16(both, 4), both);                                         \
+        return (u8x32)_mm256_and_si256(apart, _mm256_set1_epi8(15));                                                   \
     }                                                                                                                  \
     TARGET INLINE u8x32 spread_##SUFFIX(uint32_t bits) {                                                               \
         const __m256i place = _mm256_set_epi64x(0x0303030303030303, 0x0202020202020202, 0x0101010101010101, 0);        \
