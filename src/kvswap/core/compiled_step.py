@@ -1,7 +1,7 @@
 """Path two, compiled: one token goes through a decoder layer in three calls, while groups come from disk.
 
-``CompiledDecode`` is ``Decode`` with two differences. The query of a layer that can be compiled
-(``core/compiled_layers.py``) is predicted in one call. And such a layer runs in two: ``begin`` computes query, key and
+``CompiledDecode`` is ``Decode`` with two differences. The groups of a layer that can be compiled
+(``core/compiled_layers.py``) are chosen in one call. And such a layer runs in two: ``begin`` computes query, key and
 value, and ``finish`` attends to groups where they lie in slots and computes the rest of the layer. Python between the
 calls decides what is read and handles errors. Other layers go through their modules, as in ``Decode``, which is the
 specification. Used by the cache, in the thread that runs the model.
@@ -15,10 +15,12 @@ import torch
 
 from kvswap.core.batch_state import BatchState
 from kvswap.core.compiled_layers import CompiledLayers
-from kvswap.core.decode import Decode
+from kvswap.core.decode import Decode, not_finite, real_entries
 from kvswap.core.query_prediction import QueryPredictor
 from kvswap.models.adapter import LayerParts, ModelParts
 from kvswap.native.step_loops import TYPES, Layer, Scratch, Slots
+from kvswap.selection.kvswap import score
+from kvswap.selection.transform_sketch import TransformSketch
 
 Rope = tuple[torch.Tensor, torch.Tensor]
 
@@ -31,6 +33,7 @@ class CompiledDecode(Decode):
         self._found, self._layers = found, found.layers
         self._scratch = Scratch(list(found.layers.values()), state.batch, parts.dtype)
         self._predictor: CompiledPredictor = CompiledPredictor(parts, self)
+        self._own_scores = state.method.score is score
         self._slots: dict[torch.dtype, Slots] = {}
         self._ropes: dict[int, tuple[Rope, Rope]] = {}
 
@@ -50,6 +53,32 @@ class CompiledDecode(Decode):
         """The query ``[B, H_q, d]`` that ``layer`` is predicted to have from ``hidden`` ``[B, 1, E]``."""
         self._scratch.turn(*self._floats(rope), layer.head_dim)
         return self._scratch.query(layer, hidden)
+
+    def fetch_for(self, target: LayerParts, part: LayerParts, hidden: torch.Tensor, kwargs: dict[str, Any]) -> None:
+        """Start the reads for ``target``; see the base class. One call chooses, where query and scores are compiled."""
+        layer, order, step, window = self._layers.get(target.index), target.order, self.step, self.state.window
+        assert order is not None and step is not None
+        sketch = self.state.sketches[order]
+        codes = sketch.compiled(window.group_tokens) if isinstance(sketch, TransformSketch) else None
+        if layer is None or codes is None or not self._own_scores or not self.needs_query(order):
+            super().fetch_for(target, part, hidden, kwargs)
+            return
+        self.state.trace.lap()
+        self._scratch.turn(*self._floats(self._predictor.rope(target, part, hidden, kwargs)), layer.head_dim)
+        groups = self._scratch.choose(
+            layer,
+            hidden.contiguous(),
+            codes,
+            group_tokens=window.group_tokens,
+            first=window.sink_groups,
+            ends=step.ends,
+            count=self.state.select_groups[order],
+        )
+        if groups is None:
+            raise not_finite(order)
+        valid = real_entries(groups, step)
+        self.state.trace.lap("predict_s")
+        self.fetch(order, groups, valid)
 
     def run(self, part: LayerParts, layer: Layer, hidden: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
         """The output ``[B, 1, E]`` of ``part`` for the newest tokens ``hidden``; their K, V go to the rolling tail."""

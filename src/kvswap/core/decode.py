@@ -94,13 +94,17 @@ class Decode:
         """Start the reads for the layer after ``part``, from the input ``hidden`` ``[B, 1, E]`` of ``part``."""
         assert self._predictor is not None
         for target in self._predictor.targets(part):
-            assert target.order is not None
-            query = None
-            if self.needs_query(target.order):
-                self.state.trace.lap()
-                query = self._predictor.query(target, part, hidden, kwargs)
-                self.state.trace.lap("predict_s")
-            self.prefetch(target.order, query)
+            self.fetch_for(target, part, hidden, kwargs)
+
+    def fetch_for(self, target: LayerParts, part: LayerParts, hidden: torch.Tensor, kwargs: dict[str, Any]) -> None:
+        """Start the reads for ``target``, from the input ``hidden`` ``[B, 1, E]`` of ``part``."""
+        assert self._predictor is not None and target.order is not None
+        query = None
+        if self.needs_query(target.order):
+            self.state.trace.lap()
+            query = self._predictor.query(target, part, hidden, kwargs)
+            self.state.trace.lap("predict_s")
+        self.prefetch(target.order, query)
 
     def prefetch(self, layer: int, query: torch.Tensor | None) -> None:
         """Choose the groups of ``layer`` by ``query`` ``[B, H_q, d]`` and start reading those not in memory.
@@ -112,6 +116,12 @@ class Decode:
         state.trace.lap()
         groups, valid = self.choose(layer, query, step)
         state.trace.lap("predict_s")
+        self.fetch(layer, groups, valid)
+
+    def fetch(self, layer: int, groups: IntArray, valid: BoolArray | None) -> None:
+        """Start reading those of ``groups`` ``[B, n]`` of ``layer`` that are not in memory. A lap has begun."""
+        state, step = self.state, self.step
+        assert step is not None
         half, self._half = self._half, 1 - self._half
         found = find(state.pool, layer, groups, step.ends, gap_groups=self._gap_groups, half=half)
         state.trace.lap("slots_s")
@@ -181,16 +191,10 @@ class Decode:
         else:
             assert query is not None
             scores = state.method.score(state.sketches[layer], query, state.shape.scaling, state.window.group_tokens)
-            if math.isnan(float(scores[:, first : int(max(step.ends))].sum())):  # NaN compares with nothing
-                raise DamagedError(
-                    f"layer {layer}: keys or the query are not finite, so no group can be chosen",
-                    hint="check the model in its own dtype, or store_dtype, and begin the context anew",
-                )
+            if math.isnan(float(scores[:, first : int(max(step.ends))].sum())):
+                raise not_finite(layer)
             groups = top_groups(scores, first, step.ends, count).cpu().numpy()
-        if step.fewest_candidates >= groups.shape[1]:  # every sequence has as many
-            return groups, None
-        valid = groups < step.ends[:, None]
-        return groups, None if valid.all() else valid
+        return groups, real_entries(groups, step)
 
     def submit(self, found: Found) -> int:
         """Start the reads; returns the ticket to wait for."""
@@ -213,3 +217,19 @@ class Decode:
             _, fetch = self._fetches.popitem()  # a ticket is waited for once, also where its reads fail
             with contextlib.suppress(DiskError):
                 self.state.store.backend.wait(fetch.ticket)
+
+
+def real_entries(groups: IntArray, step: Step) -> BoolArray | None:
+    """Which of the chosen groups ``[B, n]`` are real, None: all."""
+    if step.fewest_candidates >= groups.shape[1]:  # every sequence has as many
+        return None
+    valid: BoolArray = groups < step.ends[:, None]
+    return None if valid.all() else valid
+
+
+def not_finite(layer: int) -> DamagedError:
+    """The error of scores that are not numbers: NaN compares with nothing."""
+    return DamagedError(
+        f"layer {layer}: keys or the query are not finite, so no group can be chosen",
+        hint="check the model in its own dtype, or store_dtype, and begin the context anew",
+    )

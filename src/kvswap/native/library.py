@@ -29,6 +29,8 @@ _SIGNATURES: dict[str, tuple[tuple[type, ...], type | None]] = {
     "gather": ((_P, _I, _I, _P, _I, _I, _I, _I, _I, _I, _P), _I),
     "step_bytes": ((_P, _I, _I), _I),
     "step_query": ((_P, _P, _P, _P), _I),
+    "choose_floats": ((_P, _P, _P, _I), _I),
+    "step_choose": ((_P, _P, _P, _P, _I, _I, _P, _I, _P, _I, _P), _I),
     "step_begin": ((_P, _P, _P, _P, _P, _P), _I),
     "step_finish": ((_P, _P, _P, _P, _P, _I, _P, _P), _I),
     "row_bytes": ((_I, _I), _I),

@@ -51,6 +51,9 @@ typedef struct {
     int64_t scratch_bytes;
 } Step;
 
+/* See step.c. */
+int64_t kvswap_step_query(const Layer *layer, const Step *step, const void *hidden, float *query);
+
 /* Bytes of attention's scratch. */
 int64_t kvswap_attend_bytes(const Layer *layer, int64_t batch, int64_t workers);
 
