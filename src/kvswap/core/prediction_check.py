@@ -47,7 +47,7 @@ def check_prediction(parts: ModelParts, implementation: str) -> None:
     """
     name = type(parts.model).__name__
     trial = _Trial(parts, implementation)
-    device = _embeddings(parts).device
+    device = _embeddings(parts).weight.device
     ids = torch.tensor(_token_ids(parts), device=device)[:, None]
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         try:
@@ -158,10 +158,9 @@ class _Passing(CacheLayerMixin):  # type: ignore[misc] # transformers is not typ
         return -1
 
 
-def _embeddings(parts: ModelParts) -> torch.Tensor:
+def _embeddings(parts: ModelParts) -> Any:
     decoder: Any = parts.decoder
-    weight: torch.Tensor = decoder.get_input_embeddings().weight
-    return weight
+    return decoder.get_input_embeddings()
 
 
 def _position(parts: ModelParts) -> int:
@@ -171,7 +170,7 @@ def _position(parts: ModelParts) -> int:
 
 def _token_ids(parts: ModelParts) -> list[int]:
     """A few ids from all over the vocabulary; not those of padding or pictures."""
-    vocabulary = len(_embeddings(parts))
+    vocabulary = len(_embeddings(parts).weight)
     settings = {**vars(parts.config), **vars(parts.model.config)}
     special = {value for key, value in settings.items() if "token" in key and isinstance(value, int)}
     usual = [each for each in range(0, vocabulary, max(1, vocabulary // 64)) if each not in special] or [0]

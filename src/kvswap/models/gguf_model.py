@@ -1,8 +1,8 @@
-"""A model made of a GGUF file as it is: its matrices stay packed and mapped, its configuration and tokenizer are its own.
+"""A model made of a GGUF file as it is: matrices stay packed and mapped, configuration and tokenizer are the file's.
 
 ``loading`` calls this for the architectures in ``ARCHITECTURES``; ``gguf`` converts files of others. The class of the
-model is that of transformers, made without memory and filled tensor by tensor. Nothing beside the file is looked at. One
-thread.
+model is that of transformers, made without memory and filled tensor by tensor. Nothing beside the file is looked at.
+One thread.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 
 from kvswap.errors import ModelError
 from kvswap.models.gguf_rope import rope_scaling
+from kvswap.models.loading_info import count_of, some_of
 from kvswap.native.weight_loops import multiplies
 from kvswap.weights.gguf_file import GgufFile, Tensor
 from kvswap.weights.modules import PackedEmbedding, PackedLinear, dequantise, from_pairs
@@ -65,7 +66,6 @@ _GEMMA3_NAMES = {
 }
 _WITHOUT_WEIGHTS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 """Tensors that are not weights: RoPE takes them."""
-_NAMED = 3
 
 
 def runs_as_it_is(file: GgufFile) -> bool:
@@ -130,39 +130,45 @@ def _of_family(
 
 
 def _fill(model: PreTrainedModel, file: GgufFile, notice: Callable[[str], None]) -> None:
-    """Put the file's tensors into the model; missing ones are an error, unused ones are named."""
-    wanted = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    given = {_module_name(file.architecture, name): tensor for name, tensor in file.tensors.items()}
-    given.pop("", None)
-    if model.config.tie_word_embeddings:
-        wanted.discard("lm_head.weight")
-    if missing := sorted(wanted - set(given)):
-        raise ModelError(
-            f"model {file.path}: its weights lack {_some(missing)}",
-            hint="the file is incomplete or of another family than it says: fetch it again",
-        )
-    if unused := sorted(set(given) - wanted):
-        notice(f"model {file.path}: not used of its weights: {_some(unused)}")
+    """Put the file's tensors into the model."""
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters(remove_duplicate=False)}
-    for name in sorted(wanted):
-        if given[name].shape != shapes[name]:
-            raise ModelError(
-                f"model {file.path}: tensor {given[name].name} has shape {given[name].shape}, not {shapes[name]}",
-                hint="its tensors do not fit its metadata: fetch it again",
-            )
-    others = sorted({each.type_name for each in given.values() if not multiplies(each.type)})
-    if others:
-        notice(f"model {file.path}: types {', '.join(others)} have no compiled products and are unpacked at every use")
-    for name in wanted:
-        if name.endswith(".weight") and len(shapes[name]) > 1:
+    if model.config.tie_word_embeddings:
+        shapes.pop("lm_head.weight", None)
+    given = _matching(file, shapes, notice)
+    for name, shape in shapes.items():
+        if len(shape) > 1:
             _place_matrix(model, name.removesuffix(".weight"), given, file.architecture)
-    for name in wanted:
-        if len(shapes[name]) == 1:
+    for name, shape in shapes.items():
+        if len(shape) == 1:
             _place_vector(model, name, given[name], file.architecture)
     if model.config.tie_word_embeddings:
         table = cast(PackedEmbedding, model.get_input_embeddings())
         model.set_submodule("lm_head", PackedLinear(table.weight, table.kind, table.embedding_dim))
     _make_buffers(model)
+
+
+def _matching(file: GgufFile, shapes: dict[str, tuple[int, ...]], notice: Callable[[str], None]) -> dict[str, Tensor]:
+    """The file's tensors by the model's names. Missing ones and wrong shapes are errors, unused ones are named."""
+    given = {_module_name(file.architecture, name): tensor for name, tensor in file.tensors.items()}
+    given.pop("", None)
+    if missing := sorted(set(shapes) - set(given)):
+        instead = sorted(set(given) - set(shapes))
+        raise ModelError(
+            f"model {file.path}: its weights lack {count_of(missing)}: {some_of(missing)}"
+            + (f"; it has {some_of(instead)} instead" if instead else ""),
+            hint="the file is incomplete or of another family than it says: fetch it again",
+        )
+    if unused := sorted(set(given) - set(shapes)):
+        notice(f"model {file.path}: {count_of(unused)} of its weights not used: {some_of(unused)}")
+    for name, shape in shapes.items():
+        if given[name].shape != shape:
+            raise ModelError(
+                f"model {file.path}: tensor {given[name].name} has shape {given[name].shape}, not {shape}",
+                hint="its tensors do not fit its metadata: fetch it again",
+            )
+    if others := sorted({each.type_name for each in given.values() if not multiplies(each.type)}):
+        notice(f"model {file.path}: types {', '.join(others)} have no compiled products and are unpacked at every use")
+    return given
 
 
 def _module_name(architecture: str, name: str) -> str:
@@ -183,9 +189,7 @@ def _place_matrix(model: PreTrainedModel, path: str, given: dict[str, Tensor], a
     weight = nn.Parameter(tensor.data, requires_grad=False)
     if isinstance(old, nn.Embedding):
         scale = float(getattr(old, "scalar_embed_scale", 1.0))
-        new: nn.Module = PackedEmbedding(
-            weight, tensor.type, tensor.shape[1], scale=scale, padding_idx=old.padding_idx
-        )
+        new: nn.Module = PackedEmbedding(weight, tensor.type, tensor.shape[1], scale=scale, padding_idx=old.padding_idx)
     else:
         bias = given.get(f"{path}.bias") if getattr(old, "bias", None) is not None else None
         values = None if bias is None else _vector(bias)
@@ -214,10 +218,12 @@ def _make_buffers(model: PreTrainedModel) -> None:
     """Make what a model computes itself, which on the device meta has no values."""
     decoder = model.get_decoder()
     decoder.rotary_emb = type(decoder.rotary_emb)(config=model.config)
-    left = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.device.type == "meta"]
+    left = [
+        name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.device.type == "meta"
+    ]
     if left:
         raise ModelError(
-            f"model {type(model).__name__}: {_some(sorted(left))} cannot be made from a GGUF file",
+            f"model {type(model).__name__}: {some_of(sorted(left))} cannot be made from a GGUF file",
             hint="give the model directory it was made from",
         )
 
@@ -231,12 +237,8 @@ def _tokenizer(file: GgufFile) -> Any:
         architecture, described, settings = get_gguf_tokenizer(str(file.first_path))
         backend, more = convert_gguf_tokenizer(architecture, described)
         return TokenizersBackend(tokenizer_object=backend, **settings, **more)
-    except Exception as error:  # noqa: BLE001 - tokenizers raises plain Exception
+    except Exception as error:  # tokenizers raises no other
         raise ModelError(
-            f"model {file.path}: its tokenizer cannot be read: {error}", hint="give the model directory it was made from"
+            f"model {file.path}: its tokenizer cannot be read: {error}",
+            hint="give the model directory it was made from",
         ) from error
-
-
-def _some(names: list[str]) -> str:
-    """The first names of a list."""
-    return ", ".join(names[:_NAMED]) + (f" and {len(names) - _NAMED:,} more" if len(names) > _NAMED else "")

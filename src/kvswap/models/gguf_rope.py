@@ -1,7 +1,7 @@
 """RoPE scaling of a GGUF file, which transformers drops when it reads one. Without it answers are wrong.
 
-``gguf_model`` asks for it, and ``gguf`` when it converts a file. The scaling is written as keys of the header (linear, YaRN) or
-as one factor for each frequency (Llama 3.1). What cannot be expressed as ``rope_parameters`` is refused.
+``gguf_model`` asks for it, and ``gguf`` when it converts a file. The scaling is written as keys of the header (linear,
+YaRN) or as one factor for each frequency (Llama 3.1). What cannot be expressed as ``rope_parameters`` is refused.
 """
 
 from __future__ import annotations

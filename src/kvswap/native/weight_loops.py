@@ -76,7 +76,9 @@ def linear(matrix: Matrix, x: torch.Tensor, bias: torch.Tensor | None, *, produc
     if bias is not None and (bias.shape != (matrix.rows,) or bias.dtype != torch.float32 or not bias.is_contiguous()):
         raise ValueError(f"bias {tuple(bias.shape)} {bias.dtype} for a matrix with {matrix.rows} rows")
     x, y = x.contiguous(), torch.empty(count, matrix.rows)
-    scratch = torch.empty(count * compiled.kvswap_activation_bytes(matrix.type, matrix.columns) + _ALIGNMENT_BYTES, dtype=torch.uint8)
+    scratch = torch.empty(
+        count * compiled.kvswap_activation_bytes(matrix.type, matrix.columns) + _ALIGNMENT_BYTES, dtype=torch.uint8
+    )
     aligned = -(-scratch.data_ptr() // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
     known = compiled.kvswap_packed_linear(
         ctypes.addressof(matrix),

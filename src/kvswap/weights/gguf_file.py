@@ -1,8 +1,8 @@
 """A GGUF file: its metadata, and its tensors as views of the mapped file.
 
 ``models`` opens a file here. Every offset and size is checked against the file before a view is made, so that a damaged
-file is an error and never a crash. A model in several parts (``NAME-00001-of-00003.gguf``) is opened by any of them. Read
-only; any thread. The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, versions 2 and 3, little-endian.
+file is an error and never a crash. A model in several parts (``NAME-00001-of-00003.gguf``) is opened by any of them.
+Read only; any thread. The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, versions 2 and 3.
 """
 
 from __future__ import annotations
@@ -137,9 +137,7 @@ class GgufFile:
             with path.open("rb") as file:
                 status = os.fstat(file.fileno())
                 if status.st_size < len(MAGIC) or file.read(len(MAGIC)) != MAGIC:
-                    raise ModelError(
-                        f"model {path}: not a GGUF file", hint="give a model directory or a .gguf file"
-                    )
+                    raise ModelError(f"model {path}: not a GGUF file", hint="give a model directory or a .gguf file")
                 # private and writable, as PyTorch wants it: pages are the file's as long as nobody writes to them
                 mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         except OSError as error:
@@ -214,7 +212,9 @@ class _Reader:
         kind, offset = self._take("IQ")
         return name, shape, kind, offset
 
-    def _tensor(self, whole: torch.Tensor, start: int, name: str, shape: tuple[int, ...], kind: int, offset: int) -> Tensor:
+    def _tensor(
+        self, whole: torch.Tensor, start: int, name: str, shape: tuple[int, ...], kind: int, offset: int
+    ) -> Tensor:
         if kind not in TYPES:
             raise ModelError(
                 f"model {self._path}: tensor {name} has type {kind}, which is not known",
@@ -243,7 +243,7 @@ def _parts(path: Path) -> list[Path]:
     missing = [part.name for part in parts if not part.is_file()]
     if missing or not parts:
         raise ModelError(
-            f"model {path}: of its {count} parts {', '.join(missing[:3])} {'is' if len(missing) == 1 else 'are'} missing",
+            f"model {path}: missing of its {count} parts: {', '.join(missing[:3])}",
             hint="fetch the missing parts into the same folder",
         )
     return parts

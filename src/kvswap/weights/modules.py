@@ -17,10 +17,13 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from kvswap.errors import ModelError
 from kvswap.native import weight_loops
 from kvswap.native.processor import has_bfloat16
 from kvswap.native.weight_loops import MAX_VECTORS, Matrix
+from kvswap.weights.gguf_file import TYPES
 
+_FLOATS = {0: torch.float32, 1: torch.float16, 30: torch.bfloat16}
 PANEL_BYTES = 32 << 20
 """What one panel of unpacked weights takes at most."""
 
@@ -94,7 +97,7 @@ class PackedLinear(nn.Module):
         """Some rows as float32."""
         if weight_loops.multiplies(self.kind):
             return weight_loops.unpack(self.matrix, first, last, torch.empty(last - first, self.in_features))
-        packed = self.weight
+        packed: torch.Tensor = self.weight
         if self.paired_rows:
             packed = packed[from_pairs(self.out_features, self.paired_rows)]
         return dequantise(packed[first:last], self.kind).view(last - first, self.in_features)
@@ -131,6 +134,13 @@ class PackedEmbedding(nn.Module):
         matrix = weight_loops.matrix_of(packed, self.kind, self.embedding_dim)
         return weight_loops.unpack(matrix, 0, len(each), torch.empty(len(each), self.embedding_dim))[place]
 
+    def unpack(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """The whole table without the scale, ``[num_embeddings, embedding_dim]``."""
+        found = torch.empty(self.num_embeddings, self.embedding_dim, dtype=dtype)
+        for first, last in _panels(self.num_embeddings, self.embedding_dim):
+            found[first:last] = self.rows(torch.arange(first, last))
+        return found
+
     def extra_repr(self) -> str:
         """What ``print`` shows of the table."""
         return f"{self.num_embeddings}, {self.embedding_dim}, kind={self.kind}"
@@ -161,6 +171,42 @@ def unpacked_bytes(module: nn.Module) -> int:
     return sum(sizes) * itemsize
 
 
+def unpack_modules(model: nn.Module, dtype: torch.dtype) -> None:
+    """Replace packed layers by those of torch with unpacked weights in ``dtype``; tied ones stay tied."""
+    made: dict[int, nn.Parameter] = {}
+    for path, module in list(model.named_modules()):
+        if not isinstance(module, PackedLinear | PackedEmbedding):
+            continue
+        if id(module.weight) not in made:
+            made[id(module.weight)] = nn.Parameter(module.unpack(dtype), requires_grad=False)
+        weight = made[id(module.weight)]
+        new: nn.Module = (
+            _ScaledEmbedding(weight, module.scale) if isinstance(module, PackedEmbedding) else _linear(weight)
+        )
+        if isinstance(module, PackedLinear) and module.bias is not None:
+            new.bias = nn.Parameter(module.bias.to(dtype), requires_grad=False)
+        model.set_submodule(path, new)
+
+
+def _linear(weight: nn.Parameter) -> nn.Linear:
+    with torch.device("meta"):
+        made = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+    made.weight = weight
+    return made
+
+
+class _ScaledEmbedding(nn.Embedding):
+    """Embeddings times a number, as in Gemma."""
+
+    def __init__(self, weight: nn.Parameter, scale: float) -> None:
+        super().__init__(weight.shape[0], weight.shape[1], _weight=weight)
+        self.scale, self.weight = scale, weight
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """``[...]`` token ids to ``[..., embedding_dim]``."""
+        return super().forward(ids) * self.scale
+
+
 def product_dtype(dtype: torch.dtype) -> torch.dtype:
     """What unpacked weights are multiplied in: bfloat16 where the processor does so itself, else ``dtype``."""
     return torch.bfloat16 if _multiplies_bfloat16() else dtype
@@ -185,13 +231,19 @@ def _panels(rows: int, columns: int) -> Iterator[tuple[int, int]]:
 
 
 def from_pairs(rows: int, head_rows: int) -> torch.Tensor:
-    """Which row each output is where rows of a head lie in the order of pairs: first all first ones, then the second."""
+    """Which row each output is where a head's rows lie in pairs: first the first row of each pair, then the second."""
     return torch.arange(rows).view(-1, head_rows // 2, 2).transpose(1, 2).reshape(-1)
 
 
 def dequantise(packed: torch.Tensor, kind: int) -> torch.Tensor:
-    """Packed rows as float32, by the package ``gguf``: for types and machines without compiled products."""
-    from gguf import GGMLQuantizationType, dequantize
-
+    """Packed rows ``[n, row bytes]`` as float32 without compiled code; all but floats by the package ``gguf``."""
+    if kind in _FLOATS:
+        return packed.contiguous().view(_FLOATS[kind]).float()
+    try:
+        from gguf import GGMLQuantizationType, dequantize
+    except ImportError as error:
+        raise ModelError(
+            f"weights of type {TYPES[kind][0]} need the package gguf here", hint="run: pip install 'kvswap[gguf]'"
+        ) from error
     found = dequantize(np.ascontiguousarray(packed.numpy()), GGMLQuantizationType(kind))
     return torch.from_numpy(np.ascontiguousarray(found))
