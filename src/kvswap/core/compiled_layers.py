@@ -34,11 +34,11 @@ from kvswap.native.step_loops import (
     TYPES,
     Layer,
     Linear,
-    Matrix,
     Norm,
     Scratch,
     Slots,
 )
+from kvswap.native.weight_loops import Matrix, multiplies
 
 _log = logging.getLogger("kvswap")
 
@@ -136,14 +136,15 @@ class _Description:
 
     def _linear(self, linear: Any) -> Linear:
         given = getattr(linear, "matrix", None)
-        if given is not None:
-            matrix = Matrix(given.data, given.type, given.rows, given.columns, given.row_bytes)
+        if isinstance(given, Matrix) and multiplies(given.type):
+            matrix = given
+            self._keeps.append(linear.weight)
         elif type(linear) is nn.Linear and linear.weight.dtype in (torch.float32, torch.bfloat16):
             weight = linear.weight.detach()
             if not weight.is_contiguous() or weight.device.type != "cpu":
                 raise _NotKnownError("a weight that is not contiguous")
             self._keeps.append(weight)
-            matrix = Matrix(weight.data_ptr(), TYPES[weight.dtype], *weight.shape, weight.stride(0) * weight.itemsize)
+            matrix = Matrix(weight.data_ptr(), TYPES[weight.dtype], *weight.shape, weight.stride(0) * weight.itemsize, 0)
         else:
             raise _NotKnownError(f"a linear module of its own, {type(linear).__name__}")
         return Linear(matrix, None if linear.bias is None else self._float(linear.bias))

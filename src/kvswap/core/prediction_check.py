@@ -61,7 +61,7 @@ def send_through(parts: ModelParts, trial: LayerMajorCache, batch: int) -> None:
 
     The trial raises ``Through`` in the last layer. Raises ModelError where that was not reached.
     """
-    device = _embeddings(parts).device
+    device = _embeddings(parts).weight.device
     ids = torch.tensor(_token_ids(parts)[:batch], device=device)[:, None]
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         try:
@@ -167,10 +167,9 @@ class Passing(CacheLayerMixin):  # type: ignore[misc] # transformers is not type
         return -1
 
 
-def _embeddings(parts: ModelParts) -> torch.Tensor:
+def _embeddings(parts: ModelParts) -> Any:
     decoder: Any = parts.decoder
-    weight: torch.Tensor = decoder.get_input_embeddings().weight
-    return weight
+    return decoder.get_input_embeddings()
 
 
 def trial_position(parts: ModelParts) -> int:
@@ -180,7 +179,7 @@ def trial_position(parts: ModelParts) -> int:
 
 def _token_ids(parts: ModelParts) -> list[int]:
     """A few ids from all over the vocabulary; not those of padding or pictures."""
-    vocabulary = len(_embeddings(parts))
+    vocabulary = len(_embeddings(parts).weight)
     settings = {**vars(parts.config), **vars(parts.model.config)}
     special = {value for key, value in settings.items() if "token" in key and isinstance(value, int)}
     usual = [each for each in range(0, vocabulary, max(1, vocabulary // 64)) if each not in special] or [0]

@@ -18,24 +18,13 @@ import torch
 from kvswap.native.arrays import BoolArray, IntArray
 from kvswap.native.library import available as available
 from kvswap.native.threads import threaded_library
+from kvswap.native.weight_loops import Matrix
 
 FLOAT32, FLOAT16, BFLOAT16 = 0, 1, 30
 """Types of elements, by the numbers of GGUF."""
 TYPES = {torch.float32: FLOAT32, torch.float16: FLOAT16, torch.bfloat16: BFLOAT16}
 SILU, GELU_TANH = 0, 1
 _LINE_BYTES = 64
-
-
-class Matrix(ctypes.Structure):
-    """A matrix ``[rows, columns]``; rows are ``row_bytes`` apart."""
-
-    _fields_ = (
-        ("data", c_void_p),
-        ("type", c_int64),
-        ("rows", c_int64),
-        ("columns", c_int64),
-        ("row_bytes", c_int64),
-    )
 
 
 class Linear(ctypes.Structure):

@@ -17,6 +17,7 @@ typedef struct {
     int64_t type;          /* the number that GGUF gives it, one of the above */
     int64_t rows, columns; /* outputs, inputs */
     int64_t row_bytes;
+    int64_t paired_rows; /* 0, or rows of a head that lie in the order of pairs: row i of its first half is 2 * i */
 } kvswap_matrix;
 
 #define VECTORS 8 /* at most, in one product */

@@ -10,6 +10,8 @@
  * spread      16 where a bit is set
  * half        a float16 as float; `halves` eight of them
  *
+ * TOGETHER is 4 or 1: how many rows, or vectors, are worked on at a time.
+ *
  * Eight sums run side by side in the order of columns, and are added up at the end of a row.
  */
 
@@ -59,11 +61,12 @@ TARGET INLINE void NAME(multiply_short)(const kvswap_matrix *m, int64_t row, con
                                         const int type, const int rows, const int count) {
     f32x8 sums[4] = {NAME(splat)(0), NAME(splat)(0), NAME(splat)(0), NAME(splat)(0)};
     float rest[4] = {0, 0, 0, 0};
-    const uint8_t *data = m->data + row * m->row_bytes;
+    const uint8_t *data[4];
+    for (int r = 0; r < rows; r++) data[r] = row_at(m, row + r);
     for (int64_t b = 0; b < m->columns / SHORT; b++)
         UNROLL for (int r = 0; r < rows; r++) {
             float step, offset;
-            const u8x32 codes = NAME(short_block)(data + r * m->row_bytes + b * SHORT_BYTES(type), type, &step, &offset);
+            const u8x32 codes = NAME(short_block)(data[r] + b * SHORT_BYTES(type), type, &step, &offset);
             UNROLL for (int n = 0; n < count; n++) {
                 const s8x32 rounded = (s8x32)NAME(load)(x[n].codes + b * SHORT);
                 const s32x8 dot = type == Q8_0 ? NAME(dot_signed)((s8x32)codes, rounded) : NAME(dot)(codes, rounded);
@@ -109,10 +112,11 @@ TARGET INLINE void NAME(multiply_long)(const kvswap_matrix *m, int64_t row, cons
                                        const int type, const int rows, const int count) {
     f32x8 sums[4] = {NAME(splat)(0), NAME(splat)(0), NAME(splat)(0), NAME(splat)(0)};
     f32x8 rest[4] = {NAME(splat)(0), NAME(splat)(0), NAME(splat)(0), NAME(splat)(0)};
-    const uint8_t *data = m->data + row * m->row_bytes;
+    const uint8_t *data[4];
+    for (int r = 0; r < rows; r++) data[r] = row_at(m, row + r);
     for (int64_t b = 0; b < m->columns / LONG; b++)
         UNROLL for (int r = 0; r < rows; r++) {
-            const uint8_t *block = data + r * m->row_bytes + b * LONG_BYTES(type);
+            const uint8_t *block = data[r] + b * LONG_BYTES(type);
             int16_t scales[16];
             s32x8 dots[4];
             NAME(long_scales)(block, type, scales);
@@ -169,12 +173,13 @@ TARGET INLINE void NAME(multiply_floats)(const kvswap_matrix *m, int64_t row, co
                                          const int type, const int rows, const int count) {
     f32x8 sums[4] = {NAME(splat)(0), NAME(splat)(0), NAME(splat)(0), NAME(splat)(0)};
     float rest[4] = {0, 0, 0, 0};
-    const uint8_t *data = m->data + row * m->row_bytes;
+    const uint8_t *data[4];
+    for (int r = 0; r < rows; r++) data[r] = row_at(m, row + r);
     const int size = type == F32 ? 4 : 2;
     int64_t i = 0;
     for (; i + 8 <= m->columns; i += 8)
         UNROLL for (int r = 0; r < rows; r++) {
-            const f32x8 weights = NAME(floats)(data + r * m->row_bytes + i * size, type);
+            const f32x8 weights = NAME(floats)(data[r] + i * size, type);
             UNROLL for (int n = 0; n < count; n++) {
                 f32x8 eight;
                 memcpy(&eight, x[n].floats + i, 32);
@@ -184,53 +189,63 @@ TARGET INLINE void NAME(multiply_floats)(const kvswap_matrix *m, int64_t row, co
     for (; i < m->columns; i++)
         for (int r = 0; r < rows; r++)
             for (int n = 0; n < count; n++)
-                rest[r + n] = __builtin_fmaf(NAME(float_at)(data + r * m->row_bytes + i * size, type), x[n].floats[i],
+                rest[r + n] = __builtin_fmaf(NAME(float_at)(data[r] + i * size, type), x[n].floats[i],
                                              rest[r + n]);
     UNROLL for (int r = 0; r < rows; r++)
         UNROLL for (int n = 0; n < count; n++) y[n * stride + r] = NAME(total)(sums[r + n]) + rest[r + n];
 }
 
-/* All rows with all vectors: a few rows at a time with every vector, so that they are read from memory once. */
-#define SHAPES(function, type, ROWS)                                                                       \
-    for (int64_t tile = first; tile < last; tile += 16) {                                             \
-        const int64_t end = tile + 16 < last ? tile + 16 : last;                                      \
-        for (int64_t n = 0; n < count;) {                                                             \
-            float *to = y + n * stride;                                                               \
-            int64_t row = tile;                                                                       \
-            if (count - n >= 4) {                                                                     \
-                for (; row < end; row++) function(m, row, x + n, to + row, stride, type, 1, 4);       \
-                n += 4;                                                                               \
-            } else if (count - n >= 2) {                                                              \
-                for (; row < end; row++) function(m, row, x + n, to + row, stride, type, 1, 2);       \
-                n += 2;                                                                               \
-            } else {                                                                                  \
-                for (; row + ROWS <= end; row += ROWS) function(m, row, x + n, to + row, stride, type, ROWS, 1); \
-                for (; row < end; row++) function(m, row, x + n, to + row, stride, type, 1, 1);       \
-                n += 1;                                                                               \
-            }                                                                                         \
-        }                                                                                             \
-    }                                                                                                 \
-    break;
+/* All rows of one type with all vectors: a few rows at a time with every vector, so that they are read from memory once. */
+#define MULTIPLY(function, type, ROWS)                                                                                  \
+    TARGET static void NAME(multiply_##type)(const kvswap_matrix *m, const Vector *x, int64_t count, int64_t first,     \
+                                             int64_t last, float *y, int64_t stride) {                                  \
+        for (int64_t tile = first; tile < last; tile += 16) {                                                           \
+            const int64_t end = tile + 16 < last ? tile + 16 : last;                                                    \
+            int64_t n = 0;                                                                                              \
+            for (; TOGETHER > 1 && n + 4 <= count; n += 4)                                                                         \
+                for (int64_t row = tile; row < end; row++)                                                              \
+                    function(m, row, x + n, y + n * stride + row, stride, type, 1, TOGETHER);                                  \
+            for (; n < count; n++) {                                                                                    \
+                int64_t row = tile;                                                                                     \
+                for (; row + ROWS <= end; row += ROWS)                                                                  \
+                    function(m, row, x + n, y + n * stride + row, stride, type, ROWS, 1);                               \
+                if (ROWS > 1)                                                                                           \
+                    for (; row < end; row++) function(m, row, x + n, y + n * stride + row, stride, type, 1, 1);         \
+            }                                                                                                           \
+        }                                                                                                               \
+    }
+
+MULTIPLY(NAME(multiply_floats), F32, TOGETHER)
+MULTIPLY(NAME(multiply_floats), F16, TOGETHER)
+MULTIPLY(NAME(multiply_floats), BF16, TOGETHER)
+MULTIPLY(NAME(multiply_short), Q4_0, TOGETHER)
+MULTIPLY(NAME(multiply_short), Q4_1, TOGETHER)
+MULTIPLY(NAME(multiply_short), Q5_0, TOGETHER)
+MULTIPLY(NAME(multiply_short), Q5_1, TOGETHER)
+MULTIPLY(NAME(multiply_short), Q8_0, TOGETHER)
+MULTIPLY(NAME(multiply_long), Q4_K, 1)
+MULTIPLY(NAME(multiply_long), Q5_K, 1)
+MULTIPLY(NAME(multiply_long), Q6_K, 1)
 
 TARGET static void NAME(multiply)(const kvswap_matrix *m, const Vector *x, int64_t count, int64_t first, int64_t last,
                                   float *y, int64_t stride) {
     switch (m->type) {
-    case F32: SHAPES(NAME(multiply_floats), F32, 4)
-    case F16: SHAPES(NAME(multiply_floats), F16, 4)
-    case BF16: SHAPES(NAME(multiply_floats), BF16, 4)
-    case Q4_0: SHAPES(NAME(multiply_short), Q4_0, 4)
-    case Q4_1: SHAPES(NAME(multiply_short), Q4_1, 4)
-    case Q5_0: SHAPES(NAME(multiply_short), Q5_0, 4)
-    case Q5_1: SHAPES(NAME(multiply_short), Q5_1, 4)
-    case Q8_0: SHAPES(NAME(multiply_short), Q8_0, 4)
-    case Q4_K: SHAPES(NAME(multiply_long), Q4_K, 1)
-    case Q5_K: SHAPES(NAME(multiply_long), Q5_K, 1)
-    case Q6_K: SHAPES(NAME(multiply_long), Q6_K, 1)
+    case F32: NAME(multiply_F32)(m, x, count, first, last, y, stride); break;
+    case F16: NAME(multiply_F16)(m, x, count, first, last, y, stride); break;
+    case BF16: NAME(multiply_BF16)(m, x, count, first, last, y, stride); break;
+    case Q4_0: NAME(multiply_Q4_0)(m, x, count, first, last, y, stride); break;
+    case Q4_1: NAME(multiply_Q4_1)(m, x, count, first, last, y, stride); break;
+    case Q5_0: NAME(multiply_Q5_0)(m, x, count, first, last, y, stride); break;
+    case Q5_1: NAME(multiply_Q5_1)(m, x, count, first, last, y, stride); break;
+    case Q8_0: NAME(multiply_Q8_0)(m, x, count, first, last, y, stride); break;
+    case Q4_K: NAME(multiply_Q4_K)(m, x, count, first, last, y, stride); break;
+    case Q5_K: NAME(multiply_Q5_K)(m, x, count, first, last, y, stride); break;
+    case Q6_K: NAME(multiply_Q6_K)(m, x, count, first, last, y, stride); break;
     default: break;
     }
 }
 
-#undef SHAPES
+#undef MULTIPLY
 
 TARGET INLINE void NAME(unpack_short)(const uint8_t *row, int64_t columns, const int type, float *out) {
     const int middle = type == Q4_0 ? 8 : type == Q5_0 ? 16 : 0;
@@ -278,7 +293,7 @@ TARGET INLINE void NAME(unpack_floats)(const uint8_t *row, int64_t columns, cons
 
 TARGET static void NAME(unpack)(const kvswap_matrix *m, int64_t first, int64_t last, float *out) {
     for (int64_t r = first; r < last; r++, out += m->columns) {
-        const uint8_t *row = m->data + r * m->row_bytes;
+        const uint8_t *row = row_at(m, r);
         switch (m->type) {
         case F32: NAME(unpack_floats)(row, m->columns, F32, out); break;
         case F16: NAME(unpack_floats)(row, m->columns, F16, out); break;

@@ -8,6 +8,7 @@
 #endif
 
 #define TARGET
+#define TOGETHER 1
 #define NAME(function) function##_plain
 
 INLINE s32x8 dot_plain(u8x32 codes, s8x32 rounded) {
@@ -85,6 +86,8 @@ INLINE f32x8 halves_plain(const uint8_t *from) {
 #include "weights_blocks.h"
 #undef TARGET
 #undef NAME
+#undef TOGETHER
+#define TOGETHER 4
 
 #if defined(__x86_64__) && (defined(__clang__) || __GNUC__ >= 12)
 #define X86

@@ -23,6 +23,15 @@ typedef float f32x8 __attribute__((vector_size(32)));
 #define SHORT_BYTES(type) ((type) == Q4_0 ? 18 : (type) == Q4_1 ? 20 : (type) == Q5_0 ? 22 : (type) == Q5_1 ? 24 : 34)
 #define LONG_BYTES(type) ((type) == Q4_K ? 144 : (type) == Q5_K ? 176 : 210)
 
+/* Where a row lies. */
+INLINE const uint8_t *row_at(const kvswap_matrix *m, int64_t row) {
+    if (m->paired_rows) {
+        const int64_t half = m->paired_rows / 2, i = row % m->paired_rows;
+        row += (i < half ? 2 * i : 2 * (i - half) + 1) - i;
+    }
+    return m->data + row * m->row_bytes;
+}
+
 /* A rounded vector; which members there are depends on its kind. */
 typedef struct {
     const float *floats;  /* kind 0: [columns] */
