@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -12,7 +13,7 @@ from kvswap.core.cache import KVSwapCache
 from kvswap.core.compiled_step import CompiledDecode
 from kvswap.errors import DamagedError
 from kvswap.native import step_loops
-from tests.helpers.families import FAMILIES, OTHER_FAMILIES, forced_logits, other_model, tiny_model, tokens
+from tests.helpers.families import FAMILIES, OTHER_FAMILIES, Letters, forced_logits, other_model, tiny_model, tokens
 
 pytestmark = pytest.mark.skipif(not step_loops.available(), reason="no compiled loops: there was no C compiler")
 
@@ -52,6 +53,20 @@ def test_both_ways_agree_in_every_family(family, tmp_path):
     assert (layers > 0) == (family in COMPILED)
     torch.testing.assert_close(compiled, plain, rtol=0, atol=1e-5)
     assert torch.equal(compiled.argmax(-1), plain.argmax(-1))
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gemma3"])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_calibrated_sketches_choose_the_same_both_ways(family, batch, tmp_path, cache_home):
+    model, found = tiny_model(family), []
+    for way in ("off", "auto"):
+        with attach(model, config(tmp_path, compiled_step=way), tokenizer=Letters()) as cache:
+            logits = forced_logits(model, tokens(batch, 700), tokens(batch, 6, seed=1), cache)
+            found.append((logits, [fetch.chosen for _, fetch in sorted(cache.decode.latest.items())]))
+            assert cache.stats.sketch.startswith("transform")
+    (plain, expected), (compiled, chosen) = found
+    torch.testing.assert_close(compiled, plain, rtol=0, atol=1e-5)
+    assert all(map(np.array_equal, chosen, expected))
 
 
 @pytest.mark.parametrize("family", ["qwen2", "gemma3"])
@@ -100,7 +115,7 @@ def test_a_layer_that_computes_something_else_is_not_compiled(tmp_path):
     model.model.layers[1].mlp.act_fn = nn.ReLU()
     sums = type(model.model.layers[2].mlp).forward
     model.model.layers[2].mlp.__class__ = type(
-        "Other", (type(model.model.layers[2].mlp),), {"forward": lambda self, x: 1.01 * sums(self, x)}
+        "Other", (type(model.model.layers[2].mlp),), {"forward": lambda self, x: 1.1 * sums(self, x)}
     )
     with attach(model, config(tmp_path)) as cache:
         forced_logits(model, tokens(1, 500), tokens(1, 1), cache)

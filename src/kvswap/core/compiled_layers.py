@@ -42,7 +42,7 @@ from kvswap.native.weight_loops import Matrix, multiplies
 
 _log = logging.getLogger("kvswap")
 
-BOUNDS = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
+BOUNDS = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 """Most that the two may differ in what a layer adds to the hidden state, as a share of that, by the model's dtype."""
 PACKED_BOUND = 1e-2
 """The same for weights of a few bits: vectors are rounded for them, and now and then one is rounded the other way."""
@@ -144,7 +144,9 @@ class _Description:
             if not weight.is_contiguous() or weight.device.type != "cpu":
                 raise _NotKnownError("a weight that is not contiguous")
             self._keeps.append(weight)
-            matrix = Matrix(weight.data_ptr(), TYPES[weight.dtype], *weight.shape, weight.stride(0) * weight.itemsize, 0)
+            matrix = Matrix(
+                weight.data_ptr(), TYPES[weight.dtype], *weight.shape, weight.stride(0) * weight.itemsize, 0
+            )
         else:
             raise _NotKnownError(f"a linear module of its own, {type(linear).__name__}")
         return Linear(matrix, None if linear.bias is None else self._float(linear.bias))

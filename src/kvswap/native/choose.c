@@ -105,6 +105,11 @@ static int64_t two_levels(const Layer *layer, const Step *step, const Sketch *sk
     first_rows(sketch->scales, sketch, memory->scales);
     kvswap_tile_mass(codes, sketch->tile_bytes, sketch->few, sketch->bits, memory->columns, memory->scales, heads,
                      whole * TILE, workers_for(step, whole * TILE * heads), memory->scoring, memory->coarse);
+    for (int64_t n = 0; n < whole; n++)
+        if (memory->coarse[n] != memory->coarse[n]) { /* nothing is the best among what compares with nothing */
+            for (int64_t g = 0; g < groups; g++) mass[g] = memory->coarse[n];
+            return 1;
+        }
     kvswap_top_groups(memory->coarse, 1, whole, 0, &whole, sketch->fine, memory->places, memory->tiles);
     int64_t count = sketch->fine < whole ? sketch->fine : whole;
     if (rest) memory->tiles[count++] = whole; /* an incomplete last tile is always in */

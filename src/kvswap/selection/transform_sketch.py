@@ -175,6 +175,8 @@ class TransformSketch(LayerSketch):
         scales = self._rows[1].unflatten(0, (parts, -1))[:, :few].flatten()
         whole, rest = divmod(tokens, tile_tokens)
         coarse = loops.tile_mass(codes[:, :few], columns, scales, self.bits, whole * tile_tokens)
+        if bool(coarse.isnan().any()):  # nothing is the best among what compares with nothing
+            return torch.full((tokens // group_tokens,), float("nan"))
         best = loops.top_groups(coarse[None], 0, [whole], FINE_TOKENS // tile_tokens)[0]
         tiles = np.append(best, np.full(int(rest > 0), whole))  # an incomplete last tile is always in
         fine = score(self.tokens[sequence : sequence + 1], group_tokens, tiles)[0]
