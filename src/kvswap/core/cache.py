@@ -35,6 +35,7 @@ from kvswap.models.adapter import LayerParts, ModelParts
 from kvswap.models.masks import DeferredMask
 from kvswap.selection.method import Method, SketchMaker
 from kvswap.units import format_bytes, format_parts
+from kvswap.weights.modules import passing_bytes
 
 _log = logging.getLogger("kvswap")
 
@@ -247,7 +248,11 @@ class KVSwapCache(LayerMajorCache):
             ropes=len({part.layer_type for part in self.parts.layers}),
             sliding_tokens=sum(min(tokens, each.get("sliding_window") or 0) for each in sliding),
         )
-        transient_bytes = needs.transient_bytes()
+        layer_bytes, panel_bytes = passing_bytes(part.module for part in self.parts.layers)
+        transient_bytes = needs.transient_bytes() + layer_bytes
+        self.keeps_unpacked = transient_bytes <= available_bytes()
+        if not self.keeps_unpacked:
+            transient_bytes += panel_bytes - layer_bytes
         if hidden.device.type == "cpu" and transient_bytes > available_bytes():
             raise MemoryBudgetError(
                 f"prefill of {batch * tokens:,} tokens needs {format_bytes(transient_bytes)} temporarily, "

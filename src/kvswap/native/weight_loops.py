@@ -22,7 +22,7 @@ _ALIGNMENT_BYTES = 64
 
 
 class Matrix(ctypes.Structure):
-    """``kvswap_matrix`` of ``weights.h``: rows of packed blocks, or of floats. It does not keep its memory alive."""
+    """``kvswap_matrix`` of ``weights.h``: rows of packed blocks, or of floats."""
 
     _fields_ = (
         ("data", ctypes.c_void_p),
@@ -38,6 +38,7 @@ class Matrix(ctypes.Structure):
     columns: int
     row_bytes: int
     paired_rows: int
+    owner: torch.Tensor
 
 
 def matrix_of(packed: torch.Tensor, kind: int, columns: int, paired_rows: int = 0) -> Matrix:
@@ -51,7 +52,9 @@ def matrix_of(packed: torch.Tensor, kind: int, columns: int, paired_rows: int = 
         raise ValueError(f"rows of {packed.shape[1]} bytes for {columns} weights of type {kind}")
     if paired_rows < 0 or paired_rows % 2 or (paired_rows and len(packed) % paired_rows):
         raise ValueError(f"{len(packed)} rows in pairs of heads of {paired_rows}")
-    return Matrix(packed.data_ptr(), kind, len(packed), columns, packed.stride(0), paired_rows)
+    matrix = Matrix(packed.data_ptr(), kind, len(packed), columns, packed.stride(0), paired_rows)
+    matrix.owner = packed  # keeps its memory alive
+    return matrix
 
 
 def multiplies(kind: int) -> bool:

@@ -7,7 +7,7 @@ it, exactly: a panel at a time, or once for many calls within ``exact``. Inferen
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from typing import cast
@@ -150,7 +150,7 @@ class PackedEmbedding(nn.Module):
 def exact(module: nn.Module, *, keep: bool) -> Iterator[None]:
     """Within, the packed linear layers in ``module`` do not round their input, however few rows it has.
 
-    ``keep`` unpacks their weights once for all calls, which takes ``unpacked_bytes``.
+    ``keep`` unpacks their weights once for all calls; ``passing_bytes`` says what that takes.
     """
     layers = [each for each in module.modules() if isinstance(each, PackedLinear)]
     try:
@@ -164,11 +164,14 @@ def exact(module: nn.Module, *, keep: bool) -> Iterator[None]:
             each._exact, each._unpacked = False, None
 
 
-def unpacked_bytes(module: nn.Module) -> int:
-    """What ``exact`` keeps of a module's weights; 0 where none are packed."""
-    itemsize = product_dtype(torch.float32).itemsize
-    sizes = (each.in_features * each.out_features for each in module.modules() if isinstance(each, PackedLinear))
-    return sum(sizes) * itemsize
+def passing_bytes(modules: Iterable[nn.Module]) -> tuple[int, int]:
+    """What ``exact`` takes at most, for one of these modules: with ``keep``, and without. 0 where none are packed."""
+    kept = panel = 0
+    for module in modules:
+        sizes = [each.in_features * each.out_features for each in module.modules() if isinstance(each, PackedLinear)]
+        kept = max(kept, sum(sizes) * product_dtype(torch.float32).itemsize)
+        panel = max([panel, *(2 * min(PANEL_BYTES, 4 * size) for size in sizes)])
+    return max(kept, panel), panel
 
 
 def unpack_modules(model: nn.Module, dtype: torch.dtype) -> None:
