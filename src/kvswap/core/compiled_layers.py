@@ -44,7 +44,7 @@ _log = logging.getLogger("kvswap")
 
 BOUNDS = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 """Most that the two may differ in what a layer adds to the hidden state, as a share of that, by the model's dtype."""
-PACKED_BOUND = 1e-2
+PACKED_BOUND = 3e-2
 """The same for weights of a few bits: vectors are rounded for them, and now and then one is rounded the other way."""
 _BATCH, _TOKENS, _GROUP_TOKENS = 2, 10, 4
 _MATRICES = ("q", "k", "v", "o", "gate", "up", "down")
