@@ -149,9 +149,14 @@ class KVSwapCache(LayerMajorCache):
     ) -> Any:
         """Start what the next layer needs, then run this one."""
         assert self._decode is not None
-        if isinstance(self._decode, CompiledDecode) and (layer := self._decode.layer(part)) is not None:
-            kwargs["kvswap_call"].attended = True
-            return self._decode.run(part, layer, hidden, kwargs)
+        call = kwargs.get("kvswap_call")
+        if (
+            isinstance(self._decode, CompiledDecode) and getattr(call, "cache", None) is self
+        ):  # else in a batch of caches
+            layer = self._decode.layer(part)
+            if layer is not None:
+                kwargs["kvswap_call"].attended = True
+                return self._decode.run(part, layer, hidden, kwargs)
         self._decode.enter(part, hidden, kwargs)
         if part.order is None:
             return super().decode_layer(part, forward, hidden, kwargs)
