@@ -11,6 +11,7 @@ import copy
 import logging
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -85,7 +86,9 @@ class KVSwapCache(LayerMajorCache):
         # with positions in two dimensions, a picture takes fewer positions than tokens
         self._counts_pictures = "mrope_section" in repr(getattr(parts.config, "rope_parameters", None))
         self._decode_type: type[Decode] = method.decode or Decode
-        self._compiled = compiled if self._decode_type is Decode and method.slots is None else None
+        self._open_decode: Callable[[BatchState, ModelParts], Decode] = self._decode_type
+        if compiled is not None and compiled.layers and self._decode_type is Decode and method.slots is None:
+            self._open_decode = partial(CompiledDecode, found=compiled)
 
     # ---- a forward
 
@@ -99,7 +102,7 @@ class KVSwapCache(LayerMajorCache):
         if self._state is None:
             self._pads = _left_pads(padding, batch, self._stored + tokens)
             self._state = self._open(batch, self._stored + tokens)
-            self._decode = self._open_decode(self._state)
+            self._decode = self._open_decode(self._state, self.parts)
         elif batch != self._state.batch:
             raise UnsupportedError(f"batch of {batch} on a cache of {self._state.batch}", hint="attach anew for it")
         elif padding is not None and not bool(padding[:, self._stored :].all()):
@@ -197,7 +200,7 @@ class KVSwapCache(LayerMajorCache):
         batch, _, tokens, _ = source.layers[self.parts.offloaded[0].index].keys.shape
         self._pads = np.zeros(batch, np.int64)
         self._state = self._open(batch, tokens)
-        self._decode = self._open_decode(self._state)
+        self._decode = self._open_decode(self._state, self.parts)
         prefill = Prefill(self._state, tokens, self._pads)
         for part in self.parts.layers:
             layer = source.layers[part.index]
@@ -288,11 +291,6 @@ class KVSwapCache(LayerMajorCache):
         parts, limit = format_parts(state.ledger.reserved), format_bytes(state.ledger.limit_bytes)
         _log.debug("plan for %d x %d tokens under %s: %s", batch, tokens, limit, parts)
         return state
-
-    def _open_decode(self, state: BatchState) -> Decode:
-        if self._compiled is not None and self._compiled.layers:
-            return CompiledDecode(state, self.parts, self._compiled)
-        return self._decode_type(state, self.parts)
 
     # ---- a session
 
