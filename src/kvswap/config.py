@@ -14,6 +14,7 @@ from kvswap.terms import ceil_div
 from kvswap.units import parse_bytes
 
 STORE_DTYPES = ("auto", "float16", "bfloat16", "float32")
+COMPILED_STEPS = ("auto", "off")
 BACKENDS = ("auto", "uring", "threads", "buffered", "memory")
 
 
@@ -31,6 +32,7 @@ class _Fields:
     recent_tokens: int = 64
     store_dtype: str = "auto"
     backend: str = "auto"
+    compiled_step: str = "auto"
     chunk_tokens: int = 512
     read_depth: int = 1024
     read_gap_bytes: int = 16 << 10
@@ -65,6 +67,9 @@ class Config(_Fields):
     backend
         How files are read: ``uring``, ``threads``, ``buffered``, or ``memory`` for tests. ``"auto"`` is the best that
         this disk and system allow.
+    compiled_step
+        How one token goes through a layer: ``"auto"`` in a few compiled calls, where the layer was proved to give the
+        same so, ``"off"`` by the modules of the model.
     chunk_tokens
         Tokens that prefill takes through a layer at a time, a multiple of 512.
     read_depth
@@ -115,6 +120,7 @@ class Config(_Fields):
         _choice("sketch_bits", self.sketch_bits, (2, 4, 8))
         _choice("store_dtype", self.store_dtype, STORE_DTYPES)
         _choice("backend", self.backend, BACKENDS)
+        _choice("compiled_step", self.compiled_step, COMPILED_STEPS)
         if self.kv_memory != "auto":
             parse_bytes(self.kv_memory, name="kv_memory")
         least = self.pinned_tokens + self.group_tokens

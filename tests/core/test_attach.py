@@ -79,13 +79,16 @@ def test_second_attach_on_one_model_is_refused(select_all):
         pass
 
 
-def test_two_models_side_by_side(select_all):
+@pytest.mark.parametrize(("compiled_step", "tolerance"), [("off", 0.0), ("auto", 1e-5)])
+def test_two_models_side_by_side(compiled_step, tolerance, select_all):
+    select_all = select_all.replace(compiled_step=compiled_step)
     models = [tiny_model("llama"), tiny_model("qwen2")]
     ids, forced = tokens(1, 400), tokens(1, 5)
     expected = [forced_logits(model, ids, forced, full_cache(model)) for model in models]
     with attach(models[0], select_all) as first, attach(models[1], select_all) as second:
-        assert torch.equal(forced_logits(models[0], ids, forced, first), expected[0])
-        assert torch.equal(forced_logits(models[1], ids, forced, second), expected[1])
+        for model, cache, wanted in zip(models, (first, second), expected, strict=True):
+            result = forced_logits(model, ids, forced, cache)
+            torch.testing.assert_close(result, wanted, rtol=0, atol=tolerance)
 
 
 def test_sampling_streaming_and_stopping_stay_those_of_transformers(select_all):

@@ -153,6 +153,13 @@ def other_model(name: str) -> PreTrainedModel:
     return model
 
 
+class Letters:
+    """A tokenizer for the tiny vocabulary."""
+
+    def __call__(self, text: str, **_: object) -> dict[str, list[int]]:
+        return {"input_ids": [1 + ord(letter) % 127 for letter in text[:3000]]}
+
+
 def tokens(batch: int, count: int, seed: int = 0) -> torch.Tensor:
     """Random token ids ``[batch, count]`` without the padding token."""
     return torch.randint(1, VOCABULARY, (batch, count), generator=torch.Generator().manual_seed(seed))

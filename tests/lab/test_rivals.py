@@ -14,17 +14,10 @@ from kvswap.errors import ConfigError, UnsupportedError
 from kvswap.lab.rivals import find, registry
 from kvswap.lab.rivals.parts.slots import NoReuse
 from kvswap.lab.rivals.registry import with_methods
-from tests.helpers.families import forced_logits, full_cache, tiny_model, tokens
+from tests.helpers.families import Letters, forced_logits, full_cache, tiny_model, tokens
 from tests.helpers.folders import save_tiny
 
 STEPS = 40
-
-
-class Letters:
-    """A tokenizer for the tiny vocabulary."""
-
-    def __call__(self, text: str, **_: object) -> dict[str, list[int]]:
-        return {"input_ids": [1 + ord(letter) % 127 for letter in text[:3000]]}
 
 
 @pytest.fixture(autouse=True)

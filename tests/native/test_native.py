@@ -74,6 +74,16 @@ def test_mass_of_packed_codes(bits: int, heads: int, rank: int, tokens: int, gro
 
 
 @compiled
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_query_that_is_no_number_gives_no_scores(value: float) -> None:
+    codes, query = torch.zeros(24, 256, dtype=torch.uint8), noise(9, 48)
+    query[4, 7] = value
+    assert bool(
+        loops.group_mass(tiles_of(codes)[None], query[None], torch.ones(48), 4, np.array([256]), 4).isnan().any()
+    )
+
+
+@compiled
 def test_chosen_tiles_are_scored_as_if_there_were_no_others() -> None:
     codes = torch.randint(0, 256, (24, 1024), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
     query, scales, chosen = noise(9, 48), noise(48, seed=2).abs(), np.array([1, 2, 9, 13])

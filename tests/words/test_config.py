@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvswap.config import BACKENDS, STORE_DTYPES, Config
+from kvswap.config import BACKENDS, COMPILED_STEPS, STORE_DTYPES, Config
 from kvswap.errors import ConfigError
 
 
@@ -29,6 +29,7 @@ def valid_values(draw: st.DrawFn) -> dict[str, Any]:
         "recent_tokens": draw(st.integers(0, 300)),
         "store_dtype": draw(st.sampled_from(STORE_DTYPES)),
         "backend": draw(st.sampled_from(BACKENDS)),
+        "compiled_step": draw(st.sampled_from(COMPILED_STEPS)),
         "chunk_tokens": 512 * draw(st.integers(1, 8)),
         "read_depth": draw(st.integers(1, 1024)),
         "read_gap_bytes": draw(st.integers(0, 1 << 24)),

@@ -48,6 +48,7 @@ def load(
     *,
     method: Method | InMemory | None = None,
     dtype: str = "auto",
+    weights: str = "auto",
     mmap: bool = True,
     session: str | SessionStore | None = None,
     verify: bool = True,
@@ -67,7 +68,7 @@ def load(
         A ``Config``, and single keys of it that override it: ``load(model, kv_memory="24MiB")``.
     method
         A method to compare with, as ``kvswap.lab.rivals.find`` gives it; None is kvswap's own.
-    dtype, mmap
+    dtype, weights, mmap
         As for ``load_model``.
     session
         Name of a session below ``config.kv_dir``, which is created or continued; or the store of one that is open.
@@ -87,7 +88,9 @@ def load(
     """
     config = (config or Config()).replace(**settings)
     notice = on_notice or logging.getLogger("kvswap").warning
-    loaded = load_model(model, dtype=dtype, mmap=mmap, on_notice=notice) if isinstance(model, str) else model
+    loaded = model
+    if isinstance(loaded, str):
+        loaded = load_model(loaded, dtype=dtype, weights=weights, mmap=mmap, on_notice=notice)
     if isinstance(session, str):
         session = open_or_create_store(config.kv_dir, session)
     return Engine(
@@ -223,6 +226,7 @@ class Engine:
             raise InputError("the engine is closed", hint="load the model again")
         if self._generation is not None:
             raise InputError("an answer is still being read", hint="read it to its end or close its iterator first")
+        self._loaded.check_weights()
         started_s = time.perf_counter()
         texts = [item if isinstance(item, Document) else read_document(item) for item in documents]
         request = make_request(question, texts)

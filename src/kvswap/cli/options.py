@@ -62,6 +62,13 @@ _SHARED = (
         show_default=True,
         help="Compute dtype. auto: the checkpoint's, or float32 on a CPU without bfloat16 instructions.",
     ),
+    click.option(
+        "--weights",
+        type=click.Choice(["auto", "float", "q8", "q4"]),
+        default="auto",
+        show_default=True,
+        help="auto: as the file has them. float: convert a .gguf file to float32. q8, q4: pack a checkpoint, once.",
+    ),
     click.option("--no-mmap", is_flag=True, help="Copy the weights into memory instead of mapping their file."),
     click.option(
         "--config", "config_file", metavar="FILE", help="JSON object of further settings; options here override it."
@@ -114,6 +121,7 @@ class RunOptions:
     check_quality: bool
     verify: bool
     dtype: str
+    weights: str
     mmap: bool
 
     def open_session(self, method: str = "kvswap") -> SessionStore | None:
@@ -140,7 +148,7 @@ class RunOptions:
         from kvswap.cli.loading import load_weights
 
         try:
-            loaded = load_weights(self.model, display, dtype=self.dtype, mmap=self.mmap)
+            loaded = load_weights(self.model, display, dtype=self.dtype, weights=self.weights, mmap=self.mmap)
             config = self.config
             if self.tuned is not None:
                 new_tokens = self.sampling["max_new_tokens"]
@@ -172,6 +180,7 @@ def read_options(
     kv_memory: str | None,
     kv_dir: str | None,
     dtype: str,
+    weights: str,
     no_mmap: bool,
     config_file: str | None,
     session_name: str | None,
@@ -200,6 +209,7 @@ def read_options(
         check_quality=check_quality,
         verify=not no_verify,
         dtype=dtype,
+        weights=weights,
         mmap=not no_mmap,
     )
 

@@ -20,6 +20,7 @@ from kvswap.config import Config
 from kvswap.core.binding import Binding
 from kvswap.core.cache import KVSwapCache
 from kvswap.core.calibration import calibrate
+from kvswap.core.compiled_layers import CompiledLayers, describe, prove
 from kvswap.core.layer_major import FullCache, InMemory, LayerMajorCache, Progress, ordinary_tensors
 from kvswap.core.model_patch import Attachment
 from kvswap.core.prediction_check import check_once
@@ -103,6 +104,7 @@ def attach_each(
         with ordinary_tensors():
             if any(not isinstance(method, InMemory) for method, _ in variants):
                 check_once(attachment)
+            compiled = _compiled_layers(attachment, [config for _, config in variants])
             for method, config in variants:
                 method = method or own_method()
                 if not isinstance(method, Method | InMemory):
@@ -112,7 +114,7 @@ def attach_each(
                 if isinstance(method, InMemory):
                     caches.append(method.open(attachment.parts, attachment.implementation, config, on_progress))
                 else:
-                    opener = _Opener(attachment, method, tokenizer, on_progress, notice, binding)
+                    opener = _Opener(attachment, method, tokenizer, on_progress, notice, binding, compiled)
                     caches.append(opener.open(config))
         yield caches
     finally:
@@ -134,7 +136,9 @@ class _Opener:
         on_progress: Progress | None,
         notice: Callable[[str], None],
         binding: Binding | None,
+        compiled: CompiledLayers | None,
     ) -> None:
+        self._compiled = compiled
         self._attachment, self._parts, self._method = attachment, attachment.parts, method
         self._tokenizer, self._on_progress, self._notice, self._binding = tokenizer, on_progress, notice, binding
 
@@ -160,6 +164,7 @@ class _Opener:
                 else partial(check_free, folder),
                 on_progress=self._on_progress,
                 binding=binding,
+                compiled=self._compiled if config.compiled_step == "auto" else None,
             )
             cache.trace.calibration_s = time.perf_counter() - started_s
         except BaseException:
@@ -202,6 +207,15 @@ class _Opener:
             on_progress=self._on_progress,
             on_notice=self._notice,
         )
+
+
+def _compiled_layers(attachment: Attachment, configs: Sequence[Config]) -> CompiledLayers | None:
+    """The layers that take a token in compiled calls; None where no cache asks for that."""
+    if all(config.compiled_step == "off" for config in configs):
+        return None
+    found = describe(attachment.parts)
+    prove(attachment.parts, attachment.implementation, found)
+    return found
 
 
 @torch.no_grad()

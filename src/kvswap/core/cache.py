@@ -11,6 +11,7 @@ import copy
 import logging
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,8 @@ from kvswap.config import Config
 from kvswap.core.batch_state import BatchState, Shape, open_state
 from kvswap.core.binding import Binding
 from kvswap.core.cache_stats import CacheStats
+from kvswap.core.compiled_layers import CompiledLayers
+from kvswap.core.compiled_step import CompiledDecode
 from kvswap.core.decode import Decode
 from kvswap.core.layer_major import FullCache, LayerForward, LayerMajorCache, Progress, offloaded_layers, special
 from kvswap.core.load_or_recompute import Rates
@@ -54,6 +57,7 @@ class KVSwapCache(LayerMajorCache):
         check_space: Callable[[int], None],
         on_progress: Progress | None,
         binding: Binding | None = None,
+        compiled: CompiledLayers | None = None,
     ) -> None:
         layers = offloaded_layers(parts, self)
         super().__init__(parts, implementation, layers, chunk_tokens=config.chunk_tokens, on_progress=on_progress)
@@ -82,6 +86,9 @@ class KVSwapCache(LayerMajorCache):
         # with positions in two dimensions, a picture takes fewer positions than tokens
         self._counts_pictures = "mrope_section" in repr(getattr(parts.config, "rope_parameters", None))
         self._decode_type: type[Decode] = method.decode or Decode
+        self._open_decode: Callable[[BatchState, ModelParts], Decode] = self._decode_type
+        if compiled is not None and compiled.layers and self._decode_type is Decode and method.slots is None:
+            self._open_decode = partial(CompiledDecode, found=compiled)
 
     # ---- a forward
 
@@ -94,14 +101,14 @@ class KVSwapCache(LayerMajorCache):
         if not self._decoding:
             appended, implementation = self._stored > 0, self.implementation
             needs = prompt_needs(self.parts, self._shape, self.config, hidden, implementation, appended=appended)
-            transient_bytes = check_free_memory(needs, hidden.device)
+            transient_bytes, self.keeps_unpacked = check_free_memory(needs, self.parts, hidden.device)
         answer_tokens, self.answer_tokens = self.answer_tokens, 0
         if self._state is not None and self.config.kv_memory != "auto":
             self._state.needs.check_answer(self._state.ledger.limit_bytes, self._stored + tokens, answer_tokens)
         if self._state is None:
             self._pads = left_pads(padding, batch, self._stored + tokens)
             self._state = self._open(batch, self._stored + tokens, answer_tokens)
-            self._decode = self._decode_type(self._state, self.parts)
+            self._decode = self._open_decode(self._state, self.parts)
         elif batch != self._state.batch:
             raise UnsupportedError(f"batch of {batch} on a cache of {self._state.batch}", hint="attach anew for it")
         elif padding is not None and not bool(padding[:, self._stored :].all()):
@@ -154,6 +161,14 @@ class KVSwapCache(LayerMajorCache):
     ) -> Any:
         """Start what the next layer needs, then run this one."""
         assert self._decode is not None
+        call = kwargs.get("kvswap_call")
+        if (
+            isinstance(self._decode, CompiledDecode) and getattr(call, "cache", None) is self
+        ):  # else in a batch of caches
+            layer = self._decode.layer(part)
+            if layer is not None:
+                kwargs["kvswap_call"].attended = True
+                return self._decode.run(part, layer, hidden, kwargs)
         self._decode.enter(part, hidden, kwargs)
         if part.order is None:
             return super().decode_layer(part, forward, hidden, kwargs)
@@ -194,7 +209,7 @@ class KVSwapCache(LayerMajorCache):
         batch, _, tokens, _ = source.layers[self.parts.offloaded[0].index].keys.shape
         self._pads = np.zeros(batch, np.int64)
         self._state = self._open(batch, tokens)
-        self._decode = self._decode_type(self._state, self.parts)
+        self._decode = self._open_decode(self._state, self.parts)
         prefill = Prefill(self._state, tokens, self._pads)
         for part in self.parts.layers:
             layer = source.layers[part.index]

@@ -93,13 +93,17 @@ class Decode:
         """Start the reads for the layer after ``part``, from the input ``hidden`` ``[B, 1, E]`` of ``part``."""
         assert self._predictor is not None
         for target in self._predictor.targets(part):
-            assert target.order is not None
-            query = None
-            if self.needs_query(target.order):
-                self.state.trace.lap()
-                query = self._predictor.query(target, part, hidden, kwargs)
-                self.state.trace.lap("predict_s")
-            self.prefetch(target.order, query)
+            self.fetch_for(target, part, hidden, kwargs)
+
+    def fetch_for(self, target: LayerParts, part: LayerParts, hidden: torch.Tensor, kwargs: dict[str, Any]) -> None:
+        """Start the reads for ``target``, from the input ``hidden`` ``[B, 1, E]`` of ``part``."""
+        assert self._predictor is not None and target.order is not None
+        query = None
+        if self.needs_query(target.order):
+            self.state.trace.lap()
+            query = self._predictor.query(target, part, hidden, kwargs)
+            self.state.trace.lap("predict_s")
+        self.prefetch(target.order, query)
 
     def prefetch(self, layer: int, query: torch.Tensor | None) -> None:
         """Choose the groups of ``layer`` by ``query`` ``[B, H_q, d]`` and start reading those not in memory.
@@ -111,6 +115,12 @@ class Decode:
         state.trace.lap()
         groups, valid = self.choose(layer, query, step)
         state.trace.lap("predict_s")
+        self.fetch(layer, groups, valid)
+
+    def fetch(self, layer: int, groups: IntArray, valid: BoolArray | None) -> None:
+        """Start reading those of ``groups`` ``[B, n]`` of ``layer`` that are not in memory. A lap has begun."""
+        state, step = self.state, self.step
+        assert step is not None
         half, self._half = self._half, 1 - self._half
         found = find(state.pool, layer, groups, step.ends, gap_groups=self._gap_groups, half=half)
         state.trace.lap("slots_s")
@@ -142,6 +152,18 @@ class Decode:
         """
         state, step = self.state, self.step
         assert step is not None
+        fetch = self.arrive(layer)
+        slots, valid = step.attended(self._first_pinned[layer], fetch.found.slots, fetch.valid)
+        kv = self.gather(layer, slots, fetch, step)
+        mask = self.mask(layer, valid, slots.shape[1], step)
+        if mask is None:
+            kv = kv[:, :, :, : kv.shape[3] - state.window.group_tokens + int(step.offset[0]) + 1]
+        self.keep(layer, fetch)
+        return kv[0], kv[1], mask
+
+    def arrive(self, layer: int) -> Fetch:
+        """Wait for the reads of ``layer``; then its groups are in their slots. A lap begins."""
+        state = self.state
         fetch = self.latest[layer] = self._fetches.pop(layer)
         state.store.backend.wait(fetch.ticket)
         state.trace.lap()
@@ -150,14 +172,12 @@ class Decode:
             rows = layer * state.batch + found.sequences
             state.store.unseal(rows, found.groups, *state.pool.staged(fetch.half, found.staged))
         state.pool.publish(fetch.half, found.filled)
-        slots, valid = step.attended(self._first_pinned[layer], found.slots, fetch.valid)
-        kv = self.gather(layer, slots, fetch, step)
-        mask = self.mask(layer, valid, slots.shape[1], step)
-        if mask is None:
-            kv = kv[:, :, :, : kv.shape[3] - state.window.group_tokens + int(step.offset[0]) + 1]
-        state.pool.admit(layer, found.sequences, found.groups, found.staged)
-        state.trace.lap("slots_s")
-        return kv[0], kv[1], mask
+        return fetch
+
+    def keep(self, layer: int, fetch: Fetch) -> None:
+        """Keep what was read for ``layer`` where that is worth more than what a slot holds. The lap ends."""
+        self.state.pool.admit(layer, fetch.found.sequences, fetch.found.groups, fetch.found.staged)
+        self.state.trace.lap("slots_s")
 
     # ---- parts of the path that a published method may replace (lab/rivals/parts/decoding.py)
 
@@ -174,10 +194,7 @@ class Decode:
             groups, unusable = _best_groups(scores, first, step.ends, count)
             if unusable:
                 raise not_finite(layer, "keys or the query are not finite, so no group can be chosen")
-        if step.fewest_candidates >= groups.shape[1]:  # every sequence has as many
-            return groups, None
-        valid = groups < step.ends[:, None]
-        return groups, None if valid.all() else valid
+        return groups, real_entries(groups, step)
 
     def submit(self, found: Found) -> int:
         """Start the reads; returns the ticket to wait for."""
@@ -212,3 +229,11 @@ def _best_groups(scores: torch.Tensor, first: int, ends: IntArray, count: int) -
     groups = top_groups(scores, first, ends, count)
     both = torch.cat((groups.flatten(), unusable.view(1).to(groups.dtype))).cpu().numpy()  # one wait for the device
     return both[:-1].reshape(groups.shape), bool(both[-1])
+
+
+def real_entries(groups: IntArray, step: Step) -> BoolArray | None:
+    """Which of the chosen groups ``[B, n]`` are real, None: all."""
+    if step.fewest_candidates >= groups.shape[1]:  # every sequence has as many
+        return None
+    valid: BoolArray = groups < step.ends[:, None]
+    return None if valid.all() else valid

@@ -24,6 +24,7 @@ from kvswap.core.prefill import chunk_spans, run_layer
 from kvswap.errors import UnsupportedError
 from kvswap.models.adapter import LayerParts, ModelParts
 from kvswap.models.masks import DeferredMask, resolve
+from kvswap.weights.modules import exact
 
 Progress = Callable[[str, int, int], None]
 LayerForward = Callable[..., torch.Tensor]
@@ -49,6 +50,7 @@ class LayerMajorCache(Cache):
         self.trace = Trace()
         self.answer_tokens = 0
         """Longest answer to follow the next forward, where the caller knows: that is refused if the two do not fit."""
+        self.keeps_unpacked = True  # packed weights of a layer for all chunks of a prompt, where memory allows
         self._on_progress = on_progress
         self._started_s = 0.0
         self._running = False
@@ -186,7 +188,8 @@ class LayerMajorCache(Cache):
                 self._on_progress("prefill", part.index * chunks + done, len(self.parts.layers) * chunks)
             return output
 
-        output = run_layer(chunk, hidden, self.chunk_tokens)
+        with exact(part.module, keep=self.keeps_unpacked and chunks > 1):
+            output = run_layer(chunk, hidden, self.chunk_tokens)
         _copy_window(self.layers[part.index])
         self.leave(part)
         return output

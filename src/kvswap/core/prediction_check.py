@@ -28,7 +28,7 @@ from kvswap.models.adapter import LayerParts, ModelParts, cache_keyword, context
 from kvswap.models.masks import DeferredMask
 
 LEAST_COSINE = 0.999
-_BATCH = 4
+BATCH = 4
 _POSITION = 1001
 """Tokens that the cache claims to hold: RoPE turns nothing at position 0."""
 _HINT = "this family is not supported yet; run it without kvswap"
@@ -38,7 +38,7 @@ class _ReachedAttention(Exception):  # noqa: N818 - not an error
     """Ends a layer where its attention begins."""
 
 
-class _Through(Exception):  # noqa: N818 - not an error
+class Through(Exception):  # noqa: N818 - not an error
     """Ends the forward after the last layer."""
 
 
@@ -66,26 +66,35 @@ def check_prediction(parts: ModelParts, implementation: str) -> None:
     """
     name = type(parts.model).__name__
     trial = _Trial(parts, implementation)
-    device = _embeddings(parts).device
-    ids = torch.tensor(_token_ids(parts), device=device)[:, None]
+    try:
+        send_through(parts, trial, BATCH)
+    except ModelError:
+        raise
+    except Exception as error:
+        reason = error.message if isinstance(error, KVSwapError) else f"{type(error).__name__}: {error}"
+        raise ModelError(f"{name}: layer {trial.index} cannot run under kvswap: {reason}", hint=_HINT) from error
+
+
+def send_through(parts: ModelParts, trial: LayerMajorCache, batch: int) -> None:
+    """Send one token of ``batch`` sequences through the layers of an attached model, with ``trial`` as its cache.
+
+    The trial raises ``Through`` in the last layer. Raises ModelError where that was not reached.
+    """
+    device = _embeddings(parts).weight.device
+    ids = torch.tensor(_token_ids(parts)[:batch], device=device)[:, None]
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         try:
             parts.model(input_ids=ids, use_cache=True, **{cache_keyword(parts.model): trial})
-        except _Through:
+        except Through:
             return
-        except ModelError:
-            raise
-        except Exception as error:
-            reason = error.message if isinstance(error, KVSwapError) else f"{type(error).__name__}: {error}"
-            raise ModelError(f"{name}: layer {trial.index} cannot run under kvswap: {reason}", hint=_HINT) from error
-    raise ModelError(f"{name}: its forward does not reach the last of its layers", hint=_HINT)
+    raise ModelError(f"{type(parts.model).__name__}: its forward does not reach the last of its layers", hint=_HINT)
 
 
 class _Trial(LayerMajorCache):
     """Claims to hold some tokens, stores nothing, and looks at what reaches attention."""
 
     def __init__(self, parts: ModelParts, implementation: str) -> None:
-        layers = [_Passing(_position(parts)) for _ in parts.layers]
+        layers = [Passing(trial_position(parts)) for _ in parts.layers]
         super().__init__(parts, implementation, layers, chunk_tokens=512, on_progress=None)
         self._predictor = QueryPredictor(parts)
         self._before: tuple[LayerParts, dict[str, Any]] | None = None
@@ -109,7 +118,7 @@ class _Trial(LayerMajorCache):
                 self._refuse(part, "hands no keyword arguments to attention")
         self._before = part, kwargs
         if part.index == len(self.parts.layers) - 1:
-            raise _Through
+            raise Through
         return hidden
 
     def attention(
@@ -146,7 +155,7 @@ class _Trial(LayerMajorCache):
         raise ModelError(f"{type(self.parts.model).__name__}: layer {part.index} {what}", hint=_HINT)
 
 
-class _Passing(CacheLayerMixin):  # type: ignore[misc] # transformers is not typed
+class Passing(CacheLayerMixin):  # type: ignore[misc] # transformers is not typed
     """A layer of the trial: K, V pass through it."""
 
     is_sliding = False
@@ -177,24 +186,23 @@ class _Passing(CacheLayerMixin):  # type: ignore[misc] # transformers is not typ
         return -1
 
 
-def _embeddings(parts: ModelParts) -> torch.Tensor:
+def _embeddings(parts: ModelParts) -> Any:
     decoder: Any = parts.decoder
-    weight: torch.Tensor = decoder.get_input_embeddings().weight
-    return weight
+    return decoder.get_input_embeddings()
 
 
-def _position(parts: ModelParts) -> int:
+def trial_position(parts: ModelParts) -> int:
     limit = context_limit(parts.model)
     return _POSITION if limit is None else max(1, min(_POSITION, limit - 1))
 
 
 def _token_ids(parts: ModelParts) -> list[int]:
     """A few ids from all over the vocabulary; not those of padding or pictures."""
-    vocabulary = len(_embeddings(parts))
+    vocabulary = len(_embeddings(parts).weight)
     settings = {**vars(parts.config), **vars(parts.model.config)}
     special = {value for key, value in settings.items() if "token" in key and isinstance(value, int)}
     usual = [each for each in range(0, vocabulary, max(1, vocabulary // 64)) if each not in special] or [0]
-    return [usual[number * len(usual) // _BATCH] for number in range(_BATCH)]
+    return [usual[number * len(usual) // BATCH] for number in range(BATCH)]
 
 
 def _is_same(tensor: torch.Tensor, other: torch.Tensor) -> bool:

@@ -13,6 +13,7 @@ from kvswap.memory.budget import PrefillNeeds
 from kvswap.models.adapter import ModelParts
 from kvswap.store.layout import tile_groups
 from kvswap.units import format_bytes
+from kvswap.weights.modules import passing_bytes
 
 
 def prompt_needs(
@@ -38,18 +39,25 @@ def prompt_needs(
     )
 
 
-def check_free_memory(needs: PrefillNeeds, device: torch.device) -> int:
-    """The temporary memory of a prompt, in bytes. Raises MemoryBudgetError where less is free on ``device``."""
-    transient_bytes = needs.transient_bytes()
+def check_free_memory(needs: PrefillNeeds, parts: ModelParts, device: torch.device) -> tuple[int, bool]:
+    """The temporary memory of a prompt in bytes, and whether a layer's packed weights stay unpacked for all its chunks.
+
+    Raises MemoryBudgetError where less is free on ``device``, also with weights unpacked a panel at a time.
+    """
+    layer_bytes, panel_bytes = passing_bytes(part.module for part in parts.layers)
+    transient_bytes = needs.transient_bytes() + layer_bytes
     free_bytes = available_bytes() if device.type == "cpu" else device_available_bytes(device)
-    if free_bytes is not None and transient_bytes > free_bytes:
+    if free_bytes is None or transient_bytes <= free_bytes:
+        return transient_bytes, True
+    transient_bytes += panel_bytes - layer_bytes
+    if transient_bytes > free_bytes:
         where = "memory" if device.type == "cpu" else f"the memory of {device}"
         raise MemoryBudgetError(
             f"prefill of {needs.batch * needs.tokens:,} tokens needs {format_bytes(transient_bytes)} temporarily, "
             f"{format_bytes(free_bytes)} of {where} are free",
             hint="close other programs, shorten the context, or lower chunk_tokens",
         )
-    return transient_bytes
+    return transient_bytes, False
 
 
 def _tile_bytes(shape: Shape, group_tokens: int, queries: int) -> int:

@@ -36,10 +36,17 @@ class QueryPredictor:
 
         ``kwargs`` are the keyword arguments with which the model calls ``part``.
         """
-        cos, sin = kwargs["position_embeddings"]
-        if target.layer_type != part.layer_type:  # RoPE differs by layer type (Gemma 3)
-            cos, sin = self._rope_of(target.layer_type, hidden, kwargs["position_ids"])
+        cos, sin = self.rope(target, part, hidden, kwargs)
         return target.predict_query(hidden, cos, sin, self.norm(target))
+
+    def rope(
+        self, target: LayerParts, part: LayerParts, hidden: torch.Tensor, kwargs: dict[str, Any]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin ``[B or 1, 1, d]`` of ``target``, from the arguments with which the model calls ``part``."""
+        if target.layer_type == part.layer_type:
+            cos, sin = kwargs["position_embeddings"]
+            return cos, sin
+        return self._rope_of(target.layer_type, hidden, kwargs["position_ids"])  # RoPE differs by layer type (Gemma 3)
 
     def norm(self, target: LayerParts) -> Any:
         """The input norm to use for ``target``: its own."""

@@ -9,7 +9,7 @@ family runs. The model's own forward pass is never changed. Any thread.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -22,9 +22,16 @@ Norm = Callable[[torch.Tensor], torch.Tensor]
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
 
+class NormForm(NamedTuple):
+    """A root-mean-square norm over the last dimension: times ``weight + offset``."""
+
+    offset: float
+    eps: float
+
+
 @torch.no_grad()
-def fused_norm(norm: Any) -> Norm:
-    """A fused root-mean-square norm with the weight of ``norm``, or one plus it, where that equals ``norm``."""
+def norm_form(norm: Any) -> NormForm | None:
+    """How ``norm`` computes, found by a trial; None where that is something else than a root-mean-square norm."""
     weight, eps = getattr(norm, "weight", None), getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
     hooked = isinstance(norm, nn.Module) and (norm._forward_hooks or norm._forward_pre_hooks or "forward" in vars(norm))
     if (
@@ -34,19 +41,24 @@ def fused_norm(norm: Any) -> Norm:
         or weight.device.type == "meta"
         or hooked
     ):
+        return None
+    trial = torch.linspace(-2, 3, 2 * len(weight), dtype=weight.dtype, device=weight.device).view(1, 2, -1)
+    for offset in (0.0, 1.0):
+        if _same(lambda: norm(trial), lambda offset=offset: rms_norm(trial, weight, offset, eps), weight.dtype):  # type: ignore[misc]
+            return NormForm(offset, eps)
+    return None
+
+
+def fused_norm(norm: Any) -> Norm:
+    """A fused root-mean-square norm with the weight of ``norm``, or one plus it, where that equals ``norm``."""
+    form = norm_form(norm)
+    if form is None:
         return norm  # type: ignore[no-any-return]
 
-    def plain(hidden: torch.Tensor) -> torch.Tensor:
-        return rms_norm(hidden, norm.weight, 0.0, eps)
+    def fused(hidden: torch.Tensor) -> torch.Tensor:
+        return rms_norm(hidden, norm.weight, form.offset, form.eps)
 
-    def one_more(hidden: torch.Tensor) -> torch.Tensor:
-        return rms_norm(hidden, norm.weight, 1.0, eps)
-
-    trial = torch.linspace(-2, 3, 2 * len(weight), dtype=weight.dtype, device=weight.device).view(1, 2, -1)
-    for fused in (plain, one_more):
-        if _same(lambda: norm(trial), lambda fused=fused: fused(trial), weight.dtype):  # type: ignore[misc]
-            return fused
-    return norm  # type: ignore[no-any-return]
+    return fused
 
 
 @torch.no_grad()

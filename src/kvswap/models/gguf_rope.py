@@ -1,7 +1,7 @@
 """RoPE scaling of a GGUF file, which transformers drops when it reads one. Without it answers are wrong.
 
-``gguf`` asks for it when it converts a file. The scaling is written as keys of the header (linear, YaRN) or
-as one factor for each frequency (Llama 3.1). What cannot be expressed as ``rope_parameters`` is refused.
+``gguf_model`` asks for it, and ``gguf`` when it converts a file. The scaling is written as keys of the header (linear,
+YaRN) or as one factor for each frequency (Llama 3.1). What cannot be expressed as ``rope_parameters`` is refused.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from kvswap.errors import ModelError
+from kvswap.weights.gguf_file import GgufFile
 
 _FACTORS = "rope_freqs.weight"
 _SIGNS = (b".rope.scal", _FACTORS.encode(), b"rope_factors_long")
@@ -30,23 +31,19 @@ def mentions_scaling(file: Path) -> bool:
         return any(header.find(sign, 0, _HEADER_BYTES) >= 0 for sign in _SIGNS)
 
 
-def rope_scaling(file: Path, head_dim: int, theta: float) -> dict[str, Any]:
+def rope_scaling(file: GgufFile, head_dim: int, theta: float) -> dict[str, Any]:
     """Keys of ``rope_parameters`` for the scaling of a file; empty without any. Raises ModelError for other kinds."""
-    from gguf import GGUFReader
-
-    reader = GGUFReader(file)
-    architecture = str(reader.fields["general.architecture"].contents())
-    prefix = f"{architecture}.rope.scaling."
-    stated = {key.removeprefix(prefix): field.contents() for key, field in reader.fields.items() if prefix in key}
-    if (old := reader.fields.get(f"{architecture}.rope.scale_linear")) is not None:
-        stated = {"type": "linear", "factor": old.contents()} | stated
-    tensors = {tensor.name: tensor for tensor in reader.tensors if tensor.name.startswith(("rope_f", "blk.0.rope_f"))}
-    if any("rope_factors" in name for name in tensors):
-        raise _unsupported(file, "long and short factors")
+    prefix = f"{file.architecture}.rope.scaling."
+    stated = {key.removeprefix(prefix): value for key, value in file.metadata.items() if prefix in key}
+    if (old := file.metadata.get(f"{file.architecture}.rope.scale_linear")) is not None:
+        stated = {"type": "linear", "factor": old} | stated
+    tensors = [tensor for name, tensor in file.tensors.items() if name.startswith(("rope_f", "blk.0.rope_f"))]
+    if any("rope_factors" in tensor.name for tensor in tensors):
+        raise _unsupported(file.path, "long and short factors")
     if tensors:
-        (factors,) = (np.asarray(tensor.data, np.float64).reshape(-1) for tensor in tensors.values())
-        return _llama3(file, factors, head_dim, theta)
-    return _stated(file, stated)
+        factors = np.frombuffer(tensors[0].data.numpy().tobytes(), np.float32).astype(np.float64)
+        return _llama3(file.path, factors, head_dim, theta)
+    return _stated(file.path, stated)
 
 
 def _stated(file: Path, stated: dict[str, Any]) -> dict[str, Any]:

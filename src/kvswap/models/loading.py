@@ -20,13 +20,20 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from transformers.utils import logging as transformers_logging
 
 from kvswap.disk.folders import user_path
-from kvswap.errors import ConfigError, ModelError
-from kvswap.models.gguf import BUNDLED, bundled_model, converted
+from kvswap.errors import ConfigError, MemoryBudgetError, ModelError
+from kvswap.memory.available import available_bytes
+from kvswap.models.gguf import BUNDLED, bundled_file, bundled_model, converted
+from kvswap.models.gguf_model import load_packed, runs_as_it_is
 from kvswap.models.hub import has_cached, look_like_path, problem_with
 from kvswap.models.loading_info import check_weights, unused_weights
+from kvswap.native.library import available
 from kvswap.native.processor import has_bfloat16
+from kvswap.units import format_bytes
+from kvswap.weights.gguf_file import GgufFile
+from kvswap.weights.modules import unpack_modules
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+WEIGHTS = ("auto", "float", "q8", "q4")
 
 _WHERE = f"give a local model directory, a .gguf file, a hub id such as org/model, or {BUNDLED}"
 _CODE_OF_ITS_OWN = "trust_remote_code"  # the errors of transformers name the option that would run it
@@ -36,11 +43,17 @@ _DAMAGED = (ImportError, OSError, SafetensorError, *_WRONG_VALUES)
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """A model and its tokenizer; ``name`` is what the user called it."""
+    """A model and its tokenizer; ``name`` is what the user called it, ``file`` where its packed weights are."""
 
     model: PreTrainedModel
     tokenizer: Any
     name: str
+    file: GgufFile | None = None
+
+    def check_weights(self) -> None:
+        """Raise ModelError where the file that the weights are mapped from was changed."""
+        if self.file is not None:
+            self.file.check_unchanged()
 
     @property
     def short_name(self) -> str:
@@ -53,6 +66,7 @@ def load_model(
     name: str,
     *,
     dtype: str = "auto",
+    weights: str = "auto",
     mmap: bool = True,
     on_notice: Callable[[str], None] | None = None,
 ) -> LoadedModel:
@@ -61,10 +75,14 @@ def load_model(
     Parameters
     ----------
     name
-        Local directory, ``.gguf`` file (converted to float32 once, into the cache folder), hub id, or
-        ``smollm2-135m`` from the installed package that carries it.
+        Local directory, ``.gguf`` file (any part of one that is split), hub id, or ``smollm2-135m`` from the installed
+        package that carries it.
     dtype
         ``"auto"``: the checkpoint's, but float32 on a CPU without bfloat16 instructions when that has 16 bits.
+    weights
+        ``"auto"``: as the file has them. A GGUF file is multiplied packed where its architecture and type are known.
+        ``"float"``: a GGUF file is converted to float32 once, into the cache folder. ``"q8"`` and ``"q4"``: the linear
+        layers of a checkpoint that is not packed are packed to 8 or 4 bits once, into the cache folder; on a CPU.
     mmap
         False copies the weights into anonymous memory.
     on_notice
@@ -76,7 +94,12 @@ def load_model(
     """
     if dtype not in DTYPES:
         raise ConfigError(f"dtype: got {dtype!r}", hint=f"use one of {', '.join(DTYPES)}")
+    if weights not in WEIGHTS:
+        raise ConfigError(f"weights: got {weights!r}", hint=f"use one of {', '.join(WEIGHTS)}")
     notice = on_notice or (lambda text: None)
+    file = _gguf_file(name)
+    if file is not None and _stays_packed(file, dtype, weights, notice):
+        return _load_file(name, file, mmap, notice)
     source, local = _source(name, notice)
     progress = transformers_logging.is_progress_bar_enabled()
     verbosity = transformers_logging.get_verbosity()
@@ -94,6 +117,54 @@ def load_model(
     elif not mmap:
         copy_weights(model)
     return LoadedModel(model, tokenizer, name)
+
+
+def _gguf_file(name: str) -> GgufFile | None:
+    """The file that a name stands for, opened and checked; None for other kinds of models."""
+    path = user_path(name)
+    if name == BUNDLED:
+        path = bundled_file()
+    return GgufFile(path) if path.is_file() else None
+
+
+def _stays_packed(file: GgufFile, dtype: str, weights: str, notice: Callable[[str], None]) -> bool:
+    """Whether a file runs as it is, else it is converted; says why where that was not asked for."""
+    if weights in ("q8", "q4"):
+        raise ConfigError(f"weights: {weights} for {file.path}, which is packed already", hint="use auto or float")
+    if weights == "float" or dtype not in ("auto", "float32"):
+        return False
+    if not runs_as_it_is(file):
+        notice(f"model {file.path}: architecture {file.architecture!r} does not run packed, so it is converted")
+        return False
+    if not available():
+        notice(f"model {file.path}: nothing was compiled here that multiplies packed weights, so it is converted")
+        return False
+    return True
+
+
+def _load_file(name: str, file: GgufFile, mmap: bool, notice: Callable[[str], None]) -> LoadedModel:
+    """A model whose weights stay packed; on a GPU, where nothing multiplies them, they are unpacked."""
+    weights_bytes, free_bytes = sum(each.data.nbytes for each in file.tensors.values()), available_bytes()
+    if weights_bytes > free_bytes:
+        if not mmap:
+            raise MemoryBudgetError(
+                f"model {name}: its weights take {format_bytes(weights_bytes)}, "
+                f"{format_bytes(free_bytes)} of memory are free",
+                hint="leave --no-mmap out, close other programs, or take a file of a smaller type",
+            )
+        notice(
+            f"model {name}: its weights take {format_bytes(weights_bytes)} and {format_bytes(free_bytes)} of memory "
+            "are free, so every token reads some of them from disk again"
+        )
+    model, tokenizer = load_packed(file, notice)
+    model.eval().requires_grad_(False)
+    if torch.cuda.is_available():
+        notice(f"model {name}: its weights are unpacked to bfloat16 for the GPU")
+        unpack_modules(model, torch.bfloat16)
+        model.to("cuda", torch.bfloat16)
+    elif not mmap:
+        copy_weights(model)
+    return LoadedModel(model, tokenizer, name, file)
 
 
 def quieten() -> None:

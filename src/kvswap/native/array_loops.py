@@ -238,5 +238,5 @@ def admit(
 
 def _at(array: NDArray[Any]) -> int:
     """Address of the first element."""
-    address: int = array.ctypes.data
+    address: int = array.__array_interface__["data"][0]  # a third of the time of array.ctypes.data
     return address

@@ -10,7 +10,7 @@
 #include "products.h"
 #include "workers.h"
 
-#define VERSION 11   /* of the functions' arguments; library.py must have the same */
+#define VERSION 12   /* of the functions' arguments; library.py must have the same */
 #define AHEAD 8      /* tiles */
 #define BLOCK 64     /* scores that are passed over together where none is among the best */
 #define NOTHING 20.f /* logits this far below one that was seen count as none: e^-20 of its weight */
@@ -103,13 +103,13 @@ INLINE Scratch prepare(float *scratch, const float *query, const float *scales, 
         int32_t sum = 0;
         for (int64_t r = 0; r < rows * parts; r++) {
             const float size = fabsf(row[r] * scales[r]);
-            most = size > most ? size : most;
+            most = size > most || size != size ? size : most; /* not a number once, and always from there on */
         }
         steps[h] = most / LEVELS;
         for (int64_t k = 0; k < parts; k++)
             for (int64_t r = 0; r < rows; r++) {
                 const float level = row[k * rows + r] * scales[k * rows + r] / steps[h];
-                const int32_t whole = (int32_t)(level + (level < 0 ? -0.5f : 0.5f));
+                const int32_t whole = level != level ? 0 : (int32_t)(level + (level < 0 ? -0.5f : 0.5f));
                 rounded[h * rank + k * stride + r] = (int8_t)whole;
                 sum += whole;
             }

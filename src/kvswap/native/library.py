@@ -7,7 +7,7 @@ import importlib.util
 import logging
 from functools import lru_cache
 
-VERSION = 11
+VERSION = 12
 """Version of the functions' arguments; ``kernels.c`` must have the same."""
 
 log = logging.getLogger("kvswap")
@@ -30,6 +30,17 @@ _SIGNATURES: dict[str, tuple[tuple[type, ...], type | None]] = {
     "gather": ((_P, _I, _I, _P, _I, _I, _I, _I, _I, _I, _P), _I),
     "attending_floats": ((_I, _I, _I, _I), _I),
     "attend_groups": ((_P, _I, _I, _P, _I, _I, _I, _I, _I, _P, _I, _I, _P, _P, _P, _P), _I),
+    "step_bytes": ((_P, _I, _I), _I),
+    "step_query": ((_P, _P, _P, _P), _I),
+    "choose_floats": ((_P, _P, _P, _I), _I),
+    "step_choose": ((_P, _P, _P, _P, _I, _I, _P, _I, _P, _I, _P), _I),
+    "step_begin": ((_P, _P, _P, _P, _P, _P), _I),
+    "step_finish": ((_P, _P, _P, _P, _P, _I, _P, _P), _I),
+    "row_bytes": ((_I, _I), _I),
+    "activation_kind": ((_I,), _I),
+    "activation_bytes": ((_I, _I), _I),
+    "packed_linear": ((_P, _P, _I, _P, _P, _I, _P, _I), _I),
+    "unpack": ((_P, _I, _I, _P, _I, _I), _I),
     "put_tokens": ((_P, _I, _I, _P, _P, _I, _I, _I, _I, _I, _P, _P, _P), _I),
 }
 """Arguments and result of each function; in C its name begins with ``kvswap_``."""

@@ -24,6 +24,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from kvswap.native import loops, query_loops
+from kvswap.native.step_loops import Sketch
 from kvswap.selection.basis import TRANSFORM, Basis, KeyCovariance
 from kvswap.selection.score import float_products, integer_products
 from kvswap.selection.sketch import LayerSketch
@@ -121,6 +122,7 @@ class TransformSketch(LayerSketch):
         super().__init__(basis=basis, device=device, **size)
         assert basis.rows is not None
         self._rows = basis.rows.to(device)
+        self._compiled: tuple[torch.Tensor, Sketch] | None = None
 
     @staticmethod
     def token_bytes(rank: int, bits: int) -> int:
@@ -168,11 +170,13 @@ class TransformSketch(LayerSketch):
         if tokens <= FLAT_TOKENS:
             return score(self.tokens[sequence : sequence + 1], group_tokens)[0]
         tile_tokens, parts = loops.SCORE_TILE_TOKENS, 8 // self.bits
-        few = min(codes.shape[1], loops.COARSE_ROWS * self.bits // 8, max(2, codes.shape[1] // COARSE_SHARE))
+        few = self._coarse_rows
         columns = low_rank.unflatten(1, (parts, -1))[:, :, :few].flatten(1)
         scales = self._rows[1].unflatten(0, (parts, -1))[:, :few].flatten()
         whole, rest = divmod(tokens, tile_tokens)
         coarse = loops.tile_mass(codes[:, :few], columns, scales, self.bits, whole * tile_tokens)
+        if bool(coarse.isnan().any()):  # nothing is the best among what compares with nothing
+            return torch.full((tokens // group_tokens,), float("nan"))
         best = loops.top_groups(coarse[None], 0, [whole], FINE_TOKENS // tile_tokens)[0]
         tiles = np.append(best, np.full(int(rest > 0), whole))  # an incomplete last tile is always in
         fine = score(self.tokens[sequence : sequence + 1], group_tokens, tiles)[0]
@@ -180,6 +184,22 @@ class TransformSketch(LayerSketch):
         padded = torch.nn.functional.pad(fine, (0, -len(fine) % mass.shape[1]))
         mass[torch.from_numpy(tiles)] = padded.view(len(tiles), -1)
         return mass.flatten()[: tokens // group_tokens]
+
+    def compiled(self, group_tokens: int) -> Sketch | None:
+        """What compiled steps score, which stays true until keys are appended; None where nothing compiled can."""
+        if not loops.scores_here(self.bits, group_tokens, self._by_head.device):
+            return None
+        tiles = self._codes.tiles
+        if self._compiled is None or self._compiled[0] is not tiles:
+            parts = tiles.data_ptr(), *tiles.stride()[:2], *tiles.shape[1:3], self.bits, self._coarse_rows
+            addresses = self._by_head.data_ptr(), self._rows[1].data_ptr(), self.tokens.ctypes.data
+            self._compiled = tiles, Sketch(*parts, *addresses, FLAT_TOKENS, FINE_TOKENS // loops.SCORE_TILE_TOKENS)
+        return self._compiled[1]
+
+    @property
+    def _coarse_rows(self) -> int:
+        rows = self._codes.tiles.shape[2]
+        return min(rows, loops.COARSE_ROWS * self.bits // 8, max(2, rows // COARSE_SHARE))
 
     def encode(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Digits ``[n, R]`` uint8 of projected keys ``[n, R]``; no scales, ``[0, n]``."""

@@ -1,0 +1,134 @@
+"""Path two, compiled: one token goes through a decoder layer in three calls, while groups come from disk.
+
+``CompiledDecode`` is ``Decode`` with two differences. The groups of a layer that can be compiled
+(``core/compiled_layers.py``) are chosen in one call. And such a layer runs in two: ``begin`` computes query, key and
+value, and ``finish`` attends to groups where they lie in slots and computes the rest of the layer. Python between the
+calls decides what is read and handles errors. Other layers go through their modules, as in ``Decode``, which is the
+specification. Used by the cache, in the thread that runs the model.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from kvswap.core.batch_state import BatchState, not_finite
+from kvswap.core.compiled_layers import CompiledLayers
+from kvswap.core.decode import Decode, real_entries
+from kvswap.core.query_prediction import QueryPredictor
+from kvswap.models.adapter import LayerParts, ModelParts
+from kvswap.native.step_loops import TYPES, Layer, Scratch, Slots
+from kvswap.selection.kvswap import score
+from kvswap.selection.transform_sketch import TransformSketch
+
+Rope = tuple[torch.Tensor, torch.Tensor]
+
+
+class CompiledDecode(Decode):
+    """Decode steps of ``found`` layers in compiled calls, of all others by their modules."""
+
+    def __init__(self, state: BatchState, parts: ModelParts, found: CompiledLayers) -> None:
+        super().__init__(state, parts)
+        self._found, self._layers = found, found.layers
+        self._scratch = Scratch(list(found.layers.values()), state.batch, parts.dtype)
+        self._predictor: CompiledPredictor = CompiledPredictor(parts, self)
+        self._own_scores = state.method.score is score
+        self._slots: dict[torch.dtype, Slots] = {}
+        self._ropes: dict[int, tuple[Rope, Rope]] = {}
+
+    def begin_step(self) -> None:
+        """Start a step. Where a module was replaced since the last one, this and all later steps go through modules."""
+        super().begin_step()
+        self._ropes.clear()
+        self._slots.clear()
+        if not self._found.unchanged():
+            self._layers = {}
+
+    def layer(self, part: LayerParts) -> Layer | None:
+        """The compiled layer, or None where ``part`` goes through its modules."""
+        return self._layers.get(part.index)
+
+    def predict(self, layer: Layer, hidden: torch.Tensor, rope: Rope) -> torch.Tensor:
+        """The query ``[B, H_q, d]`` that ``layer`` is predicted to have from ``hidden`` ``[B, 1, E]``."""
+        self._scratch.turn(*self._floats(rope), layer.head_dim)
+        return self._scratch.query(layer, hidden)
+
+    def fetch_for(self, target: LayerParts, part: LayerParts, hidden: torch.Tensor, kwargs: dict[str, Any]) -> None:
+        """Start the reads for ``target``; see the base class. One call chooses, where query and scores are compiled."""
+        layer, order, step, window = self._layers.get(target.index), target.order, self.step, self.state.window
+        assert order is not None and step is not None
+        sketch = self.state.sketches[order]
+        codes = sketch.compiled(window.group_tokens) if isinstance(sketch, TransformSketch) else None
+        if layer is None or codes is None or not self._own_scores or not self.needs_query(order):
+            super().fetch_for(target, part, hidden, kwargs)
+            return
+        self.state.trace.lap()
+        self._scratch.turn(*self._floats(self._predictor.rope(target, part, hidden, kwargs)), layer.head_dim)
+        groups = self._scratch.choose(
+            layer,
+            hidden.contiguous(),
+            codes,
+            group_tokens=window.group_tokens,
+            first=window.sink_groups,
+            ends=step.ends,
+            count=self.state.select_groups[order],
+        )
+        if groups is None:
+            raise not_finite(order, "keys or the query are not finite, so no group can be chosen")
+        valid = real_entries(groups, step)
+        self.state.trace.lap("predict_s")
+        self.fetch(order, groups, valid)
+
+    def run(self, part: LayerParts, layer: Layer, hidden: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
+        """The output ``[B, 1, E]`` of ``part`` for the newest tokens ``hidden``; their K, V go to the rolling tail."""
+        state, step, scratch, order = self.state, self.step, self._scratch, part.order
+        assert step is not None and order is not None
+        hidden, slots, first_pinned = hidden.contiguous(), self._slots_of(order), self._first_pinned[order]
+        self.enter(part, hidden, kwargs)
+        state.trace.lap()
+        state.flush_ring(order, step)
+        state.trace.lap("slots_s")
+        scratch.turn(*self._floats(kwargs["position_embeddings"]), layer.head_dim)
+        scratch.begin(layer, hidden, slots, first_pinned + step.tail, step.offset)
+        fetch = self.arrive(order)
+        index, valid = step.attended(first_pinned, fetch.found.slots, fetch.valid)
+        state.trace.lap("slots_s")
+        output = scratch.finish(layer, hidden, slots, index, valid, step.offset)
+        state.trace.lap()
+        self.keep(order, fetch)
+        return output
+
+    def _slots_of(self, order: int) -> Slots:
+        pool = self.state.pool
+        dtype = pool.dtypes[order]
+        found = self._slots.get(dtype)
+        if found is None:
+            count, size_bytes = pool.reuse_start + pool.reuse_slots, pool.layout.slot_bytes
+            found = Slots(pool.slab.address, count, size_bytes, TYPES[dtype], pool.window.group_tokens)
+            self._slots[dtype] = found
+        return found
+
+    def _floats(self, rope: Rope) -> Rope:
+        """cos and sin as float32, converted once in a step."""
+        if rope[0].dtype == torch.float32:
+            return rope
+        key = id(rope[0])
+        if key not in self._ropes:  # with the tensors themselves, so that no other gets their number in this step
+            self._ropes[key] = rope, (rope[0].float(), rope[1].float())
+        return self._ropes[key][1]
+
+
+class CompiledPredictor(QueryPredictor):
+    """Predicts queries of compiled layers in one call each."""
+
+    def __init__(self, parts: ModelParts, decode: CompiledDecode) -> None:
+        super().__init__(parts)
+        self._decode = decode
+
+    def query(self, target: LayerParts, part: LayerParts, hidden: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
+        """The query of ``target``; see the base class."""
+        layer = self._decode.layer(target)
+        if layer is None:
+            return super().query(target, part, hidden, kwargs)
+        return self._decode.predict(layer, hidden.contiguous(), self.rope(target, part, hidden, kwargs))

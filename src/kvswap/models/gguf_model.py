@@ -1,0 +1,244 @@
+"""A model made of a GGUF file as it is: matrices stay packed and mapped, configuration and tokenizer are the file's.
+
+``loading`` calls this for the architectures in ``ARCHITECTURES``; ``gguf`` converts files of others. The class of the
+model is that of transformers, made without memory and filled tensor by tensor. Nothing beside the file is looked at.
+One thread.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+
+from kvswap.errors import ModelError
+from kvswap.models.gguf_rope import rope_scaling
+from kvswap.models.loading_info import count_of, some_of
+from kvswap.native.weight_loops import multiplies
+from kvswap.weights.gguf_file import GgufFile, Tensor
+from kvswap.weights.modules import PackedEmbedding, PackedLinear, dequantise, from_pairs
+
+_KEYS = {
+    "context_length": "max_position_embeddings",
+    "block_count": "num_hidden_layers",
+    "feed_forward_length": "intermediate_size",
+    "embedding_length": "hidden_size",
+    "rope.freq_base": "rope_theta",
+    "attention.head_count": "num_attention_heads",
+    "attention.head_count_kv": "num_key_value_heads",
+    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
+    "attention.key_length": "head_dim",
+}
+_NEEDED = ("context_length", "block_count", "feed_forward_length", "embedding_length", "attention.head_count")
+ARCHITECTURES = {"llama": "llama", "mistral": "mistral", "qwen2": "qwen2", "qwen3": "qwen3", "gemma3": "gemma3_text"}
+"""Architectures that run as they are, by the format's name, and the model type of transformers."""
+_ROTATED_IN_PAIRS = ("llama", "mistral")
+"""Whose q and k rows the format has in the order of pairs, where transformers has halves."""
+_NORMS_PLUS_ONE = ("gemma3",)
+"""Whose norms the format has with the one that transformers adds."""
+_GEMMA3_27B_LAYERS = 62
+
+_NAMES = {
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "output": "lm_head",
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+_GEMMA3_NAMES = {
+    **_NAMES,
+    "post_attention_norm": "post_attention_layernorm",
+    "ffn_norm": "pre_feedforward_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
+_WITHOUT_WEIGHTS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
+"""Tensors that are not weights: RoPE takes them."""
+
+
+def runs_as_it_is(file: GgufFile) -> bool:
+    """Whether this file's architecture is one that runs without a conversion."""
+    return file.architecture in ARCHITECTURES and f"{file.architecture}.expert_count" not in file.metadata
+
+
+def load_packed(file: GgufFile, notice: Callable[[str], None]) -> tuple[PreTrainedModel, Any]:
+    """The model and its tokenizer. Raises ModelError where the file lacks something or has something unknown."""
+    config = _config(file)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
+    _fill(model, file, notice)
+    model.generation_config = GenerationConfig.from_model_config(config)
+    return model, _tokenizer(file)
+
+
+def _config(file: GgufFile) -> Any:
+    """The configuration, from the file's metadata."""
+    architecture, tensors = file.architecture, file.tensors
+    stated = {key.removeprefix(f"{architecture}."): value for key, value in file.metadata.items()}
+    missing = [f"{architecture}.{key}" for key in _NEEDED if not isinstance(stated.get(key), int)]
+    if missing or "token_embd.weight" not in tensors:
+        what = ", ".join([*missing, *(["token_embd.weight"] if "token_embd.weight" not in tensors else [])])
+        raise ModelError(f"model {file.path}: the GGUF file lacks {what}", hint="it is incomplete: fetch it again")
+    values = {name: stated[key] for key, name in _KEYS.items() if key in stated}
+    values.setdefault("num_key_value_heads", values["num_attention_heads"])
+    values.setdefault("head_dim", values["hidden_size"] // values["num_attention_heads"])
+    values["vocab_size"] = tensors["token_embd.weight"].shape[0]
+    values["tie_word_embeddings"] = "output.weight" not in tensors
+    for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
+        values[f"{name}_token_id"] = file.metadata.get(f"tokenizer.ggml.{key}_token_id")
+    rotated = stated.get("rope.dimension_count", values["head_dim"])
+    if rotated != values["head_dim"]:
+        raise ModelError(
+            f"model {file.path}: RoPE turns {rotated} of a head's {values['head_dim']} elements",
+            hint="give the model directory it was made from",
+        )
+    values |= _of_family(architecture, stated, tensors, values)
+    rope = {"rope_type": "default", "rope_theta": values.pop("rope_theta", 10000.0)}
+    rope |= rope_scaling(file, values["head_dim"], rope["rope_theta"])
+    values["rope_parameters"] = rope
+    if architecture == "gemma3":  # sliding layers have a RoPE of their own, which no file states
+        local = {"rope_type": "default", "rope_theta": stated.get("rope.freq_base_swa", 10000.0)}
+        values["rope_parameters"] = {"full_attention": rope, "sliding_attention": local}
+    return AutoConfig.for_model(ARCHITECTURES[architecture], **values)
+
+
+def _of_family(
+    architecture: str, stated: dict[str, Any], tensors: dict[str, Tensor], values: dict[str, Any]
+) -> dict[str, Any]:
+    """What only some architectures have."""
+    if architecture in ("llama", "qwen3"):
+        return {"attention_bias": "blk.0.attn_q.bias" in tensors, "mlp_bias": "blk.0.ffn_gate.bias" in tensors}
+    if architecture == "mistral":
+        return {"sliding_window": stated.get("attention.sliding_window")}
+    if architecture == "gemma3":
+        heads, layers = values["num_attention_heads"], values["num_hidden_layers"]
+        wide = values["hidden_size"] // heads if layers == _GEMMA3_27B_LAYERS else values["head_dim"]
+        return {"query_pre_attn_scalar": wide, "sliding_window": stated.get("attention.sliding_window", 512)}
+    return {}
+
+
+def _fill(model: PreTrainedModel, file: GgufFile, notice: Callable[[str], None]) -> None:
+    """Put the file's tensors into the model."""
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters(remove_duplicate=False)}
+    if model.config.tie_word_embeddings:
+        shapes.pop("lm_head.weight", None)
+    given = _matching(file, shapes, notice)
+    for name, shape in shapes.items():
+        if len(shape) > 1:
+            _place_matrix(model, name.removesuffix(".weight"), given, file.architecture)
+    for name, shape in shapes.items():
+        if len(shape) == 1:
+            _place_vector(model, name, given[name], file.architecture)
+    if model.config.tie_word_embeddings:
+        table = cast(PackedEmbedding, model.get_input_embeddings())
+        model.set_submodule("lm_head", PackedLinear(table.weight, table.kind, table.embedding_dim))
+    _make_buffers(model)
+
+
+def _matching(file: GgufFile, shapes: dict[str, tuple[int, ...]], notice: Callable[[str], None]) -> dict[str, Tensor]:
+    """The file's tensors by the model's names. Missing ones and wrong shapes are errors, unused ones are named."""
+    given = {_module_name(file.architecture, name): tensor for name, tensor in file.tensors.items()}
+    given.pop("", None)
+    if missing := sorted(set(shapes) - set(given)):
+        instead = sorted(set(given) - set(shapes))
+        raise ModelError(
+            f"model {file.path}: its weights lack {count_of(missing)}: {some_of(missing)}"
+            + (f"; it has {some_of(instead)} instead" if instead else ""),
+            hint="the file is incomplete or of another family than it says: fetch it again",
+        )
+    if unused := sorted(set(given) - set(shapes)):
+        notice(f"model {file.path}: {count_of(unused)} of its weights not used: {some_of(unused)}")
+    for name, shape in shapes.items():
+        if given[name].shape != shape:
+            raise ModelError(
+                f"model {file.path}: tensor {given[name].name} has shape {given[name].shape}, not {shape}",
+                hint="its tensors do not fit its metadata: fetch it again",
+            )
+    if others := sorted({each.type_name for each in given.values() if not multiplies(each.type)}):
+        notice(f"model {file.path}: types {', '.join(others)} have no compiled products and are unpacked at every use")
+    return given
+
+
+def _module_name(architecture: str, name: str) -> str:
+    """The model's name for a tensor; empty for what is no weight."""
+    if name in _WITHOUT_WEIGHTS:
+        return ""
+    names = _GEMMA3_NAMES if architecture == "gemma3" else _NAMES
+    block = re.fullmatch(r"blk\.(\d+)\.(\w+)\.(\w+)", name)
+    if block is not None and block[2] in names:
+        return f"model.layers.{block[1]}.{names[block[2]]}.{block[3]}"
+    stem, _, ending = name.rpartition(".")
+    return f"{names[stem]}.{ending}" if stem in names else name
+
+
+def _place_matrix(model: PreTrainedModel, path: str, given: dict[str, Tensor], architecture: str) -> None:
+    old, tensor = model.get_submodule(path), given[f"{path}.weight"]
+    pairs = model.config.head_dim if architecture in _ROTATED_IN_PAIRS and path.endswith(("q_proj", "k_proj")) else 0
+    weight = nn.Parameter(tensor.data, requires_grad=False)
+    if isinstance(old, nn.Embedding):
+        scale = float(getattr(old, "scalar_embed_scale", 1.0))
+        new: nn.Module = PackedEmbedding(weight, tensor.type, tensor.shape[1], scale=scale, padding_idx=old.padding_idx)
+    else:
+        bias = given.get(f"{path}.bias") if getattr(old, "bias", None) is not None else None
+        values = None if bias is None else _vector(bias)
+        if values is not None and pairs:
+            values = values[from_pairs(len(values), pairs)]
+        new = PackedLinear(weight, tensor.type, tensor.shape[1], values, paired_rows=pairs)
+    model.set_submodule(path, new.train(False))
+
+
+def _place_vector(model: PreTrainedModel, name: str, tensor: Tensor, architecture: str) -> None:
+    path, _, ending = name.rpartition(".")
+    values = _vector(tensor)
+    if architecture in _NORMS_PLUS_ONE and name.endswith("norm.weight"):
+        values = values - 1
+    owner = model.get_submodule(path)
+    if isinstance(owner, PackedLinear):
+        return
+    setattr(owner, ending, nn.Parameter(values, requires_grad=False))
+
+
+def _vector(tensor: Tensor) -> torch.Tensor:
+    return dequantise(tensor.data, tensor.type).reshape(-1).clone()
+
+
+def _make_buffers(model: PreTrainedModel) -> None:
+    """Make what a model computes itself, which on the device meta has no values."""
+    decoder = model.get_decoder()
+    decoder.rotary_emb = type(decoder.rotary_emb)(config=model.config)
+    left = [
+        name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.device.type == "meta"
+    ]
+    if left:
+        raise ModelError(
+            f"model {type(model).__name__}: {some_of(sorted(left))} cannot be made from a GGUF file",
+            hint="give the model directory it was made from",
+        )
+
+
+def _tokenizer(file: GgufFile) -> Any:
+    """The tokenizer that the file describes, as transformers reads it."""
+    from transformers.integrations.gguf import convert_gguf_tokenizer, get_gguf_tokenizer
+    from transformers.tokenization_utils_tokenizers import TokenizersBackend
+
+    try:
+        architecture, described, settings = get_gguf_tokenizer(str(file.first_path))
+        backend, more = convert_gguf_tokenizer(architecture, described)
+        return TokenizersBackend(tokenizer_object=backend, **settings, **more)
+    except Exception as error:  # tokenizers raises no other
+        raise ModelError(
+            f"model {file.path}: its tokenizer cannot be read: {error}",
+            hint="give the model directory it was made from",
+        ) from error

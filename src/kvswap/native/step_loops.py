@@ -1,0 +1,221 @@
+"""A decode step of one decoder layer in three compiled calls: its predicted query, its K and V, its output.
+
+``core/compiled_step.py`` describes the layers once, and calls these functions for each layer of each step. The
+structs are those of ``step.h``. Hidden states are ``[B, 1, E]`` float32 or bfloat16 on the CPU, contiguous; everything
+else is float32. One thread at a time for one ``Scratch``; calls release the GIL. Arguments that would reach outside
+of what was given raise ValueError, and nothing is done.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import c_float, c_int64, c_void_p
+from typing import Any
+
+import numpy as np
+import torch
+
+from kvswap.native.arrays import BoolArray, IntArray
+from kvswap.native.library import available as available
+from kvswap.native.threads import threaded_library
+from kvswap.native.weight_loops import Matrix
+
+FLOAT32, FLOAT16, BFLOAT16 = 0, 1, 30
+"""Types of elements, by the numbers of GGUF."""
+TYPES = {torch.float32: FLOAT32, torch.float16: FLOAT16, torch.bfloat16: BFLOAT16}
+SILU, GELU_TANH = 0, 1
+_LINE_BYTES = 64
+
+
+class Linear(ctypes.Structure):
+    """A matrix and its bias ``[rows]``, or None."""
+
+    _fields_ = (("matrix", Matrix), ("bias", c_void_p))
+
+
+class Norm(ctypes.Structure):
+    """A root-mean-square norm times ``weight + offset``; without a weight there is none."""
+
+    _fields_ = (("weight", c_void_p), ("offset", c_float), ("eps", c_float))
+
+
+class Layer(ctypes.Structure):
+    """One decoder layer."""
+
+    _fields_ = (
+        *((name, c_int64) for name in ("hidden", "heads", "kv_heads", "head_dim", "inner", "activation")),
+        ("scaling", c_float),
+        *((name, Linear) for name in ("q", "k", "v", "o", "gate", "up", "down")),
+        *((name, Norm) for name in ("input", "q_norm", "k_norm", "after_attention", "before_mlp", "after_mlp")),
+    )
+
+
+class Slots(ctypes.Structure):
+    """All slots of groups, ``slot_bytes`` apart."""
+
+    _fields_ = (
+        ("data", c_void_p),
+        ("count", c_int64),
+        ("slot_bytes", c_int64),
+        ("type", c_int64),
+        ("group_tokens", c_int64),
+    )
+
+
+class Step(ctypes.Structure):
+    """What is the same for all layers of a step."""
+
+    _fields_ = (
+        *((name, c_int64) for name in ("batch", "workers", "type", "rope_stride")),
+        ("cosine", c_void_p),
+        ("sine", c_void_p),
+        ("scratch", c_void_p),
+        ("scratch_bytes", c_int64),
+    )
+
+
+class Sketch(ctypes.Structure):
+    """Packed codes of one layer's keys, and how a query is made to fit them; see ``choose.c``."""
+
+    _fields_ = (
+        ("codes", c_void_p),
+        *((name, c_int64) for name in ("sequence_bytes", "tile_bytes", "tiles", "rows", "bits", "few")),
+        *((name, c_void_p) for name in ("projection", "scales", "tokens")),
+        *((name, c_int64) for name in ("flat", "fine")),
+    )
+
+
+class Scratch:
+    """Memory and arguments of the steps of ``batch`` sequences through ``layers``, hidden states of ``dtype``."""
+
+    def __init__(self, layers: list[Layer], batch: int, dtype: torch.dtype) -> None:
+        self.workers, compiled = torch.get_num_threads(), threaded_library()
+        sizes = [compiled.kvswap_step_bytes(ctypes.byref(layer), batch, self.workers) for layer in layers]
+        if min(sizes, default=0) <= 0:
+            raise ValueError("a layer whose heads do not fit")
+        self._memory = torch.empty(max(sizes) + _LINE_BYTES, dtype=torch.uint8)
+        address = -(-self._memory.data_ptr() // _LINE_BYTES) * _LINE_BYTES
+        self.step = Step(batch, self.workers, TYPES[dtype], 0, None, None, address, max(sizes))
+        self._rope: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.batch, self.dtype = batch, dtype
+        self._at = ctypes.addressof(self.step)
+        self._query, self._begin = compiled.kvswap_step_query, compiled.kvswap_step_begin
+        self._finish = compiled.kvswap_step_finish
+        self._choose, self._choose_floats = compiled.kvswap_step_choose, compiled.kvswap_choose_floats
+
+    def turn(self, cos: torch.Tensor, sin: torch.Tensor, head_dim: int) -> None:
+        """Use RoPE by cos and sin ``[B or 1, 1, d]`` float32 from now on."""
+        if self._rope is not None and self._rope[0] is cos and self._rope[1] is sin:
+            return
+        rows = len(cos)
+        if cos.dtype != torch.float32 or sin.dtype != torch.float32 or rows not in (1, self.batch):
+            raise ValueError(f"cos {tuple(cos.shape)} {cos.dtype} and sin {sin.dtype} for {self.batch} sequences")
+        if not cos.shape == sin.shape == (rows, 1, head_dim) or not (cos.is_contiguous() and sin.is_contiguous()):
+            raise ValueError(f"cos {tuple(cos.shape)} and sin {tuple(sin.shape)} for heads of {head_dim} elements")
+        self._rope = cos, sin
+        self.step.cosine, self.step.sine = cos.data_ptr(), sin.data_ptr()
+        self.step.rope_stride = head_dim if rows > 1 else 0
+
+    def query(self, layer: Layer, hidden: torch.Tensor) -> torch.Tensor:
+        """The query ``[B, H_q, d]`` that ``layer`` is predicted to have."""
+        found = torch.empty(self.batch, layer.heads, layer.head_dim)
+        self._check(self._query(ctypes.addressof(layer), self._at, self._address(layer, hidden), found.data_ptr()))
+        return found
+
+    def choose(
+        self,
+        layer: Layer,
+        hidden: torch.Tensor,
+        sketch: Sketch,
+        *,
+        group_tokens: int,
+        first: int,
+        ends: IntArray,
+        count: int,
+    ) -> IntArray | None:
+        """The ``count`` best groups of ``[first, ends[b])`` by the predicted query of ``layer``: ``[B, count]``.
+
+        They ascend; where there are fewer, the number of all groups fills up. None where a score is not a number.
+        """
+        at, codes = ctypes.addressof(layer), ctypes.addressof(sketch)
+        floats = self._choose_floats(at, self._at, codes, group_tokens)
+        scratch, picked = torch.empty(floats), np.empty((self.batch, count), np.int64)
+        known = self._choose(
+            at,
+            self._at,
+            self._address(layer, hidden),
+            codes,
+            group_tokens,
+            first,
+            _address(ends, (self.batch,)),
+            count,
+            scratch.data_ptr(),
+            floats,
+            picked.ctypes.data,
+        )
+        if known < 0:
+            raise ValueError("a sketch that does not fit the layer, or groups that it does not hold")
+        return picked if known else None
+
+    def begin(self, layer: Layer, hidden: torch.Tensor, slots: Slots, pinned: IntArray, offset: IntArray) -> None:
+        """Compute query, K and V; the newest K, V go to ``offset`` of slot ``pinned``, both ``[B]``."""
+        self._check(
+            self._begin(
+                ctypes.addressof(layer),
+                self._at,
+                self._address(layer, hidden),
+                ctypes.addressof(slots),
+                _address(pinned, (self.batch,)),
+                _address(offset, (self.batch,)),
+            )
+        )
+
+    def finish(
+        self,
+        layer: Layer,
+        hidden: torch.Tensor,
+        slots: Slots,
+        index: IntArray,
+        valid: BoolArray | None,
+        offset: IntArray,
+    ) -> torch.Tensor:
+        """The output of ``layer``, shaped like its input ``hidden``, after ``begin``.
+
+        The query attends to groups in slots ``index`` ``[B, W]`` in order of position, of which those in ``valid`` are
+        real, None: all. The last is the newest, whose last token is at ``offset`` ``[B]``.
+        """
+        output = torch.empty_like(hidden)
+        width = index.shape[1]
+        self._check(
+            self._finish(
+                ctypes.addressof(layer),
+                self._at,
+                ctypes.addressof(slots),
+                _address(index, (self.batch, width)),
+                None if valid is None else _address(valid, (self.batch, width)),
+                width,
+                _address(offset, (self.batch,)),
+                output.data_ptr(),
+            )
+        )
+        return output
+
+    def _address(self, layer: Layer, hidden: torch.Tensor) -> int:
+        shape = hidden.shape
+        if shape[0] != self.batch or shape[1] != 1 or shape[2] != layer.hidden or hidden.dtype != self.dtype:
+            raise ValueError(f"hidden states {tuple(hidden.shape)} {hidden.dtype} for {self.batch} sequences")
+        if not hidden.is_contiguous():
+            raise ValueError("hidden states that are not contiguous")
+        return hidden.data_ptr()
+
+    @staticmethod
+    def _check(done: int) -> None:
+        if not done:
+            raise ValueError("slots that do not exist, or too little scratch")
+
+
+def _address(array: np.ndarray[Any, Any], shape: tuple[int, ...]) -> int:
+    if array.shape != shape or not array.flags.c_contiguous or array.itemsize not in (1, 8):
+        raise ValueError(f"an array {array.shape} of {array.dtype}, not {shape}")
+    address: int = array.__array_interface__["data"][0]  # a third of the time of array.ctypes.data
+    return address
