@@ -117,14 +117,14 @@ def write_model(
 
 def _add_tokenizer(writer: gguf.GGUFWriter, size: int) -> None:
     """A tokenizer of ``size`` words: bytes, and fillers where that is more."""
-    words = ["<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    words = ["<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "th"]
     words = (words + [f"<{number}>" for number in range(len(words), size)])[:size]
     writer.add_vocab_size(size)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list(words)
     writer.add_token_types([3, 3] + [1] * (size - 2))
-    writer.add_token_merges([])
+    writer.add_token_merges(["t h"])
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(1)
 
