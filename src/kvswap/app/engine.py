@@ -78,7 +78,7 @@ def load(
     check_quality
         Repeat some steps with exact attention; ``Engine.stats.quality`` says what selection costs.
     on_progress, on_notice
-        Called with ``("calibrate" | "prefill", done, total)``, and where something falls back; by default that is logged.
+        Called with ``("calibrate" | "prefill", done, total)``, and with a notice where something falls back.
 
     Raises
     ------
