@@ -204,13 +204,16 @@ TARGET INLINE void NAME(multiply_floats)(const kvswap_matrix *m, int64_t row, co
             int64_t n = 0;                                                                                              \
             for (; TOGETHER > 1 && n + 4 <= count; n += 4)                                                                         \
                 for (int64_t row = tile; row < end; row++)                                                              \
-                    function(m, row, x + n, y + n * stride + row, stride, type, 1, TOGETHER);                                  \
+                    function(m, row, x + n, y + n * stride + row - first, stride, type, 1, TOGETHER);                                  \
+            for (; TOGETHER > 1 && n + 2 <= count; n += 2)                                                              \
+                for (int64_t row = tile; row < end; row++)                                                              \
+                    function(m, row, x + n, y + n * stride + row - first, stride, type, 1, 2);                          \
             for (; n < count; n++) {                                                                                    \
                 int64_t row = tile;                                                                                     \
                 for (; row + ROWS <= end; row += ROWS)                                                                  \
-                    function(m, row, x + n, y + n * stride + row, stride, type, ROWS, 1);                               \
+                    function(m, row, x + n, y + n * stride + row - first, stride, type, ROWS, 1);                               \
                 if (ROWS > 1)                                                                                           \
-                    for (; row < end; row++) function(m, row, x + n, y + n * stride + row, stride, type, 1, 1);         \
+                    for (; row < end; row++) function(m, row, x + n, y + n * stride + row - first, stride, type, 1, 1);         \
             }                                                                                                           \
         }                                                                                                               \
     }

@@ -42,9 +42,7 @@ typedef struct {
     const int16_t *sum32;
 } Vector;
 
-Vector kvswap_rounded_vector(int64_t kind, int64_t columns, const void *rounded);
-
-/* The functions of one kind of product. */
+/* The functions of one kind of product; y begins with row `first`. */
 typedef void MultiplyRows(const kvswap_matrix *m, const Vector *x, int64_t count, int64_t first, int64_t last, float *y,
                           int64_t stride);
 typedef void UnpackRows(const kvswap_matrix *m, int64_t first, int64_t last, float *out);
