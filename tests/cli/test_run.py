@@ -73,6 +73,7 @@ def test_answer_and_summary(base, tmp_path, capfd):
         "written to disk",
         "read from disk",
         "reuse",
+        "weights",
         "first token",
         "then",
     )

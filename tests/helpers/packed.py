@@ -13,6 +13,7 @@ from tokenizers import pre_tokenizers
 from transformers import PreTrainedModel
 
 from kvswap.weights.gguf_file import TYPES
+from tests.helpers.families import tiny_model
 
 COMPILED = (0, 1, 30, 2, 3, 6, 7, 8, 12, 13, 14)
 """Types with compiled products, by number."""
@@ -55,6 +56,12 @@ _GEMMA3 = {
     "pre_feedforward_layernorm": "ffn_norm",
     "post_feedforward_layernorm": "post_ffw_norm",
 }
+
+
+def packable_model(family: str) -> PreTrainedModel:
+    """A tiny model that a GGUF file states wholly: none says which layers of Gemma 3 slide, or how queries are scaled."""
+    gemma3 = {"num_hidden_layers": 7, "layer_types": None, "query_pre_attn_scalar": 16}
+    return tiny_model(family, vocab_size=300, **(gemma3 if family == "gemma3" else {}))
 
 
 def write_model(

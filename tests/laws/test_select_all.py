@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import gguf
 import pytest
 import torch
 
 from kvswap.core.attach import attach
+from kvswap.models.loading import load_model
+from kvswap.native.library import available
 from tests.helpers.families import FAMILIES, forced_logits, full_cache, given, tiny_model, tokens
+from tests.helpers.packed import packable_model, write_model
 
 STEPS = 70  # more than the recent window, so that groups leave it and come back from disk
 
@@ -24,6 +28,22 @@ def test_select_all_equals_full_attention(family, prompt_tokens, select_all):
         # its sliding layers see chunks of another length than in one piece, which changes the order of sums
         torch.testing.assert_close(result, reference, rtol=0, atol=1e-5)
     else:
+        assert torch.equal(result, reference)
+
+
+@pytest.mark.skipif(not available(), reason="nothing was compiled here")
+@pytest.mark.parametrize("prompt_tokens", [1, 5, 1030, 1537])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packed_weights_as_well(family, prompt_tokens, select_all, tmp_path):
+    """The reference are the same packed layers; 1,537 tokens leave a chunk of a single one."""
+    file = write_model(tmp_path / "tiny.gguf", packable_model(family), gguf.GGMLQuantizationType.Q8_0)
+    model = load_model(str(file)).model
+    ids, forced = tokens(1, prompt_tokens), tokens(1, STEPS, seed=1)
+    reference = forced_logits(model, ids, forced, full_cache(model))
+    with attach(model, select_all) as cache:
+        result = forced_logits(model, ids, forced, cache)
+    torch.testing.assert_close(result, reference, rtol=0, atol=1e-5)
+    if family != "gemma3":
         assert torch.equal(result, reference)
 
 

@@ -29,7 +29,7 @@ EXPORT int64_t kvswap_activation_kind(int64_t type) {
 static int64_t vector_bytes(int64_t kind, int64_t columns) {
     if (kind == 0) return ALIGNED(columns * 4);
     if (kind == 1) return ALIGNED(columns) + 2 * ALIGNED(columns / SHORT * 4);
-    return ALIGNED(columns) + ALIGNED(columns / LONG * 4) + ALIGNED(columns / 16 * 2) + ALIGNED(columns / 32 * 2);
+    return ALIGNED(columns) + ALIGNED(columns / LONG * 4) + ALIGNED(columns / 32 * 4) + ALIGNED(columns / 16 * 4);
 }
 
 EXPORT int64_t kvswap_activation_bytes(int64_t type, int64_t columns) {
@@ -40,16 +40,12 @@ EXPORT int64_t kvswap_activation_bytes(int64_t type, int64_t columns) {
 /* The vector at an address: of 8 bits, or of what they leave, which lies behind it. */
 static Vector vector_at(int64_t kind, int64_t columns, const void *rounded, int fine) {
     const char *from = (const char *)rounded + (fine ? vector_bytes(kind, columns) : 0);
-    Vector found = {(const float *)from, (const int8_t *)from, NULL, NULL, NULL, NULL};
+    Vector found = {(const float *)from, (const int8_t *)from, NULL, NULL, NULL};
     from += ALIGNED(columns);
     found.steps = (const float *)from;
-    if (kind == 1) {
-        found.sums = (const float *)(from + ALIGNED(columns / SHORT * 4));
-    } else if (kind == 2) {
-        from += ALIGNED(columns / LONG * 4);
-        found.sum16 = (const int16_t *)from;
-        found.sum32 = (const int16_t *)(from + ALIGNED(columns / 16 * 2));
-    }
+    from += ALIGNED(columns / (kind == 1 ? SHORT : LONG) * 4);
+    found.sums = (const float *)from;
+    found.sum16 = (const float *)(from + ALIGNED(columns / 32 * 4));
     return found;
 }
 
@@ -103,9 +99,9 @@ CLONES static void round_long(const float *x, int64_t columns, const Vector *coa
     }
     for (int k = 0; k < 2; k++) {
         const Vector *v = k ? fine : coarse;
-        int16_t *sum16 = (int16_t *)v->sum16, *sum32 = (int16_t *)v->sum32;
-        for (int64_t i = 0; i < columns / 16; i++) sum16[i] = (int16_t)sum_codes(v->codes + i * 16, 16);
-        for (int64_t i = 0; i < columns / 32; i++) sum32[i] = (int16_t)(sum16[2 * i] + sum16[2 * i + 1]);
+        float *sums = (float *)v->sums, *sum16 = (float *)v->sum16;
+        for (int64_t i = 0; i < columns / 32; i++) sums[i] = v->steps[i / 8] * (float)sum_codes(v->codes + i * 32, 32);
+        for (int64_t i = 0; i < columns / 16; i++) sum16[i] = v->steps[i / 16] * (float)sum_codes(v->codes + i * 16, 16);
     }
 }
 

@@ -169,6 +169,16 @@ def exact(module: nn.Module, *, keep: bool) -> Iterator[None]:
             each._exact, each._unpacked = False, None
 
 
+@contextmanager
+def prompt_products(module: nn.Module, *, rows: int, keep: bool) -> Iterator[None]:
+    """``exact`` for a prompt of ``rows`` rows in all its chunks, unless it is so short that its rows are rounded."""
+    if rows <= MAX_VECTORS:
+        yield
+        return
+    with exact(module, keep=keep):
+        yield
+
+
 def passing_bytes(modules: Iterable[nn.Module]) -> tuple[int, int]:
     """What ``exact`` takes at most, for one of these modules: with ``keep``, and without. 0 where none are packed."""
     kept = panel = 0
