@@ -59,7 +59,7 @@ _GEMMA3 = {
 
 
 def packable_model(family: str) -> PreTrainedModel:
-    """A tiny model that a GGUF file states wholly: none says which layers of Gemma 3 slide, or how queries are scaled."""
+    """A tiny model that a GGUF file states wholly: it says neither which layers of Gemma 3 slide nor their scaling."""
     gemma3 = {"num_hidden_layers": 7, "layer_types": None, "query_pre_attn_scalar": 16}
     return tiny_model(family, vocab_size=300, **(gemma3 if family == "gemma3" else {}))
 
