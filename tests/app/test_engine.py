@@ -25,6 +25,7 @@ from tests.helpers.folders import only_spaces, save_tiny
 STATS = """
     model method config prompt_tokens new_tokens token_ids text prefill_s calibration_s ttft_s decode_tokens_per_s
     itl_ms kv_full_bytes kv_memory_limit_bytes kv_memory_peak_bytes prefill_peak_bytes process_peak_rss_bytes
+    weights_mapped_bytes weights_anonymous_bytes
     disk_write_bytes disk_read_bytes disk_reads reuse_rate io_wait_s backend direct_io kvswap_version torch_version
     transformers_version
 """

@@ -13,6 +13,7 @@ from tokenizers import pre_tokenizers
 from transformers import PreTrainedModel
 
 from kvswap.weights.gguf_file import TYPES
+from tests.helpers.families import tiny_model
 
 COMPILED = (0, 1, 30, 2, 3, 6, 7, 8, 12, 13, 14)
 """Types with compiled products, by number."""
@@ -55,6 +56,12 @@ _GEMMA3 = {
     "pre_feedforward_layernorm": "ffn_norm",
     "post_feedforward_layernorm": "post_ffw_norm",
 }
+
+
+def packable_model(family: str) -> PreTrainedModel:
+    """A tiny model that a GGUF file states wholly: it says neither which layers of Gemma 3 slide nor their scaling."""
+    gemma3 = {"num_hidden_layers": 7, "layer_types": None, "query_pre_attn_scalar": 16}
+    return tiny_model(family, vocab_size=300, **(gemma3 if family == "gemma3" else {}))
 
 
 def write_model(
@@ -117,14 +124,14 @@ def write_model(
 
 def _add_tokenizer(writer: gguf.GGUFWriter, size: int) -> None:
     """A tokenizer of ``size`` words: bytes, and fillers where that is more."""
-    words = ["<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    words = ["<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "th"]
     words = (words + [f"<{number}>" for number in range(len(words), size)])[:size]
     writer.add_vocab_size(size)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list(words)
     writer.add_token_types([3, 3] + [1] * (size - 2))
-    writer.add_token_merges([])
+    writer.add_token_merges(["t h"])
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(1)
 

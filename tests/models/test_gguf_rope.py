@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,11 @@ from tests.models.test_loading import HEADS, HIDDEN, write_gguf
 LLAMA3 = {"factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path, monkeypatch) -> None:
+@pytest.fixture(autouse=True, params=["auto", "float"])
+def _weights(request, tmp_path, monkeypatch) -> None:
+    """Files that run as they are, and those that are converted."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr("tests.models.test_gguf_rope.load_model", partial(load_model, weights=request.param))
 
 
 def frequencies(**rope: Any) -> torch.Tensor:

@@ -29,9 +29,9 @@ def kinds_here() -> list[int]:
     return found
 
 
-def matrix_and_values(kind: int, rows: int, columns: int, paired_rows: int = 0):
+def matrix_and_values(kind: int, rows: int, columns: int, paired_rows: int = 0, fine: bool = False):
     packed = random_rows(kind, rows, columns)
-    matrix = weight_loops.matrix_of(packed, kind, columns, paired_rows)
+    matrix = weight_loops.matrix_of(packed, kind, columns, paired_rows, fine=fine)
     found = gguf.dequantize(packed.numpy(), gguf.GGMLQuantizationType(kind))
     return packed, matrix, torch.from_numpy(np.array(found, np.float32)).view(rows, columns)
 
@@ -45,11 +45,12 @@ def test_unpacking_gives_the_bits_of_gguf(kind):
             assert torch.equal(out.view(torch.int32), values[first:last].contiguous().view(torch.int32))
 
 
+@pytest.mark.parametrize("fine", [False, True], ids=["8 bits", "16 bits"])
 @pytest.mark.parametrize("kind", COMPILED, ids=NAMES)
-def test_all_kinds_of_products_give_the_same_bits(kind):
+def test_all_kinds_of_products_give_the_same_bits(kind, fine):
     """So do rows that are shared out in another way, and vectors that come alone."""
     assert 1 in kinds_here()
-    _packed, matrix, _values = matrix_and_values(kind, 75, 512)
+    _packed, matrix, _values = matrix_and_values(kind, 75, 512, fine=fine)
     x = torch.randn(8, 512, generator=torch.Generator().manual_seed(1))
     plain = weight_loops.linear(matrix, x, None, products=1)
     for products in kinds_here():
@@ -58,19 +59,20 @@ def test_all_kinds_of_products_give_the_same_bits(kind):
     assert torch.equal(weight_loops.linear(matrix, x[3:4], None), plain[3:4])
 
 
+@pytest.mark.parametrize("fine", [False, True], ids=["8 bits", "16 bits"])
 @pytest.mark.parametrize("kind", COMPILED, ids=NAMES)
-def test_products_are_within_the_rounding_of_the_input(kind):
-    """A rounded input differs by at most half a level, 1/254 of the largest of its block; floats are not rounded."""
-    _packed, matrix, values = matrix_and_values(kind, 75, 768)
+def test_products_are_within_the_rounding_of_the_input(kind, fine):
+    """An input differs by at most half a level of its block's largest, or one of 256th parts; floats are exact."""
+    _packed, matrix, values = matrix_and_values(kind, 75, 768, fine=fine)
     x = torch.randn(3, 768, generator=torch.Generator().manual_seed(2))
     bias = torch.randn(75, generator=torch.Generator().manual_seed(3))
     y = weight_loops.linear(matrix, x, bias)
     exact = x.double() @ values.double().T + bias
     block = {0: 1, 1: 1, 30: 1}.get(kind, 256 if TYPES[kind][1] == 256 else 32)
-    step = x.abs().view(3, -1, block).amax(-1) / 254 if block > 1 else torch.zeros(3, 768)
+    step = x.abs().view(3, -1, block).amax(-1) / (127 * 256 if fine else 254) if block > 1 else torch.zeros(3, 768)
     reach = values.abs().view(75, -1, block).sum(-1)
     size = x.abs() @ values.abs().T  # floats are added in some order: 24 bits of what is added
-    bound = step @ reach.T + 1e-5 * size
+    bound = step @ reach.T + 1e-6 * size
     assert ((y - exact).abs() <= bound).all()
     assert (y - exact).abs().max() > 0
 

@@ -79,8 +79,7 @@ def load(
     check_quality
         Repeat some steps with exact attention; ``Engine.stats.quality`` says what selection costs.
     on_progress, on_notice
-        Called with ``("calibrate" | "prefill", done, total)``, and with a sentence where something falls back; the
-        sentence is logged as a warning by default.
+        Called with ``("calibrate" | "prefill", done, total)``, and with a notice where something falls back.
 
     Raises
     ------
@@ -88,13 +87,12 @@ def load(
     """
     config = (config or Config()).replace(**settings)
     notice = on_notice or logging.getLogger("kvswap").warning
-    loaded = model
-    if isinstance(loaded, str):
-        loaded = load_model(loaded, dtype=dtype, weights=weights, mmap=mmap, on_notice=notice)
+    if isinstance(model, str):
+        model = load_model(model, dtype=dtype, weights=weights, mmap=mmap, on_notice=notice)
     if isinstance(session, str):
         session = open_or_create_store(config.kv_dir, session)
     return Engine(
-        loaded,
+        model,
         config,
         method=method,
         session=session,

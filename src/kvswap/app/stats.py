@@ -11,14 +11,14 @@ import itertools
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from kvswap.disk.folders import kv_folder
 
 if TYPE_CHECKING:
     from kvswap.config import Config
     from kvswap.core.cache_stats import CacheStats
     from kvswap.models.loading import LoadedModel
-
-import numpy as np
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,6 +75,8 @@ class RunStats:
         The memory limit (None: no limit), the peak of the memory that it covers, and the parts of that memory.
     sliding_kv_bytes
         KV cache of sliding-window layers; it is in memory outside the limit.
+    weights_mapped_bytes, weights_anonymous_bytes
+        Weights in pages of their file, which the system drops when it has to, and those in memory of the process.
     disk_read_bytes
         Bytes of submitted reads, including padding and gaps.
     reuse_rate
@@ -112,6 +114,8 @@ class RunStats:
     sliding_kv_bytes: int = 0
     prefill_peak_bytes: int = 0
     process_peak_rss_bytes: int = 0
+    weights_mapped_bytes: int = 0
+    weights_anonymous_bytes: int = 0
     disk_write_bytes: int = 0
     disk_read_bytes: int = 0
     disk_reads: int = 0
@@ -132,10 +136,15 @@ class RunStats:
 
 def blank_stats(loaded: LoadedModel, method: str, config: dict[str, Any]) -> RunStats:
     """What is known before anything has run: model, method, configuration and versions."""
+    from kvswap.weights.placement import weight_bytes
+
+    mapped_bytes, anonymous_bytes = weight_bytes(loaded.model)
     return RunStats(
         model=loaded.name,
         method=method,
         config=config,
+        weights_mapped_bytes=mapped_bytes,
+        weights_anonymous_bytes=anonymous_bytes,
         kvswap_version=importlib.metadata.version("kvswap"),
         torch_version=importlib.metadata.version("torch"),
         transformers_version=importlib.metadata.version("transformers"),

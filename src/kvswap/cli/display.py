@@ -152,6 +152,9 @@ def summary_rows(stats: RunStats) -> list[tuple[str, str]]:
         rows += _kvswap_rows(stats)
     if stats.sliding_kv_bytes:
         rows.append(("sliding-window KV", f"{format_bytes(stats.sliding_kv_bytes)} in memory, outside the limit"))
+    if stats.weights_mapped_bytes + stats.weights_anonymous_bytes:
+        mapped = f"{format_bytes(stats.weights_mapped_bytes)} mapped from their file"
+        rows.append(("weights", f"{mapped}, {format_bytes(stats.weights_anonymous_bytes)} in memory"))
     return [
         *rows,
         ("first token", f"after {format_s(stats.ttft_s)}{_prefill_rate(stats)}"),

@@ -64,10 +64,10 @@ _SHARED = (
     ),
     click.option(
         "--weights",
-        type=click.Choice(["auto", "float", "q8", "q4"]),
+        type=click.Choice(["auto", "float"]),
         default="auto",
         show_default=True,
-        help="auto: as the file has them. float: convert a .gguf file to float32. q8, q4: pack a checkpoint, once.",
+        help="auto: as the file has them. float: convert a .gguf file to float32, once.",
     ),
     click.option("--no-mmap", is_flag=True, help="Copy the weights into memory instead of mapping their file."),
     click.option(

@@ -24,7 +24,7 @@ from kvswap.core.prefill import chunk_spans, run_layer
 from kvswap.errors import UnsupportedError
 from kvswap.models.adapter import LayerParts, ModelParts
 from kvswap.models.masks import DeferredMask, resolve
-from kvswap.weights.modules import exact
+from kvswap.weights.modules import prompt_products
 
 Progress = Callable[[str, int, int], None]
 LayerForward = Callable[..., torch.Tensor]
@@ -188,7 +188,7 @@ class LayerMajorCache(Cache):
                 self._on_progress("prefill", part.index * chunks + done, len(self.parts.layers) * chunks)
             return output
 
-        with exact(part.module, keep=self.keeps_unpacked and chunks > 1):
+        with prompt_products(part.module, rows=hidden.shape[0] * tokens, keep=self.keeps_unpacked and chunks > 1):
             output = run_layer(chunk, hidden, self.chunk_tokens)
         _copy_window(self.layers[part.index])
         self.leave(part)

@@ -143,7 +143,7 @@ def _fill(model: PreTrainedModel, file: GgufFile, notice: Callable[[str], None])
             _place_vector(model, name, given[name], file.architecture)
     if model.config.tie_word_embeddings:
         table = cast(PackedEmbedding, model.get_input_embeddings())
-        model.set_submodule("lm_head", PackedLinear(table.weight, table.kind, table.embedding_dim))
+        model.set_submodule("lm_head", PackedLinear(table.weight, table.kind, table.embedding_dim, fine=True))
     _make_buffers(model)
 
 
@@ -184,6 +184,7 @@ def _module_name(architecture: str, name: str) -> str:
 
 
 def _place_matrix(model: PreTrainedModel, path: str, given: dict[str, Tensor], architecture: str) -> None:
+    """Put a packed layer in the place of one. The output layer is fine: its rounding alone would double the KL."""
     old, tensor = model.get_submodule(path), given[f"{path}.weight"]
     pairs = model.config.head_dim if architecture in _ROTATED_IN_PAIRS and path.endswith(("q_proj", "k_proj")) else 0
     weight = nn.Parameter(tensor.data, requires_grad=False)
@@ -195,7 +196,7 @@ def _place_matrix(model: PreTrainedModel, path: str, given: dict[str, Tensor], a
         values = None if bias is None else _vector(bias)
         if values is not None and pairs:
             values = values[from_pairs(len(values), pairs)]
-        new = PackedLinear(weight, tensor.type, tensor.shape[1], values, paired_rows=pairs)
+        new = PackedLinear(weight, tensor.type, tensor.shape[1], values, paired_rows=pairs, fine=path == "lm_head")
     model.set_submodule(path, new.train(False))
 
 

@@ -33,7 +33,7 @@ from kvswap.weights.gguf_file import GgufFile
 from kvswap.weights.modules import unpack_modules
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-WEIGHTS = ("auto", "float", "q8", "q4")
+WEIGHTS = ("auto", "float")
 
 _WHERE = f"give a local model directory, a .gguf file, a hub id such as org/model, or {BUNDLED}"
 _CODE_OF_ITS_OWN = "trust_remote_code"  # the errors of transformers name the option that would run it
@@ -81,8 +81,7 @@ def load_model(
         ``"auto"``: the checkpoint's, but float32 on a CPU without bfloat16 instructions when that has 16 bits.
     weights
         ``"auto"``: as the file has them. A GGUF file is multiplied packed where its architecture and type are known.
-        ``"float"``: a GGUF file is converted to float32 once, into the cache folder. ``"q8"`` and ``"q4"``: the linear
-        layers of a checkpoint that is not packed are packed to 8 or 4 bits once, into the cache folder; on a CPU.
+        ``"float"``: a GGUF file is converted to float32 once, into the cache folder.
     mmap
         False copies the weights into anonymous memory.
     on_notice
@@ -129,8 +128,6 @@ def _gguf_file(name: str) -> GgufFile | None:
 
 def _stays_packed(file: GgufFile, dtype: str, weights: str, notice: Callable[[str], None]) -> bool:
     """Whether a file runs as it is, else it is converted; says why where that was not asked for."""
-    if weights in ("q8", "q4"):
-        raise ConfigError(f"weights: {weights} for {file.path}, which is packed already", hint="use auto or float")
     if weights == "float" or dtype not in ("auto", "float32"):
         return False
     if not runs_as_it_is(file):

@@ -31,6 +31,7 @@ class Matrix(ctypes.Structure):
         ("columns", ctypes.c_int64),
         ("row_bytes", ctypes.c_int64),
         ("paired_rows", ctypes.c_int64),
+        ("fine", ctypes.c_int64),
     )
     data: int
     type: int
@@ -38,13 +39,15 @@ class Matrix(ctypes.Structure):
     columns: int
     row_bytes: int
     paired_rows: int
+    fine: int
     owner: torch.Tensor
 
 
-def matrix_of(packed: torch.Tensor, kind: int, columns: int, paired_rows: int = 0) -> Matrix:
+def matrix_of(packed: torch.Tensor, kind: int, columns: int, paired_rows: int = 0, *, fine: bool = False) -> Matrix:
     """The matrix that lies in ``packed`` ``[rows, row bytes]`` uint8: type ``kind`` of GGUF, ``columns`` inputs.
 
     ``paired_rows`` is 0, or how many rows of a head lie in the order of pairs; products are in the order of halves.
+    With ``fine``, vectors count with 16 bits instead of 8.
     """
     if packed.dtype != torch.uint8 or packed.dim() != 2 or packed.stride(1) != 1 or packed.device.type != "cpu":
         raise ValueError(f"packed weights {packed.dtype} {tuple(packed.shape)} on {packed.device}")
@@ -52,7 +55,7 @@ def matrix_of(packed: torch.Tensor, kind: int, columns: int, paired_rows: int = 
         raise ValueError(f"rows of {packed.shape[1]} bytes for {columns} weights of type {kind}")
     if paired_rows < 0 or paired_rows % 2 or (paired_rows and len(packed) % paired_rows):
         raise ValueError(f"{len(packed)} rows in pairs of heads of {paired_rows}")
-    matrix = Matrix(packed.data_ptr(), kind, len(packed), columns, packed.stride(0), paired_rows)
+    matrix = Matrix(packed.data_ptr(), kind, len(packed), columns, packed.stride(0), paired_rows, fine)
     matrix.owner = packed  # keeps its memory alive
     return matrix
 

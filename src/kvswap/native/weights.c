@@ -25,32 +25,32 @@ EXPORT int64_t kvswap_activation_kind(int64_t type) {
     }
 }
 
-EXPORT int64_t kvswap_activation_bytes(int64_t type, int64_t columns) {
-    const int64_t shorts = ALIGNED(columns / SHORT * 4);
-    switch (kvswap_activation_kind(type)) {
-    case 0: return ALIGNED(columns * 4);
-    case 1: return ALIGNED(columns) + 2 * shorts;
-    default: return ALIGNED(columns) + ALIGNED(columns / LONG * 4) + ALIGNED(columns / 16 * 2) + ALIGNED(columns / 32 * 2);
-    }
+/* Room for one of the two vectors that a rounded vector consists of. */
+static int64_t vector_bytes(int64_t kind, int64_t columns) {
+    if (kind == 0) return ALIGNED(columns * 4);
+    if (kind == 1) return ALIGNED(columns) + 2 * ALIGNED(columns / SHORT * 4);
+    return ALIGNED(columns) + ALIGNED(columns / LONG * 4) + ALIGNED(columns / 32 * 4) + ALIGNED(columns / 16 * 4);
 }
 
-Vector kvswap_rounded_vector(int64_t kind, int64_t columns, const void *rounded) {
-    const char *from = rounded;
-    Vector found = {rounded, rounded, NULL, NULL, NULL, NULL};
+EXPORT int64_t kvswap_activation_bytes(int64_t type, int64_t columns) {
+    const int64_t kind = kvswap_activation_kind(type);
+    return (kind > 0 ? 2 : 1) * vector_bytes(kind, columns);
+}
+
+/* The vector at an address: of 8 bits, or of what they leave, which lies behind it. */
+static Vector vector_at(int64_t kind, int64_t columns, const void *rounded, int fine) {
+    const char *from = (const char *)rounded + (fine ? vector_bytes(kind, columns) : 0);
+    Vector found = {(const float *)from, (const int8_t *)from, NULL, NULL, NULL};
     from += ALIGNED(columns);
     found.steps = (const float *)from;
-    if (kind == 1) {
-        found.sums = (const float *)(from + ALIGNED(columns / SHORT * 4));
-    } else if (kind == 2) {
-        from += ALIGNED(columns / LONG * 4);
-        found.sum16 = (const int16_t *)from;
-        found.sum32 = (const int16_t *)(from + ALIGNED(columns / 16 * 2));
-    }
+    from += ALIGNED(columns / (kind == 1 ? SHORT : LONG) * 4);
+    found.sums = (const float *)from;
+    found.sum16 = (const float *)(from + ALIGNED(columns / 32 * 4));
     return found;
 }
 
-/* One block to codes; returns what a code is worth. */
-INLINE float round_block(const float *x, const int size, int8_t *codes) {
+/* One block to codes, and what they leave to codes that count 256th parts; returns what a code is worth. */
+INLINE float round_block(const float *x, const int size, int8_t *codes, int8_t *fine) {
     uint32_t largest = 0;
     float most;
     for (int i = 0; i < size; i++) {
@@ -64,7 +64,11 @@ INLINE float round_block(const float *x, const int size, int8_t *codes) {
     const float factor = finite && most >= 1e-30f ? 127.0f / most : 0.0f;
     for (int i = 0; i < size; i++) {
         const float scaled = finite ? x[i] * factor : 0.0f;
-        codes[i] = (int8_t)(int32_t)(scaled + (scaled < 0.0f ? -0.5f : 0.5f));
+        const int32_t code = (int32_t)(scaled + (scaled < 0.0f ? -0.5f : 0.5f));
+        const float rest = (scaled - (float)code) * 256.0f; /* -128 to 128: the ends are cut off */
+        const int32_t part = (int32_t)(rest + (rest < 0.0f ? -0.5f : 0.5f));
+        codes[i] = (int8_t)code;
+        fine[i] = (int8_t)(part > 127 ? 127 : part < -127 ? -127 : part);
     }
     return finite ? most / 127.0f : most - most;
 }
@@ -75,40 +79,70 @@ INLINE int sum_codes(const int8_t *codes, const int size) {
     return sum;
 }
 
-CLONES static void round_short(const float *x, int64_t columns, int8_t *codes, float *steps, float *sums) {
+CLONES static void round_short(const float *x, int64_t columns, const Vector *coarse, const Vector *fine) {
     for (int64_t b = 0; b < columns / SHORT; b++) {
-        steps[b] = round_block(x + b * SHORT, SHORT, codes + b * SHORT);
-        sums[b] = steps[b] * (float)sum_codes(codes + b * SHORT, SHORT);
+        int8_t *codes = (int8_t *)coarse->codes + b * SHORT, *parts = (int8_t *)fine->codes + b * SHORT;
+        const float step = round_block(x + b * SHORT, SHORT, codes, parts);
+        ((float *)coarse->steps)[b] = step;
+        ((float *)coarse->sums)[b] = step * (float)sum_codes(codes, SHORT);
+        ((float *)fine->steps)[b] = step / 256.0f;
+        ((float *)fine->sums)[b] = step / 256.0f * (float)sum_codes(parts, SHORT);
     }
 }
 
-CLONES static void round_long(const float *x, int64_t columns, int8_t *codes, float *steps, int16_t *sum16,
-                              int16_t *sum32) {
-    for (int64_t b = 0; b < columns / LONG; b++) steps[b] = round_block(x + b * LONG, LONG, codes + b * LONG);
-    for (int64_t i = 0; i < columns / 16; i++) sum16[i] = (int16_t)sum_codes(codes + i * 16, 16);
-    for (int64_t i = 0; i < columns / 32; i++) sum32[i] = (int16_t)(sum16[2 * i] + sum16[2 * i + 1]);
+CLONES static void round_long(const float *x, int64_t columns, const Vector *coarse, const Vector *fine) {
+    for (int64_t b = 0; b < columns / LONG; b++) {
+        int8_t *codes = (int8_t *)coarse->codes + b * LONG, *parts = (int8_t *)fine->codes + b * LONG;
+        const float step = round_block(x + b * LONG, LONG, codes, parts);
+        ((float *)coarse->steps)[b] = step;
+        ((float *)fine->steps)[b] = step / 256.0f;
+    }
+    for (int k = 0; k < 2; k++) {
+        const Vector *v = k ? fine : coarse;
+        float *sums = (float *)v->sums, *sum16 = (float *)v->sum16;
+        for (int64_t i = 0; i < columns / 32; i++) sums[i] = v->steps[i / 8] * (float)sum_codes(v->codes + i * 32, 32);
+        for (int64_t i = 0; i < columns / 16; i++) sum16[i] = v->steps[i / 16] * (float)sum_codes(v->codes + i * 16, 16);
+    }
 }
 
 EXPORT void kvswap_round_activation(int64_t type, const float *x, int64_t columns, void *rounded) {
     const int64_t kind = kvswap_activation_kind(type);
-    const Vector to = kvswap_rounded_vector(kind, columns, rounded);
+    const Vector coarse = vector_at(kind, columns, rounded, 0), fine = vector_at(kind, columns, rounded, 1);
     if (kind == 0)
         memcpy(rounded, x, (size_t)columns * sizeof *x);
     else if (kind == 1)
-        round_short(x, columns, (int8_t *)to.codes, (float *)to.steps, (float *)to.sums);
+        round_short(x, columns, &coarse, &fine);
     else
-        round_long(x, columns, (int8_t *)to.codes, (float *)to.steps, (int16_t *)to.sum16, (int16_t *)to.sum32);
+        round_long(x, columns, &coarse, &fine);
+}
+
+#define FINE_ROWS 64 /* at a time: their products with what is left of vectors wait to be added */
+
+/* Products with vectors of 16 bits: those with 8 bits, plus those with what is left. */
+static void multiply_fine(const WeightProducts *products, const kvswap_matrix *m, const Vector *x, int64_t count,
+                          int64_t first, int64_t last, float *y, int64_t stride) {
+    float both[2 * VECTORS * FINE_ROWS];
+    for (int64_t row = first; row < last; row += FINE_ROWS) {
+        const int64_t end = row + FINE_ROWS < last ? row + FINE_ROWS : last;
+        products->multiply(m, x, 2 * count, row, end, both, FINE_ROWS);
+        for (int64_t n = 0; n < count; n++)
+            for (int64_t i = 0; i < end - row; i++)
+                y[n * stride + row + i] = both[2 * n * FINE_ROWS + i] + both[(2 * n + 1) * FINE_ROWS + i];
+    }
 }
 
 int64_t kvswap_multiply_many(const kvswap_matrix *m, const void *rounded, int64_t rounded_bytes, int64_t count,
                              int64_t first, int64_t last, float *y, int64_t stride, int64_t kind) {
     const WeightProducts *products = kvswap_weight_products(kind);
-    const int64_t activation = kvswap_activation_kind(m->type);
-    Vector x[VECTORS];
+    const int64_t activation = kvswap_activation_kind(m->type), each = m->fine && activation > 0 ? 2 : 1;
+    Vector x[2 * VECTORS];
     if (products == NULL || count > VECTORS) return 0;
-    for (int64_t n = 0; n < count; n++)
-        x[n] = kvswap_rounded_vector(activation, m->columns, (const char *)rounded + n * rounded_bytes);
-    products->multiply(m, x, count, first, last, y, stride);
+    for (int64_t n = 0; n < count * each; n++)
+        x[n] = vector_at(activation, m->columns, (const char *)rounded + n / each * rounded_bytes, n % each == 1);
+    if (each == 2)
+        multiply_fine(products, m, x, count, first, last, y, stride);
+    else
+        products->multiply(m, x, count, first, last, y + first, stride);
     return 1;
 }
 

@@ -1,8 +1,9 @@
 /* Matrices of weights as a file has them, multiplied by vectors without being unpacked.
  *
  * A matrix is rows of blocks of the GGUF format, or of floats. Codes of 4 to 8 bits are multiplied as integers: a vector
- * is rounded to 8 bits by blocks first, once for all matrices whose types have the same activation kind. Sums of
- * integers are exact, and floats are added in one order, so that every kind of product gives the same bits.
+ * is rounded by blocks first, once for all matrices whose types have the same activation kind: to 8 bits, and what is
+ * left of it to 8 more, which only some matrices take. Sums of integers are exact, and floats are added in one order, so
+ * that every kind of product gives the same bits.
  */
 #ifndef KVSWAP_WEIGHTS_H
 #define KVSWAP_WEIGHTS_H
@@ -18,6 +19,7 @@ typedef struct {
     int64_t rows, columns; /* outputs, inputs */
     int64_t row_bytes;
     int64_t paired_rows; /* 0, or rows of a head that lie in the order of pairs: row i of its first half is 2 * i */
+    int64_t fine;        /* whether vectors count with 16 bits instead of 8, for up to twice the time */
 } kvswap_matrix;
 
 #define VECTORS 8 /* at most, in one product */

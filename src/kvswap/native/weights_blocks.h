@@ -4,7 +4,6 @@
  * dot         sums of four products of unsigned codes up to 63 with signed ones
  * dot_signed  the same of signed codes
  * dot_scaled  sums so far, and four products each times a factor: one for the first 16 codes, one for the rest
- * pairs       sums of two products of 16 with 16 integers
  * add         a * b + c, rounded once
  * nibbles     the low four bits of 16 bytes, then their high ones
  * spread      16 where a bit is set
@@ -31,6 +30,19 @@ TARGET INLINE float NAME(half_at)(const uint8_t *from) {
 
 TARGET INLINE f32x8 NAME(splat)(float value) {
     return (f32x8){value, value, value, value, value, value, value, value};
+}
+
+TARGET INLINE f32x8 NAME(eight_floats)(const float *from) {
+    f32x8 found;
+    memcpy(&found, from, sizeof found);
+    return found;
+}
+
+/* Eight integers as floats. */
+TARGET INLINE f32x8 NAME(eight)(const int16_t *from) {
+    s16x8 found;
+    memcpy(&found, from, sizeof found);
+    return __builtin_convertvector(__builtin_convertvector(found, s32x8), f32x8);
 }
 
 TARGET INLINE float NAME(total)(f32x8 sums) {
@@ -128,17 +140,15 @@ TARGET INLINE void NAME(multiply_long)(const kvswap_matrix *m, int64_t row, cons
                     dots[n] = NAME(dot_scaled)(dots[n], codes, (s8x32)NAME(load)(x[n].codes + b * LONG + s * 32), low, high);
             }
             const float step = NAME(half_at)(block + (type == Q6_K ? 208 : 0));
-            const float least = type == Q6_K ? 0.0f : -NAME(half_at)(block + 2);
+            const f32x8 least = NAME(splat)(type == Q6_K ? -32.0f * step : -NAME(half_at)(block + 2));
             UNROLL for (int n = 0; n < count; n++) {
                 const int k = r + n;
-                const float worth = x[n].steps[b];
-                if (type == Q6_K) dots[n] -= NAME(pairs)(scales, x[n].sum16 + b * 16) * 32;
-                sums[k] = NAME(add)(NAME(splat)(step * worth), __builtin_convertvector(dots[n], f32x8), sums[k]);
-                if (type == Q6_K) continue;
-                int16_t sum32[16] = {0};
-                memcpy(sum32 + 8, x[n].sum32 + b * 8, 16);
-                const s32x8 offset = NAME(pairs)(scales, sum32);
-                rest[k] = NAME(add)(NAME(splat)(least * worth), __builtin_convertvector(offset, f32x8), rest[k]);
+                const float *offsets = type == Q6_K ? x[n].sum16 + b * 16 : x[n].sums + b * 8;
+                const f32x8 dot = __builtin_convertvector(dots[n], f32x8), first = NAME(eight)(scales + (type == Q6_K ? 0 : 8));
+                sums[k] = NAME(add)(NAME(splat)(step * x[n].steps[b]), dot, sums[k]);
+                rest[k] = NAME(add)(least * first, NAME(eight_floats)(offsets), rest[k]);
+                if (type != Q6_K) continue;
+                rest[k] = NAME(add)(least * NAME(eight)(scales + 8), NAME(eight_floats)(offsets + 8), rest[k]);
             }
         }
     UNROLL for (int r = 0; r < rows; r++)
@@ -181,9 +191,7 @@ TARGET INLINE void NAME(multiply_floats)(const kvswap_matrix *m, int64_t row, co
         UNROLL for (int r = 0; r < rows; r++) {
             const f32x8 weights = NAME(floats)(data[r] + i * size, type);
             UNROLL for (int n = 0; n < count; n++) {
-                f32x8 eight;
-                memcpy(&eight, x[n].floats + i, 32);
-                sums[r + n] = NAME(add)(weights, eight, sums[r + n]);
+                sums[r + n] = NAME(add)(weights, NAME(eight_floats)(x[n].floats + i), sums[r + n]);
             }
         }
     for (; i < m->columns; i++)
@@ -204,13 +212,16 @@ TARGET INLINE void NAME(multiply_floats)(const kvswap_matrix *m, int64_t row, co
             int64_t n = 0;                                                                                              \
             for (; TOGETHER > 1 && n + 4 <= count; n += 4)                                                                         \
                 for (int64_t row = tile; row < end; row++)                                                              \
-                    function(m, row, x + n, y + n * stride + row, stride, type, 1, TOGETHER);                                  \
+                    function(m, row, x + n, y + n * stride + row - first, stride, type, 1, TOGETHER);                                  \
+            for (; TOGETHER > 1 && n + 2 <= count; n += 2)                                                              \
+                for (int64_t row = tile; row < end; row++)                                                              \
+                    function(m, row, x + n, y + n * stride + row - first, stride, type, 1, 2);                          \
             for (; n < count; n++) {                                                                                    \
                 int64_t row = tile;                                                                                     \
                 for (; row + ROWS <= end; row += ROWS)                                                                  \
-                    function(m, row, x + n, y + n * stride + row, stride, type, ROWS, 1);                               \
+                    function(m, row, x + n, y + n * stride + row - first, stride, type, ROWS, 1);                               \
                 if (ROWS > 1)                                                                                           \
-                    for (; row < end; row++) function(m, row, x + n, y + n * stride + row, stride, type, 1, 1);         \
+                    for (; row < end; row++) function(m, row, x + n, y + n * stride + row - first, stride, type, 1, 1);         \
             }                                                                                                           \
         }                                                                                                               \
     }

@@ -40,14 +40,6 @@ INLINE s32x8 dot_scaled_plain(s32x8 sums, u8x32 codes, s8x32 rounded, int16_t lo
     return sums + dot_plain(codes, rounded) * (s32x8){low, low, low, low, high, high, high, high};
 }
 
-INLINE s32x8 pairs_plain(const int16_t *a, const int16_t *b) {
-    int32_t sums[8];
-    s32x8 found;
-    for (int i = 0; i < 8; i++) sums[i] = a[2 * i] * b[2 * i] + a[2 * i + 1] * b[2 * i + 1];
-    memcpy(&found, sums, 32);
-    return found;
-}
-
 INLINE f32x8 add_plain(f32x8 a, f32x8 b, f32x8 c) {
     f32x8 found;
     for (int i = 0; i < 8; i++) found[i] = __builtin_fmaf(a[i], b[i], c[i]);
@@ -95,9 +87,6 @@ INLINE f32x8 halves_plain(const uint8_t *from) {
 
 /* What AVX2 and its successors do alike. */
 #define SHARED(SUFFIX)                                                                                                 \
-    TARGET INLINE s32x8 pairs_##SUFFIX(const int16_t *a, const int16_t *b) {                                           \
-        return (s32x8)_mm256_madd_epi16(_mm256_loadu_si256((const void *)a), _mm256_loadu_si256((const void *)b));     \
-    }                                                                                                                  \
     TARGET INLINE f32x8 add_##SUFFIX(f32x8 a, f32x8 b, f32x8 c) {                                                      \
         return (f32x8)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);                                                \
     }                                                                                                                  \

@@ -11,9 +11,8 @@ typedef uint8_t u8x16 __attribute__((vector_size(16)));
 typedef uint8_t u8x32 __attribute__((vector_size(32)));
 typedef uint16_t u16x16 __attribute__((vector_size(32)));
 typedef int8_t s8x32 __attribute__((vector_size(32)));
-typedef int32_t s32x4 __attribute__((vector_size(16)));
+typedef int16_t s16x8 __attribute__((vector_size(16)));
 typedef int32_t s32x8 __attribute__((vector_size(32)));
-typedef float f32x4 __attribute__((vector_size(16)));
 typedef float f32x8 __attribute__((vector_size(32)));
 
 #define SHORT 32 /* elements of a block of the types Q4_0 to Q8_0 */
@@ -34,17 +33,14 @@ INLINE const uint8_t *row_at(const kvswap_matrix *m, int64_t row) {
 
 /* A rounded vector; which members there are depends on its kind. */
 typedef struct {
-    const float *floats;  /* kind 0: [columns] */
-    const int8_t *codes;  /* [columns], of -127 to 127 */
-    const float *steps;   /* of a block: what a code is worth */
-    const float *sums;    /* kind 1: of a block, the sum of its codes times its step */
-    const int16_t *sum16; /* kind 2: sums of 16 codes, and of 32 */
-    const int16_t *sum32;
+    const float *floats; /* kind 0: [columns] */
+    const int8_t *codes; /* [columns], of -127 to 127 */
+    const float *steps;  /* of a block: what a code is worth */
+    const float *sums;   /* of 32 rounded elements */
+    const float *sum16;  /* kind 2: of 16 */
 } Vector;
 
-Vector kvswap_rounded_vector(int64_t kind, int64_t columns, const void *rounded);
-
-/* The functions of one kind of product. */
+/* The functions of one kind of product; y begins with row `first`. */
 typedef void MultiplyRows(const kvswap_matrix *m, const Vector *x, int64_t count, int64_t first, int64_t last, float *y,
                           int64_t stride);
 typedef void UnpackRows(const kvswap_matrix *m, int64_t first, int64_t last, float *out);

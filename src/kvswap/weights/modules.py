@@ -42,6 +42,8 @@ class PackedLinear(nn.Module):
     paired_rows
         0, or how many rows of a head lie in the order of pairs, as the format has q and k of Llama: outputs are in the
         order of halves, ``from_pairs``.
+    fine
+        Whether a few rows of input count with 16 bits instead of 8, which takes up to twice the time.
     """
 
     def __init__(
@@ -52,9 +54,10 @@ class PackedLinear(nn.Module):
         bias: torch.Tensor | None = None,
         *,
         paired_rows: int = 0,
+        fine: bool = False,
     ) -> None:
         super().__init__()
-        self.paired_rows = paired_rows
+        self.paired_rows, self.fine = paired_rows, fine
         self.in_features, self.out_features, self.kind = in_features, len(weight), kind
         self.weight = weight
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
@@ -65,7 +68,9 @@ class PackedLinear(nn.Module):
     def matrix(self) -> Matrix:
         """Where the weights lie, for compiled code."""
         if self._matrix is None or self._matrix.data != self.weight.data_ptr():
-            self._matrix = weight_loops.matrix_of(self.weight, self.kind, self.in_features, self.paired_rows)
+            self._matrix = weight_loops.matrix_of(
+                self.weight, self.kind, self.in_features, self.paired_rows, fine=self.fine
+            )
         return self._matrix
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -162,6 +167,16 @@ def exact(module: nn.Module, *, keep: bool) -> Iterator[None]:
     finally:
         for each in layers:
             each._exact, each._unpacked = False, None
+
+
+@contextmanager
+def prompt_products(module: nn.Module, *, rows: int, keep: bool) -> Iterator[None]:
+    """``exact`` for a prompt of ``rows`` rows in all its chunks, unless it is so short that its rows are rounded."""
+    if rows <= MAX_VECTORS:
+        yield
+        return
+    with exact(module, keep=keep):
+        yield
 
 
 def passing_bytes(modules: Iterable[nn.Module]) -> tuple[int, int]:
