@@ -249,8 +249,9 @@ class PrefillNeeds:
         """Attention that makes weights, beside queries and output: logits and what they become are there at once."""
         states = self.batch * self.chunk_tokens * 2 * (self.query_elements + self.hidden_elements)
         rows = self.query_heads * self.chunk_tokens
-        if self.stored:  # tile by tile and one sequence at a time, in float32
-            return states * self.itemsize_bytes + rows * (2 * STREAM_TILE_TOKENS + 3 * self._head_dim) * 4
+        if self.stored:  # tile by tile and one sequence at a time, in float32; two tiles as read, two as floats
+            tiles = 2 * self.key_elements * STREAM_TILE_TOKENS * (2 * 2 + 2 * 4)
+            return states * self.itemsize_bytes + rows * (2 * STREAM_TILE_TOKENS + 3 * self._head_dim) * 4 + tiles
         if self.eager:  # K and V are repeated for all heads of queries
             repeated = 2 * self.batch * self.tokens * self.query_elements
             return (states + repeated) * self.itemsize_bytes + 2 * self.batch * rows * self.tokens * 4
