@@ -20,14 +20,16 @@ BAD = [float("nan"), float("inf"), float("-inf")]
 
 
 class Spoiled:
-    """A projection of one layer that gives ``value`` in one element, while it is ``on``."""
+    """A projection of one layer that gives ``value`` in one element, while it is ``on``, after ``skip`` more calls."""
 
     def __init__(self, model: Any, layer: int, name: str, value: float) -> None:
-        self.on, self._value = False, value
+        self.on, self.skip, self._value = False, 0, value
         getattr(model.model.layers[layer].self_attn, name).register_forward_hook(self._spoil)
 
     def _spoil(self, module: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
-        if self.on:
+        if self.on and self.skip:
+            self.skip -= 1
+        elif self.on:
             output = output.clone()
             output[:, -1, 0] = self._value
         return output
@@ -95,7 +97,7 @@ def test_the_newest_tokens_of_an_answer_are_looked_at_before_they_are_committed(
     config = Config(select_tokens=400, recent_tokens=16, kv_memory="8MiB", kv_dir=str(tmp_path))
     with Session.create("s", loaded, config, prompt=tokens(1, 300)[0].tolist()) as session:
         before = session.token_ids
-        spoiled.on = True
+        spoiled.on, spoiled.skip = True, 1  # the prompt's last token is computed again, and is finite
         with pytest.raises(DamagedError, match=r"layer 2: .*not stored"):
             list(session.generate(max_new_tokens=3))
         assert session.token_ids == before
