@@ -35,6 +35,7 @@ def base(tiny, tmp_path) -> list[str]:
     return [str(word) for word in [*words, "--kv-dir", tmp_path / "kv", "--json", tmp_path / "bench.json"]]
 
 
+@pytest.mark.usefixtures("groups_are_read")
 def test_all_methods(base, tmp_path, capfd):
     picture = tmp_path / "bench.png"
     assert run_command([*base, "--methods", "all", "--batch", "1,2", "--plot", str(picture), "--label", "a test"]) == 0

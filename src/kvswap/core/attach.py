@@ -20,7 +20,7 @@ from kvswap.config import Config
 from kvswap.core.binding import Binding
 from kvswap.core.cache import KVSwapCache
 from kvswap.core.calibration import calibrate
-from kvswap.core.compiled_layers import CompiledLayers, describe, prove
+from kvswap.core.compiled_layers import CompiledLayers, describe, prove_once
 from kvswap.core.layer_major import FullCache, InMemory, LayerMajorCache, Progress, ordinary_tensors
 from kvswap.core.model_patch import Attachment
 from kvswap.core.prediction_check import check_once
@@ -102,9 +102,10 @@ def attach_each(
     caches: list[KVSwapCache | FullCache] = []
     try:
         with ordinary_tensors():
+            compiled = None
             if any(not isinstance(method, InMemory) for method, _ in variants):
                 check_once(attachment)
-            compiled = _compiled_layers(attachment, [config for _, config in variants])
+                compiled = _compiled_layers(attachment, [config for _, config in variants])
             for method, config in variants:
                 method = method or own_method()
                 if not isinstance(method, Method | InMemory):
@@ -214,7 +215,7 @@ def _compiled_layers(attachment: Attachment, configs: Sequence[Config]) -> Compi
     if all(config.compiled_step == "off" for config in configs):
         return None
     found = describe(attachment.parts)
-    prove(attachment.parts, attachment.implementation, found)
+    prove_once(attachment, found)
     return found
 
 

@@ -10,6 +10,7 @@ specification. Called at attach, by the thread that attaches; ``core/compiled_st
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from operator import is_
@@ -21,6 +22,7 @@ from torch import nn
 from torch.nn import functional
 
 from kvswap.core.layer_major import LayerForward, LayerMajorCache, special
+from kvswap.core.model_patch import Attachment
 from kvswap.core.prediction_check import Passing, Through, send_through, trial_position
 from kvswap.errors import KVSwapError
 from kvswap.models.adapter import LayerParts, ModelParts
@@ -194,6 +196,23 @@ def _activation(function: Any, dtype: torch.dtype) -> int:
         if torch.allclose(found, expected, rtol=1e-5, atol=1e-6):
             return number
     raise _NotKnownError("another activation")
+
+
+_proved: weakref.WeakKeyDictionary[nn.Module, tuple[list[Any], frozenset[int]]] = weakref.WeakKeyDictionary()
+"""By decoder: its state when its layers were tried, and those that gave what their modules give."""
+
+
+def prove_once(attachment: Attachment, found: CompiledLayers) -> None:
+    """``prove`` for an attached model, unless the same model was tried and is what it was then."""
+    decoder, state = attachment.parts.decoder, attachment.state
+    known = _proved.get(decoder)
+    if state is None or known is None or known[0] != state:
+        prove(attachment.parts, attachment.implementation, found)
+        if state is not None:
+            _proved[decoder] = state, frozenset(found.layers)
+        return
+    for index in set(found.layers) - known[1]:
+        del found.layers[index]
 
 
 @torch.no_grad()

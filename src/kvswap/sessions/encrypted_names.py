@@ -14,7 +14,7 @@ import os
 from pathlib import Path
 
 from kvswap.disk.private_folder import PrivateFolder, translate_read_errors
-from kvswap.errors import SessionError
+from kvswap.errors import SessionError, StorageError
 
 FOLDER = ".encrypted"
 
@@ -23,14 +23,10 @@ def keep(path: Path, *, encrypted: bool) -> None:
     """Note that the session ``path`` is ``encrypted``. Raises SessionError where it is not and its name says it was."""
     known = is_known(path)
     if encrypted and not known:
-        with contextlib.suppress(FileExistsError):
-            PrivateFolder.create(path.parent / FOLDER).close()
-        folder = PrivateFolder(path.parent / FOLDER)
         try:
-            folder.write(path.name, b"")
-            folder.sync()
-        finally:
-            folder.close()
+            _note(path)
+        except (FileNotFoundError, StorageError):  # another process gave up the last name, and with it the folder
+            _note(path)
     if known and not encrypted:
         raise SessionError(
             f"session {path.name} was encrypted, and the one in its place would not be",
@@ -49,11 +45,24 @@ def is_known(path: Path) -> bool:
     return True
 
 
+def _note(path: Path) -> None:
+    with contextlib.suppress(FileExistsError):
+        PrivateFolder.create(path.parent / FOLDER).close()
+    folder = PrivateFolder(path.parent / FOLDER)
+    try:
+        folder.write(path.name, b"")
+        folder.sync()
+    finally:
+        folder.close()
+
+
 def forget(path: Path) -> None:
-    """Set the name of the session ``path`` free."""
+    """Set the name of the session ``path`` free. The last name takes the folder with it."""
     if is_known(path):
         folder = PrivateFolder(path.parent / FOLDER)
         try:
             folder.remove(path.name)
         finally:
             folder.close()
+        with contextlib.suppress(OSError):  # it has other names
+            os.rmdir(path.parent / FOLDER)

@@ -196,6 +196,7 @@ def new_session_folder(path: Path, *, encrypted: bool | None = None) -> Iterator
     if os.path.lexists(path):
         raise SessionError(f"session {path.name} exists already", hint="choose another name")
     with creation_lock(path.parent):
+        was_known = encrypted_names.is_known(path)
         if encrypted is not None:
             encrypted_names.keep(path, encrypted=encrypted)
         temporary = temporary_path(path)
@@ -206,6 +207,9 @@ def new_session_folder(path: Path, *, encrypted: bool | None = None) -> Iterator
         except BaseException:
             with contextlib.suppress(KVSwapError):
                 remove_tree(temporary)
+            if not was_known:
+                with contextlib.suppress(KVSwapError):
+                    encrypted_names.forget(path)
             raise
         finally:
             folder.close()
