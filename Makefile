@@ -17,8 +17,9 @@ demo: $(VENV)/demo.stamp
 	$(VENV)/bin/python examples/demo_document.py $(DEMO_DOCUMENT)
 	$(VENV)/bin/kvswap run --model smollm2-135m --document $(DEMO_DOCUMENT) --ask '$(DEMO_QUESTION)' --max-new-tokens 17
 
+# One process a core. Threads of one process must not spin on the core of another.
 test: lint site
-	$(RUN) pytest
+	OMP_WAIT_POLICY=PASSIVE $(RUN) pytest -n logical --dist loadfile
 
 lint: $(VENV)/dev.stamp
 	$(RUN) ruff check .

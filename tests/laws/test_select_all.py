@@ -62,9 +62,12 @@ def test_packed_weights_as_well(family, prompt_tokens, select_all, tmp_path):
     reference = forced_logits(model, ids, forced, full_cache(model))
     with attach(model, select_all) as cache:
         result = forced_logits(model, ids, forced, cache)
-    if family == "gemma3" and prompt_tokens > 512:
-        # another order of sums in sliding layers may round an input of a later step to the next of its 255 levels
-        off = (result - reference).abs().amax(-1).flatten()
+    off = (result - reference).abs().amax(-1).flatten()
+    if select_all.compiled_step == "auto":
+        # another order of sums may round an input to the next of its 255 levels; most steps have no such input
+        assert off.max() < 5e-3 and off.median() < 1e-4
+    elif family == "gemma3" and prompt_tokens > 512:
+        # the same, from sliding layers
         assert off.max() < 1e-3 and int((off > 1e-5).sum()) <= 3
     else:
         assert torch.equal(result, reference)

@@ -34,7 +34,6 @@ from kvswap.sessions.commits import SessionStore
 from kvswap.sessions.encryption import KEY_VARIABLE
 from kvswap.sessions.export_import import export_session, import_session
 from kvswap.sessions.quota import Limits, Quota
-from tests.sessions import test_fuzz
 from tests.sessions.test_fuzz import commit_groups, content, make
 
 SOURCE = Path(kvswap.__file__).parent
@@ -225,11 +224,7 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make(root / "broken", encrypt=False)
     with SessionStore.open(root / "base", write=True) as store:
         export_session(store, kv / "archive")
-    with open(root / "broken" / "data-0-1", "r+b") as file:
-        file.seek(3 * test_fuzz.LAYOUT.slot_bytes)
-        file.write(b"damage")
-    shutil.copytree(root / "base", root / ".new-left")
-    return kv
+    damage_group(root / "broken", 1)
 
 
 def copied(template: Path, folder: Path) -> Path:
