@@ -12,7 +12,7 @@ from kvswap.cli.main import run_command
 from kvswap.config import Config
 from kvswap.errors import ConfigError, InputError, KVSwapError
 from kvswap.lab.peers import report, run
-from kvswap.lab.peers.worker import answer, memory, serve
+from kvswap.lab.peers.worker import memory, serve
 
 STAND_IN = """
 import json, sys
@@ -73,7 +73,7 @@ def test_rows_tell_who_is_faster_by_how_much(stand_in, plan, tmp_path):
     assert peer["decode_ratio"] == 2 and peer["decode_tokens_per_s"] == 1 and peer["same_next_token"] == 0.5
     assert rows[0]["prefill_tokens_per_s"] == 5 and rows[0]["anonymous_bytes"] == 1 << 20
     assert len(peer["step_s"]) == 3 and all(len(turn) == 4 for turn in peer["step_s"])
-    lines = report.plain_table(rows)
+    lines = report.table(rows)
     assert len(lines) == 5 and "2.00 x" in lines[2] and "50%" in lines[2]
     content = json.loads((tmp_path / "out.json").read_text())
     assert "2.00 x" in "\n".join(report.markdown_lines(content))
@@ -123,7 +123,7 @@ def test_memory_of_a_process_is_told_apart():
     block = bytearray(64 << 20)
     block[::4096] = b"x" * len(block[::4096])
     assert memory()["anonymous_bytes"] - before["anonymous_bytes"] > 60 << 20
-    assert answer(None, {"do": "memory"})["mapped_bytes"] > 1 << 20
+    assert memory()["mapped_bytes"] > 1 << 20
 
 
 def test_kvswap_answers_in_a_process_of_its_own(tiny, tmp_path, cache_home):

@@ -21,10 +21,10 @@ from torch.nn import functional
 from kvswap.app.stats import QualityStats
 from kvswap.core.attention import TiledAttention
 from kvswap.core.cache import KVSwapCache
-from kvswap.core.layer_major import LayerMajorCache, OffloadedLayer, special
+from kvswap.core.layer_major import AttentionInput, LayerMajorCache, OffloadedLayer
 from kvswap.core.stored import stored_tiles
 from kvswap.errors import UnsupportedError
-from kvswap.models.adapter import LayerParts, cache_keyword
+from kvswap.models.adapter import cache_keyword
 
 COST_SHARE = 0.05
 """Checks may take this share of the decode time."""
@@ -131,29 +131,21 @@ class _ExactView(LayerMajorCache):
         """Length of K in a mask."""
         return self.padded_tokens + query_length
 
-    def attention(
-        self,
-        part: LayerParts,
-        stock: Any,
-        query: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        mask: Any,
-        kwargs: dict[str, Any],
-    ) -> torch.Tensor:
+    def attention(self, given: AttentionInput) -> torch.Tensor:
         """Compute exact attention of one token, and record how much of its mass the selection had attended to."""
-        if special(kwargs):
+        if given.special:
             raise UnsupportedError("checking quality with softcap or attention sinks", hint="leave --check-quality out")
-        assert part.order is not None
-        state, attended = self._state, torch.from_numpy(self._attended(part.order))
+        order, query = given.part.order, given.query
+        assert order is not None
+        state, attended = self._state, torch.from_numpy(self._attended(order))
         whole, chosen = (TiledAttention(query[0], state.shape.kv_heads, state.shape.scaling) for _ in range(2))
-        for start, tile_keys, tile_values in stored_tiles(state, part.order, 0, self.padded_tokens):
+        for start, tile_keys, tile_values in stored_tiles(state, order, 0, self.padded_tokens):
             whole.add(tile_keys, tile_values)
             inside = attended[start : start + tile_keys.shape[1]].to(tile_keys.device)
             if bool(inside.any()):
                 chosen.add(tile_keys[:, inside], tile_values[:, inside])
         for each in (whole, chosen):
-            each.add(keys[0], values[0])
+            each.add(given.keys[0], given.values[0])
         self.kept.append(float((chosen.log_total - whole.log_total).exp().mean()))
         return whole.result()[None].to(query.dtype)
 

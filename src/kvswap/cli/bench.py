@@ -236,7 +236,7 @@ def _compare(
         rows = compare(model, file, config, plan, documents=documents, file=target, on_progress=display.progress)
     finally:
         display.finish()
-    for line in report.plain_table(rows):
+    for line in report.table(rows):
         click.echo(printable(line))
     if picture is not None:
         report.plot(rows, picture, file.name)

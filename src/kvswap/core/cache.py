@@ -11,6 +11,7 @@ import copy
 import logging
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -25,7 +26,7 @@ from kvswap.core.cache_stats import CacheStats
 from kvswap.core.compiled_layers import CompiledLayers
 from kvswap.core.compiled_step import CompiledDecode
 from kvswap.core.decode import Decode
-from kvswap.core.layer_major import FullCache, LayerForward, LayerMajorCache, Progress, offloaded_layers, special
+from kvswap.core.layer_major import AttentionInput, FullCache, LayerForward, LayerMajorCache, Progress, offloaded_layers
 from kvswap.core.load_or_recompute import Rates
 from kvswap.core.prefill import Prefill
 from kvswap.core.prompt_memory import check_free_memory, prompt_needs
@@ -162,9 +163,8 @@ class KVSwapCache(LayerMajorCache):
         """Start what the next layer needs, then run this one."""
         assert self._decode is not None
         call = kwargs.get("kvswap_call")
-        if (
-            isinstance(self._decode, CompiledDecode) and getattr(call, "cache", None) is self
-        ):  # else in a batch of caches
+        # In a batch of caches the call is another one's, and this cache gets its row of a layer that is not compiled.
+        if isinstance(self._decode, CompiledDecode) and getattr(call, "cache", None) is self:
             layer = self._decode.layer(part)
             if layer is not None:
                 kwargs["kvswap_call"].attended = True
@@ -174,31 +174,23 @@ class KVSwapCache(LayerMajorCache):
             return super().decode_layer(part, forward, hidden, kwargs)
         return forward(hidden, **{**kwargs, "attention_mask": None})
 
-    def attention(
-        self,
-        part: LayerParts,
-        stock: Callable[..., Any],
-        query: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        mask: Any,
-        kwargs: dict[str, Any],
-    ) -> torch.Tensor:
+    def attention(self, given: AttentionInput) -> torch.Tensor:
         """Prefill: exact over the prompt (and the stored context). Decode: exact over what was selected."""
-        assert self._decode is not None and part.order is not None
+        order, query = given.part.order, given.query
+        assert self._decode is not None and order is not None
 
         def attend(keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
             if self._prefill is None and mask is not None and self.implementation == "eager":  # which adds its mask
                 mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, torch.finfo(query.dtype).min)
-            return super(KVSwapCache, self).attention(part, stock, query, keys, values, mask, kwargs)
+            return super(KVSwapCache, self).attention(replace(given, keys=keys, values=values, mask=mask))
 
         if self._prefill is None:
-            return self._decode.attention(part.order, query, attend)
+            return self._decode.attention(order, query, attend)
         if self._prefill.appending:
-            if special(kwargs):
+            if given.special:
                 raise UnsupportedError("appending with softcap or attention sinks", hint="start with the whole prompt")
-            return self._prefill.attend(part.order, query, mask)
-        return attend(keys, values, mask)
+            return self._prefill.attend(order, query, given.mask)
+        return attend(given.keys, given.values, given.mask)
 
     def adopt(self, source: FullCache) -> None:
         """Take over the prompt that ``source`` holds, as if this cache had computed it. Both unpadded, this one empty.

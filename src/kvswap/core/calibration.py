@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from kvswap.core.corpus import calibration_topics
-from kvswap.core.layer_major import LayerMajorCache, Progress, stock_layers
+from kvswap.core.layer_major import AttentionInput, LayerMajorCache, Progress, stock_layers
 from kvswap.core.prefill import chunk_spans
 from kvswap.disk.atomic import atomic_file
 from kvswap.disk.folders import VARIABLE, calibration_folder
@@ -42,20 +42,11 @@ class CalibrationCache(LayerMajorCache):
         super().__init__(parts, implementation, stock_layers(parts), **kwargs)
         self._covariances = covariances
 
-    def attention(
-        self,
-        part: LayerParts,
-        stock: Callable[..., Any],
-        query: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        mask: Any,
-        kwargs: dict[str, Any],
-    ) -> torch.Tensor:
+    def attention(self, given: AttentionInput) -> torch.Tensor:
         """Count the layer's queries on the way."""
-        if part.order is not None:
-            self._covariances[part.order].add_queries(query[0])
-        return super().attention(part, stock, query, keys, values, mask, kwargs)
+        if given.part.order is not None:
+            self._covariances[given.part.order].add_queries(given.query[0])
+        return super().attention(given)
 
     def leave(self, part: LayerParts) -> None:
         """Count the layer's keys, then drop them."""

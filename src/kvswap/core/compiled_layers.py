@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from operator import is_
 from typing import Any
@@ -21,7 +20,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from kvswap.core.layer_major import LayerForward, LayerMajorCache, special
+from kvswap.core.layer_major import AttentionInput, LayerForward, LayerMajorCache
 from kvswap.core.model_patch import Attachment
 from kvswap.core.prediction_check import Passing, Through, send_through, trial_position
 from kvswap.errors import KVSwapError
@@ -267,19 +266,10 @@ class _Proof(LayerMajorCache):
             raise Through
         return hidden
 
-    def attention(
-        self,
-        part: LayerParts,
-        stock: Callable[..., Any],
-        query: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        mask: Any,
-        kwargs: dict[str, Any],
-    ) -> torch.Tensor:
+    def attention(self, given: AttentionInput) -> torch.Tensor:
         """The model's own attention, if it is nothing but softmax(QK)V."""
-        self._plain = not special(kwargs)
-        return super().attention(part, stock, query, keys, values, mask, kwargs)
+        self._plain = not given.special
+        return super().attention(given)
 
     def _difference(
         self, part: LayerParts, layer: Layer, hidden: torch.Tensor, expected: torch.Tensor, kwargs: dict[str, Any]

@@ -31,6 +31,34 @@ LayerForward = Callable[..., torch.Tensor]
 _PATIENCE_S = 1.0
 
 
+@dataclass(frozen=True, slots=True)
+class AttentionInput:
+    """What a decoder layer hands to its attention.
+
+    ``query`` ``[B, H_q, q, d]``, ``keys`` and ``values`` ``[B, H_kv, S, d]``. ``stock`` is the model's own attention
+    function; ``mask`` and ``arguments`` are as that function takes them.
+    """
+
+    part: LayerParts
+    stock: Callable[..., Any]
+    query: torch.Tensor
+    keys: torch.Tensor
+    values: torch.Tensor
+    mask: Any
+    arguments: dict[str, Any]
+
+    @property
+    def special(self) -> bool:
+        """Whether attention is more than softmax(QK)V here, so that only the model's own function can do it."""
+        return any(self.arguments.get(name) is not None for name in ("softcap", "s_aux", "position_bias"))
+
+    def stock_output(self) -> torch.Tensor:
+        """What the model's own function gives, ``[B, q, H_q, d]``."""
+        module, mask = self.part.attention, self.mask
+        output: torch.Tensor = self.stock(module, self.query, self.keys, self.values, mask, **self.arguments)[0]
+        return output
+
+
 class LayerMajorCache(Cache):
     """A cache whose prompts go through the model layer by layer, in chunks of ``chunk_tokens``."""
 
@@ -157,21 +185,11 @@ class LayerMajorCache(Cache):
         kwargs = {**kwargs, "attention_mask": resolve(kwargs.get("attention_mask"), self.implementation)}
         return forward(hidden, **kwargs)
 
-    def attention(
-        self,
-        part: LayerParts,
-        stock: Callable[..., Any],
-        query: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        mask: Any,
-        kwargs: dict[str, Any],
-    ) -> torch.Tensor:
+    def attention(self, given: AttentionInput) -> torch.Tensor:
         """Attention of one offloaded layer: ``[B, H_q, q, d]`` to ``[B, q, H_q, d]``."""
-        if self.implementation == "sdpa" and query.shape[2] > 1 and not special(kwargs):
-            return chunk_attention(query, keys, values, mask, self.parts.scaling)
-        output: torch.Tensor = stock(part.attention, query, keys, values, mask, **kwargs)[0]
-        return output
+        if self.implementation == "sdpa" and given.query.shape[2] > 1 and not given.special:
+            return chunk_attention(given.query, given.keys, given.values, given.mask, self.parts.scaling)
+        return given.stock_output()
 
     def _prefill_layer(
         self, part: LayerParts, forward: LayerForward, hidden: torch.Tensor, kwargs: dict[str, Any]
@@ -358,8 +376,3 @@ def _copy_window(layer: Any) -> None:
     """Copy a sliding window: as a view of window and chunk it would keep both in memory."""
     if layer.is_sliding and layer.keys is not None:
         layer.keys, layer.values = layer.keys.clone(), layer.values.clone()
-
-
-def special(kwargs: dict[str, Any]) -> bool:
-    """Whether attention is more than softmax(QK)V here, so that only the model's own function can do it."""
-    return any(kwargs.get(name) is not None for name in ("softcap", "s_aux", "position_bias"))

@@ -19,7 +19,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from kvswap.core.layer_major import LayerMajorCache
+from kvswap.core.layer_major import AttentionInput, LayerMajorCache
 from kvswap.core.model_state import model_state
 from kvswap.errors import ModelError
 from kvswap.models.adapter import LayerParts, check_placement, inspect
@@ -127,4 +127,4 @@ def _attention(
         output: tuple[torch.Tensor, None] = stock(module, query, key, value, attention_mask, **kwargs)
         return output
     call.attended = True
-    return call.cache.attention(call.part, stock, query, key, value, attention_mask, kwargs), None
+    return call.cache.attention(AttentionInput(call.part, stock, query, key, value, attention_mask, kwargs)), None

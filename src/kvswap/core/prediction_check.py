@@ -12,7 +12,6 @@ model. Out: nothing, or ModelError. The thread that attaches.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from torch import nn
 from torch.nn import functional
 from transformers.cache_utils import CacheLayerMixin
 
-from kvswap.core.layer_major import LayerForward, LayerMajorCache
+from kvswap.core.layer_major import AttentionInput, LayerForward, LayerMajorCache
 from kvswap.core.model_patch import Attachment
 from kvswap.core.query_prediction import QueryPredictor
 from kvswap.errors import KVSwapError, ModelError
@@ -121,27 +120,19 @@ class _Trial(LayerMajorCache):
             raise Through
         return hidden
 
-    def attention(
-        self,
-        part: LayerParts,
-        stock: Callable[..., Any],
-        query: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        mask: Any,
-        kwargs: dict[str, Any],
-    ) -> torch.Tensor:
+    def attention(self, given: AttentionInput) -> torch.Tensor:
         """Compare the query that the model computed with the predicted one."""
-        given, predicted = self.layers[part.index].given, self._predicted
-        if given is None:
+        part, query, keys, values = given.part, given.query, given.keys, given.values
+        passed, predicted = self.layers[part.index].given, self._predicted
+        if passed is None:
             self._refuse(part, "attends to keys and values that do not go through its cache")
-        elif not (_is_same(keys, given[0]) and _is_same(values, given[1])):
+        elif not (_is_same(keys, passed[0]) and _is_same(values, passed[1])):
             self._refuse(part, "changes keys or values between cache and attention")
         if keys.shape != values.shape or keys.shape[1::2] != (self.parts.kv_heads, self.parts.head_dim):
             self._refuse(part, f"has keys {tuple(keys.shape[1::2])} and values {tuple(values.shape[1::2])}")
-        if mask is not None:
+        if given.mask is not None:
             self._refuse(part, "makes a mask of its own")
-        scaling = kwargs.get("scaling") or self.parts.scaling
+        scaling = given.arguments.get("scaling") or self.parts.scaling
         if scaling != self.parts.scaling:
             self._refuse(part, f"scales by {scaling} instead of {self.parts.scaling}")
         if predicted.shape != query[:, :, 0].shape:

@@ -74,24 +74,29 @@ COLUMNS: tuple[Column, ...] = (
 LEFT = ("method",)
 
 
-def plain_table(rows: Sequence[Row]) -> list[str]:
-    """Format rows of a benchmark as lines of aligned columns, headings first."""
-    cells = [[name for name, _ in COLUMNS], *([show(row) for _, show in COLUMNS] for row in rows)]
-    widths = [max(len(line[column]) for line in cells) for column in range(len(COLUMNS))]
-    left = [name in LEFT for name, _ in COLUMNS]
+def plain_table(rows: Sequence[Row], columns: Sequence[Column] = COLUMNS, left: Sequence[str] = LEFT) -> list[str]:
+    """Format rows as lines of aligned columns, headings first; columns in ``left`` are aligned to the left."""
+    cells = [[name for name, _ in columns], *([show(row) for _, show in columns] for row in rows)]
+    widths = [max(len(line[column]) for line in cells) for column in range(len(columns))]
+    to_left = [name in left for name, _ in columns]
     return [
-        "  ".join(c.ljust(w) if each else c.rjust(w) for c, w, each in zip(line, widths, left, strict=True)).rstrip()
+        "  ".join(c.ljust(w) if each else c.rjust(w) for c, w, each in zip(line, widths, to_left, strict=True)).rstrip()
         for line in cells
     ]
 
 
-def markdown_table(rows: Sequence[Row]) -> list[str]:
-    """Format rows of a benchmark as lines of a Markdown table, without the columns that are empty in all rows."""
-    used = [(name, show) for name, show in COLUMNS if any(show(row) for row in rows)]
+def markdown_table(
+    rows: Sequence[Row], columns: Sequence[Column] = COLUMNS, left: Sequence[str] = LEFT, code: Sequence[str] = LEFT
+) -> list[str]:
+    """Format rows as lines of a Markdown table, without the columns that are empty in all rows.
+
+    Columns in ``left`` are aligned to the left; cells of those in ``code`` are set as code.
+    """
+    used = [(name, show) for name, show in columns if any(show(row) for row in rows)]
     lines = [_markdown([name for name, _ in used])]
-    lines.append("|" + "|".join("---" if name in LEFT else "--:" for name, _ in used) + "|")
+    lines.append("|" + "|".join("---" if name in left else "--:" for name, _ in used) + "|")
     for row in rows:
-        lines.append(_markdown([f"`{show(row)}`" if name == "method" else show(row) for name, show in used]))
+        lines.append(_markdown([f"`{show(row)}`" if name in code else show(row) for name, show in used]))
     return lines
 
 

@@ -4,13 +4,10 @@
  * stay in the nearest cache, and attends with all query heads of that KV head. What workers found is merged by the online
  * softmax of Milakov and Gimelshein (arXiv 1805.02867).
  */
+#include "convert.h"
 #include "step.h"
 #include "workers.h"
 
-#if defined(__x86_64__) && defined(__GNUC__) && (defined(__clang__) || __GNUC__ >= 12)
-#define F16C
-#include <immintrin.h>
-#endif
 #if defined(__has_builtin)
 #if __has_builtin(__builtin_shufflevector)
 #define SHUFFLES
@@ -22,44 +19,11 @@
 
 typedef float Eight __attribute__((vector_size(32)));
 
-/* `count` stored elements as floats. */
-typedef void Convert(const uint8_t *from, int64_t count, float *to);
-
-CLONES static void from_floats(const uint8_t *from, int64_t count, float *to) { memcpy(to, from, (size_t)count * 4); }
-
-CLONES static void from_bfloat16(const uint8_t *from, int64_t count, float *to) {
-    for (int64_t i = 0; i < count; i++) {
-        uint16_t half;
-        memcpy(&half, from + 2 * i, 2);
-        const uint32_t bits = (uint32_t)half << 16;
-        memcpy(to + i, &bits, 4);
-    }
-}
-
-CLONES static void from_halves(const uint8_t *from, int64_t count, float *to) {
-    for (int64_t i = 0; i < count; i++) {
-        uint16_t half;
-        memcpy(&half, from + 2 * i, 2);
-        to[i] = half_to_float(half);
-    }
-}
-
-#ifdef F16C
-__attribute__((target("arch=x86-64-v3"))) static void from_halves_f16c(const uint8_t *from, int64_t count, float *to) {
-    int64_t i = 0;
-    for (; i + 8 <= count; i += 8)
-        _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128((const void *)(from + 2 * i))));
-    from_halves(from + 2 * i, count - i, to + i);
-}
-#endif
+static void from_floats(const void *from, int64_t count, float *to) { memcpy(to, from, (size_t)count * 4); }
 
 static Convert *converter(int64_t type) {
     if (type == F32) return from_floats;
-    if (type == BF16) return from_bfloat16;
-#ifdef F16C
-    if (__builtin_cpu_supports("x86-64-v3")) return from_halves_f16c;
-#endif
-    return from_halves;
+    return type == BF16 ? kvswap_convert_bfloat16() : kvswap_convert_float16();
 }
 
 /* Products of one query with eight keys [8, d]. */

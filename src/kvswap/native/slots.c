@@ -4,7 +4,7 @@
  */
 #include <math.h>
 
-#include "common.h"
+#include "convert.h"
 #include "workers.h"
 
 #define HALF_MAX 65504.0f
@@ -219,25 +219,19 @@ EXPORT int64_t kvswap_admit(int32_t *table, int64_t places, int64_t layer_keys, 
     return kept;
 }
 
-INLINE float bfloat16_to_float(uint16_t half) {
-    const uint32_t bits = (uint32_t)half << 16;
-    float value;
-    memcpy(&value, &bits, 4);
-    return value;
-}
-
 /* What gathering for B sequences shares out to threads. The letters are those of kvswap_gather. */
 typedef struct {
     const uint16_t *slots;
     int64_t slot_elements;
     const int64_t *index;
-    int64_t batch, count, heads, run, bfloat16;
+    int64_t batch, count, heads, run;
+    Convert *convert;
     float *out;
     int64_t parts; /* of each sequence's groups */
 } Gathering;
 
 /* One part of one sequence's groups. */
-CLONES static void gather_part(const void *task, int64_t item, int64_t worker) {
+static void gather_part(const void *task, int64_t item, int64_t worker) {
     const Gathering *all = task;
     const int64_t run = all->run, b = item / all->parts, part_of = item % all->parts;
     const int64_t stop = all->count * (part_of + 1) / all->parts;
@@ -248,10 +242,7 @@ CLONES static void gather_part(const void *task, int64_t item, int64_t worker) {
             for (int64_t h = 0; h < all->heads; h++) {
                 const uint16_t *from = slot + (part * all->heads + h) * run;
                 float *to = all->out + (((part * all->batch + b) * all->heads + h) * all->count + n) * run;
-                if (all->bfloat16)
-                    for (int64_t i = 0; i < run; i++) to[i] = bfloat16_to_float(from[i]);
-                else
-                    for (int64_t i = 0; i < run; i++) to[i] = half_to_float(from[i]);
+                all->convert(from, run, to);
             }
     }
 }
@@ -270,7 +261,8 @@ EXPORT int64_t kvswap_gather(const uint16_t *slots, int64_t rows, int64_t slot_e
                              int64_t workers, float *out) {
     if (!all_within(index, batch * count, rows)) return 0;
     const int64_t parts = batch < workers ? (workers + batch - 1) / batch : 1;
-    const Gathering all = {slots, slot_elements, index, batch, count, heads, run, bfloat16, out, parts};
+    const Gathering all = {slots, slot_elements, index, batch, count, heads, run,
+                           bfloat16 ? kvswap_convert_bfloat16() : kvswap_convert_float16(), out, parts};
     kvswap_do_all(gather_part, &all, batch * parts, workers);
     return 1;
 }

@@ -80,25 +80,4 @@ int64_t kvswap_put_tokens(uint16_t *slots, int64_t count, int64_t slot_elements,
 
 INLINE int64_t whole_lines(int64_t bytes) { return (bytes + LINE - 1) / LINE * LINE; }
 
-/* exp(x) to 2e-7 relative, between e^-87 and e^88: 2^n by the exponent's bits, e^r on [-ln 2 / 2, ln 2 / 2] by a
- * polynomial of degree 7 (Cephes). */
-INLINE float exponential(float x) {
-    x = x < -87.0f ? -87.0f : x > 88.0f ? 88.0f : x;
-    const float moved = x * 1.44269504f + 12582912.0f, n = moved - 12582912.0f; /* n is in the last bits of `moved` */
-    const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-    float p = 1.9875691500e-4f;
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.0f;
-    uint32_t bits, power;
-    memcpy(&bits, &p, 4);
-    memcpy(&power, &moved, 4);
-    bits += power << 23;
-    memcpy(&p, &bits, 4);
-    return x != x ? x : p;
-}
-
 #endif

@@ -5,7 +5,7 @@
  */
 #include <math.h>
 
-#include "common.h"
+#include "convert.h"
 #include "workers.h"
 
 #define BLOCK 64 /* tokens that are converted at a time */
@@ -16,60 +16,6 @@ typedef float Wide __attribute__((vector_size(WIDE * sizeof(float))));
 typedef float Unaligned __attribute__((vector_size(WIDE * sizeof(float)), aligned(4), may_alias));
 
 #define LOAD(from) (*(const Unaligned *)(from))
-
-/* exp(x) for x <= 0 to 2e-7 relative, with Cephes' polynomial; what is smaller than the smallest normal float is that. */
-INLINE float exp_of(float x) {
-    const float low = x > -87.0f ? x : -87.0f; /* also where it is not a number */
-    const float n = (low * 1.44269504f + 12582912.0f) - 12582912.0f;
-    const float r = (low - n * 0.693359375f) + n * 2.12194440e-4f;
-    float p = 1.9875691500e-4f;
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.0f;
-    int32_t bits;
-    memcpy(&bits, &p, 4);
-    bits += (int32_t)n * (1 << 23);
-    memcpy(&p, &bits, 4);
-    return x != x ? x : p;
-}
-
-/* Elements of 16 bits to floats. */
-typedef void Convert(const uint16_t *from, int64_t count, float *to);
-
-CLONES static void convert_bfloat16(const uint16_t *from, int64_t count, float *to) {
-    for (int64_t i = 0; i < count; i++) {
-        const uint32_t bits = (uint32_t)from[i] << 16;
-        memcpy(to + i, &bits, 4);
-    }
-}
-
-CLONES static void convert_float16(const uint16_t *from, int64_t count, float *to) {
-    for (int64_t i = 0; i < count; i++) to[i] = half_to_float(from[i]);
-}
-
-#if defined(__x86_64__) && defined(__GNUC__)
-#include <immintrin.h>
-#define HAS_F16C __builtin_cpu_supports("f16c")
-
-/* By the processor's own instruction, which takes a twentieth of the time. */
-__attribute__((target("avx,f16c"))) static void convert_f16c(const uint16_t *from, int64_t count, float *to) {
-    int64_t i = 0;
-    for (; i + 8 <= count; i += 8)
-        _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(from + i))));
-    for (; i < count; i++) to[i] = half_to_float(from[i]);
-}
-#else
-#define HAS_F16C 0
-#define convert_f16c convert_float16
-#endif
-
-static Convert *converter(int64_t bfloat16) {
-    if (bfloat16) return convert_bfloat16;
-    return HAS_F16C ? convert_f16c : convert_float16;
-}
 
 /* What is shared out to workers; the letters are those of kvswap_attend_groups. */
 typedef struct {
@@ -145,8 +91,8 @@ CLONES static void attend_part(const void *task, int64_t item, int64_t worker) {
                 logits[t] = product(query, keys + t * dim, dim);
                 peak = logits[t] > peak ? logits[t] : peak;
             }
-            const float keep = peaks[r] == peak ? 1.0f : exp_of(peaks[r] - peak);
-            for (int64_t t = 0; t < tokens; t++) logits[t] = exp_of(logits[t] - peak);
+            const float keep = peaks[r] == peak ? 1.0f : exponential(peaks[r] - peak);
+            for (int64_t t = 0; t < tokens; t++) logits[t] = exponential(logits[t] - peak);
             for (int64_t t = 0; t < tokens; t++) total += logits[t];
             totals[r] = totals[r] * keep + total;
             peaks[r] = peak;
@@ -181,7 +127,8 @@ EXPORT int64_t kvswap_attend_groups(const uint16_t *slots, int64_t known, int64_
     for (int64_t n = 0; n < count; n++)
         if (index[n] < 0 || index[n] >= known) return 0;
     const int64_t floats = attending_floats(rows, head_dim);
-    const Attending all = {slots, slot_elements, index, count, heads, group_tokens, head_dim, converter(bfloat16),
+    const Attending all = {slots, slot_elements, index, count, heads, group_tokens, head_dim,
+                           bfloat16 ? kvswap_convert_bfloat16() : kvswap_convert_float16(),
                            query, rows, workers, scratch, floats};
     kvswap_do_all(attend_part, &all, heads * workers, workers);
     for (int64_t item = 0; item < heads * workers; item++) {
@@ -190,8 +137,8 @@ EXPORT int64_t kvswap_attend_groups(const uint16_t *slots, int64_t known, int64_
             const int64_t at = item / workers * rows + r;
             if (totals[r] == 0.0f) continue; /* a part without groups */
             const float top = peaks[r] > peak[at] ? peaks[r] : peak[at];
-            const float keep = peak[at] == top ? 1.0f : exp_of(peak[at] - top);
-            const float fresh = peaks[r] == top ? 1.0f : exp_of(peaks[r] - top);
+            const float keep = peak[at] == top ? 1.0f : exponential(peak[at] - top);
+            const float fresh = peaks[r] == top ? 1.0f : exponential(peaks[r] - top);
             total[at] = total[at] * keep + totals[r] * fresh;
             for (int64_t i = 0; i < head_dim; i++)
                 sum[at * head_dim + i] = sum[at * head_dim + i] * keep + sums[r * head_dim + i] * fresh;

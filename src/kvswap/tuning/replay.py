@@ -11,14 +11,21 @@ machine; a batch reads them once for all settings. One thread.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
-from kvswap.core.layer_major import LayerForward, LayerMajorCache, OffloadedLayer, Progress, offloaded_layers
+from kvswap.core.layer_major import (
+    AttentionInput,
+    LayerForward,
+    LayerMajorCache,
+    OffloadedLayer,
+    Progress,
+    offloaded_layers,
+)
 from kvswap.models.adapter import LayerParts, ModelParts
 from kvswap.selection.choose import top_groups
 from kvswap.selection.sketch import LayerSketch
@@ -138,31 +145,24 @@ class ReplayCache(LayerMajorCache):
         self.filled_tokens = self.padded_tokens
         return output
 
-    def attention(
-        self,
-        part: LayerParts,
-        stock: Callable[..., Any],
-        query: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        mask: Any,
-        kwargs: dict[str, Any],
-    ) -> torch.Tensor:
+    def attention(self, given: AttentionInput) -> torch.Tensor:
         """Compute exact attention for a prompt; in a replay, attend to everything or to a row's selection."""
-        if not self._rows or part.order is None:
-            return super().attention(part, stock, query, keys, values, mask, kwargs)
-        predicted = self._queries[part.order]
+        order, query, keys, values = given.part.order, given.query, given.keys, given.values
+        if not self._rows or order is None:
+            return super().attention(given)
+        predicted = self._queries[order]
         if self.recording is not None:
             self.recording.predicted[-1].append(predicted[0].float())
             self.recording.true[-1].append(query[0, :, 0].float())
         found = []
         for row, selection in enumerate(self._rows):
             one = slice(row, row + 1)
-            prompt = self.kv[part.order, :, :, :, : self._branched_tokens]
+            prompt = self.kv[order, :, :, :, : self._branched_tokens]
             if selection is not None:
-                prompt = self._selected(selection, part.order, predicted[one], prompt, keys.shape[2])
+                prompt = self._selected(selection, order, predicted[one], prompt, keys.shape[2])
             seen_keys, seen_values = torch.cat((prompt[0], keys[one]), 2), torch.cat((prompt[1], values[one]), 2)
-            found.append(super().attention(part, stock, query[one], seen_keys, seen_values, None, kwargs))
+            seen = replace(given, query=query[one], keys=seen_keys, values=seen_values, mask=None)
+            found.append(super().attention(seen))
         return torch.cat(found)
 
     def _selected(

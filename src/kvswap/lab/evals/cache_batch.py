@@ -8,11 +8,12 @@ predictions and answers; ``teacher_forcing`` measures times. One thread.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
 
-from kvswap.core.layer_major import LayerForward, LayerMajorCache, OffloadedLayer
+from kvswap.core.layer_major import AttentionInput, LayerForward, LayerMajorCache, OffloadedLayer
 from kvswap.lab.evals.teacher_forcing import ForcedRun, compare
 from kvswap.models.adapter import LayerParts, cache_keyword
 
@@ -60,19 +61,11 @@ class CacheBatch(LayerMajorCache):
         keys, values = (torch.cat(tensors) for tensors in zip(*self._pairs, strict=True))
         return keys, values  # sliding-window layers use the model's own attention
 
-    def attention(
-        self,
-        part: LayerParts,
-        stock: Callable[..., Any],
-        query: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        mask: Any,
-        kwargs: dict[str, Any],
-    ) -> torch.Tensor:
+    def attention(self, given: AttentionInput) -> torch.Tensor:
         """Let every cache attend for its row: ``query`` ``[B, H_q, 1, d]`` to output ``[B, 1, H_q, d]``."""
-        rows = zip(self._caches, query.split(1), self._pairs, strict=True)
-        return torch.cat([cache.attention(part, stock, own, *pair, mask, kwargs) for cache, own, pair in rows])
+        rows = zip(self._caches, given.query.split(1), self._pairs, strict=True)
+        own = [(cache, replace(given, query=query, keys=keys, values=values)) for cache, query, (keys, values) in rows]
+        return torch.cat([cache.attention(row) for cache, row in own])
 
     def mask_tokens(self, query_length: int) -> int:
         """Length of K, which a mask must have."""

@@ -25,27 +25,23 @@ class LlamaCpp:
         self._api, self._context = api, context
         self._vocabulary = api.llama_vocab_n_tokens(api.llama_model_get_vocab(model))
 
-    def encode(self, documents: Sequence[str]) -> list[int]:
-        """Not used: kvswap's tokenizer makes the tokens, so that all programs get the same ones."""
-        raise NotImplementedError
-
-    def prefill(self, tokens: Sequence[int]) -> float:
-        """Take a prompt into the context; returns seconds."""
+    def prefill(self, tokens: Sequence[int]) -> dict[str, float]:
+        """Take a prompt into the context."""
         start_s = time.perf_counter()
         for first in range(0, len(tokens), BATCH_TOKENS):
             self._decode(tokens[first : first + BATCH_TOKENS])
         self._top()
-        return time.perf_counter() - start_s
+        return {"prefill_s": time.perf_counter() - start_s}
 
-    def steps(self, tokens: Sequence[int]) -> tuple[list[float], list[int]]:
-        """Take tokens one by one; returns the seconds of each step and the most likely token after it."""
+    def steps(self, tokens: Sequence[int]) -> dict[str, list[Any]]:
+        """Take tokens one by one."""
         step_s, top = [], []
         for token in tokens:
             start_s = time.perf_counter()
             self._decode([token])
             top.append(self._top())
             step_s.append(time.perf_counter() - start_s)
-        return step_s, top
+        return {"step_s": step_s, "top": top}
 
     def versions(self) -> dict[str, str]:
         """The version of the package."""

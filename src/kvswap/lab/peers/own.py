@@ -25,20 +25,24 @@ class KVSwap:
         self._attachment: Any = None
         self._cache: Any = None
 
-    def encode(self, documents: Sequence[str]) -> list[int]:
-        """Token ids of the evaluation text, the user's documents first. Raises InputError."""
-        return encode(self._loaded.tokenizer, evaluation_text([read_document(path) for path in documents]))
+    def encode(self, documents: Sequence[str]) -> dict[str, list[int]]:
+        """The tokens that all programs get: those of the evaluation text, the user's documents first.
 
-    def prefill(self, tokens: Sequence[int]) -> float:
-        """Take a prompt into a cache; returns seconds. Calibration, which happens once a model, is not part of it."""
+        Raises InputError.
+        """
+        passages = evaluation_text([read_document(path) for path in documents])
+        return {"tokens": encode(self._loaded.tokenizer, passages)}
+
+    def prefill(self, tokens: Sequence[int]) -> dict[str, float]:
+        """Take a prompt into a cache. Calibration, which happens once a model, is not part of its seconds."""
         self._attachment = attach(self._loaded.model, self._config, tokenizer=self._loaded.tokenizer)
         self._cache = self._attachment.__enter__()
-        return timed_call(self._loaded.model, torch.tensor([list(tokens)]), self._cache)[1]
+        return {"prefill_s": timed_call(self._loaded.model, torch.tensor([list(tokens)]), self._cache)[1]}
 
-    def steps(self, tokens: Sequence[int]) -> tuple[list[float], list[int]]:
-        """Take tokens one by one; returns the seconds of each step and the most likely token after it."""
+    def steps(self, tokens: Sequence[int]) -> dict[str, list[Any]]:
+        """Take tokens one by one."""
         calls = [timed_call(self._loaded.model, torch.tensor([[token]]), self._cache) for token in tokens]
-        return [took_s for _, took_s in calls], [int(row.argmax()) for row, _ in calls]
+        return {"step_s": [took_s for _, took_s in calls], "top": [int(row.argmax()) for row, _ in calls]}
 
     def versions(self) -> dict[str, str]:
         """Versions of kvswap and of what computes for it."""

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from kvswap.lab.tables import markdown_table, plain_table
 from kvswap.units import format_bytes
 
 Row = dict[str, Any]
@@ -25,22 +26,14 @@ COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
 LEFT = ("program",)
 
 
-def plain_table(rows: Sequence[Row]) -> list[str]:
+def table(rows: Sequence[Row]) -> list[str]:
     """Format rows as lines of aligned columns, headings first."""
-    cells = [[name for name, _ in COLUMNS], *([show(row) for _, show in COLUMNS] for row in rows)]
-    widths = [max(len(line[column]) for line in cells) for column in range(len(COLUMNS))]
-    left = [name in LEFT for name, _ in COLUMNS]
-    return [
-        "  ".join(c.ljust(w) if each else c.rjust(w) for c, w, each in zip(line, widths, left, strict=True)).rstrip()
-        for line in cells
-    ]
+    return plain_table(rows, COLUMNS, LEFT)
 
 
 def markdown_lines(content: Row) -> list[str]:
     """Format a results file as a Markdown table, then the model and machine."""
-    lines = ["| " + " | ".join(name for name, _ in COLUMNS) + " |"]
-    lines.append("|" + "|".join("---" if name in LEFT else "--:" for name, _ in COLUMNS) + "|")
-    lines += ["| " + " | ".join(show(row) for _, show in COLUMNS) + " |" for row in content["results"]]
+    lines = markdown_table(content["results"], COLUMNS, LEFT, code=())
     identity, machine = content["identity"], content["environment"]["machine"]
     versions: dict[str, str] = {}
     for row in content["results"]:

@@ -4,9 +4,9 @@ Every request is one line of JSON with the key ``do``; every answer is one line 
 libraries print goes to standard error. ``run.Worker`` is the other side. One thread asks; a program computes with the
 threads that it is told to use.
 
-Requests: ``load`` (``model``, ``threads``, ``context_tokens``, ``config``), ``encode`` (``documents``), ``prefill``
-(``tokens``), ``steps`` (``tokens``), ``memory``. An error answers ``{"error": text, "hint": text}`` and ends the
-process.
+The first request is ``load`` (``model``, ``file``, ``threads``, ``context_tokens``, ``config``). ``memory`` asks for
+the memory of the process. Every other request is a method of the program, with its arguments. An error answers
+``{"error": text, "hint": text}`` and ends the process.
 """
 
 from __future__ import annotations
@@ -26,18 +26,15 @@ Answer = dict[str, Any]
 
 
 class Program(Protocol):
-    """A loaded model with one empty context."""
+    """A loaded model with one empty context. Every method gives an answer as it is sent."""
 
-    def encode(self, documents: Sequence[str]) -> list[int]:
-        """Token ids of the evaluation text, the user's documents first."""
+    def prefill(self, tokens: Sequence[int]) -> Answer:
+        """Take a prompt into the context: ``prefill_s`` is seconds until the logits of its last token are there."""
 
-    def prefill(self, tokens: Sequence[int]) -> float:
-        """Take a prompt into the context; returns seconds until the logits of its last token are there."""
+    def steps(self, tokens: Sequence[int]) -> Answer:
+        """Take tokens one by one: ``step_s`` is the seconds of each, ``top`` the most likely token after it."""
 
-    def steps(self, tokens: Sequence[int]) -> tuple[list[float], list[int]]:
-        """Take tokens one by one; returns the seconds of each step and the most likely token after it."""
-
-    def versions(self) -> dict[str, str]:
+    def versions(self) -> Answer:
         """What computes, by name."""
 
 
@@ -55,29 +52,18 @@ def memory() -> Answer:
     return {"anonymous_bytes": found["RssAnon"], "mapped_bytes": found["RssFile"]}
 
 
-def answer(program: Program, request: Answer) -> Answer:
-    """Do what one request asks of a loaded program."""
-    if request["do"] == "encode":
-        return {"tokens": program.encode(request["documents"])}
-    if request["do"] == "prefill":
-        return {"prefill_s": program.prefill(request["tokens"])}
-    if request["do"] == "steps":
-        step_s, top = program.steps(request["tokens"])
-        return {"step_s": step_s, "top": top}
-    return memory()
-
-
 def serve(name: str, requests: IO[str], answers: IO[str]) -> None:
     """Answer requests until there are no more. The first one is ``load``."""
     program: Program | None = None
     for line in requests:
         request = json.loads(line)
         try:
+            do = request.pop("do")
             if program is None:
                 program = importlib.import_module(PROGRAMS[name]).open_program(request)
                 found: Answer = {"versions": program.versions()}
             else:
-                found = answer(program, request)
+                found = memory() if do == "memory" else getattr(program, do)(**request)
         except KVSwapError as error:
             found = {"error": error.message, "hint": error.hint}
         print(json.dumps(found), file=answers, flush=True)
