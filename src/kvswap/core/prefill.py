@@ -102,7 +102,7 @@ class Prefill:
         dtype = self.state.pool.dtypes[layer]
         for part, new in enumerate((keys, values)):
             if dtype == torch.float16 and largest > FLOAT16_MAX:
-                new = new.clamp(-FLOAT16_MAX, FLOAT16_MAX)
+                new = loops.within_float16(new)
             self._kv[part, :, :, start:stop] = new.to(dtype)
         if dtype == torch.float16 and largest > FLOAT16_MAX:
             _logger.warning(
@@ -199,7 +199,9 @@ class Prefill:
     def _choose_dtype(self, layer: int, largest: float) -> None:
         """Store float16 unless values come near its end, then bfloat16 (when the choice is ours)."""
         state = self.state
-        if state.shape.store_dtype != torch.float16 or not largest >= FLOAT16_SAFE:  # NaN, too: pinning finds it
+        if (
+            state.shape.store_dtype != torch.float16 or not FLOAT16_SAFE <= largest < math.inf
+        ):  # pinning refuses the rest
             return
         if state.config.store_dtype == "float16":
             raise StorageError(

@@ -30,7 +30,6 @@ from kvswap.native.array_loops import SlotArrays
 from kvswap.native.arrays import ByteArray, IntArray
 from kvswap.selection.window import Window
 from kvswap.store.layout import GroupLayout
-from kvswap.terms import FLOAT16_MAX
 
 WORTH_DECAY = 0.9
 LOOK_AT = 8  # slots compared for every group that could be kept
@@ -191,7 +190,7 @@ class SlotPool:
             return
         kv = torch.stack((keys[:, :, 0], values[:, :, 0]), dim=1)
         if rows.dtype == torch.float16 and kv.dtype != torch.float16:
-            kv = kv.clamp(-FLOAT16_MAX, FLOAT16_MAX)
+            kv = loops.within_float16(kv)
         places = torch.from_numpy(np.stack((slots, offset))).to(rows.device)
         self.groups(layer)[places[0], :, :, places[1]] = kv.to(rows.dtype)
 

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from kvswap.native.library import available as available
 from kvswap.native.threads import threaded_library
+from kvswap.terms import FLOAT16_MAX
 
 SCORE_TILE_TOKENS = 64
 """Tokens whose codes lie together and are scored together; ``kernels.c`` has the same."""
@@ -173,6 +174,11 @@ def converts_here(stored: torch.dtype, computed: torch.dtype, device: torch.devi
     return known and device.type == "cpu" and available()
 
 
+def within_float16(values: torch.Tensor) -> torch.Tensor:
+    """Values cut to what float16 holds. Infinities stay: no sound model has one, and storing it is refused."""
+    return torch.where(values.isinf(), values, values.clamp(-FLOAT16_MAX, FLOAT16_MAX))
+
+
 def gather(
     slots: torch.Tensor, index: NDArray[np.int64], shape: tuple[int, int, int, int], out: torch.Tensor | None = None
 ) -> torch.Tensor:
@@ -297,7 +303,7 @@ def put_tokens(
     """One token of each sequence into its group: K, V ``[B, H_kv, 1, d]`` float32, ``pinned`` and ``offsets`` ``[B]``.
 
     ``pinned`` are slots, ``offsets`` places in a group; ``slots`` and ``shape`` are those of ``gather``. Values that
-    float16 cannot hold become its largest or smallest.
+    float16 cannot hold become its largest or smallest; infinities stay.
     """
     compiled = threaded_library()
     _, heads, group_tokens, head_dim = shape

@@ -281,7 +281,7 @@ INLINE uint16_t float_to_half(float value) {
     memcpy(&bits, &size, 4);
     half = (bits + 0xfffu + (bits >> 13 & 1u) - (112u << 23)) >> 13;
     half = size < lowest ? small : half;
-    half = value != value ? 0x7e00u : half;
+    half = isinf(value) ? 0x7c00u : value != value ? 0x7e00u : half;
     return (uint16_t)(half | sign);
 }
 
