@@ -31,7 +31,7 @@ def keep(path: Path, *, encrypted: bool) -> None:
         raise SessionError(
             f"session {path.name} was encrypted, and the one in its place would not be",
             hint="move what is there to another name, give --encrypt for a new one, "
-            f"or give the name up with kvswap sessions rm {path.name}",
+            f"or free the name with kvswap sessions rm {path.name}",
         )
 
 

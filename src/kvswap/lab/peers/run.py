@@ -118,11 +118,12 @@ def compare(
     content = _content(gguf, config, plan, file)
     done = {row["context"] for row in content["results"]}
     for number, context in enumerate(plan.contexts):
+        on_progress("bench", number, len(plan.contexts))
         if context not in done:
             options = {"model": model, "file": str(gguf), "threads": plan.threads, "config": _plain(config)}
             content["results"] += _measure(plan, context, options, list(documents), flip=number % 2 == 1)
             write_json(file, content)
-        on_progress("bench", number + 1, len(plan.contexts))
+    on_progress("bench", len(plan.contexts), len(plan.contexts))
     return [row for row in content["results"] if row["context"] in plan.contexts]
 
 
