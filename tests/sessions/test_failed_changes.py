@@ -250,3 +250,27 @@ def test_reads_that_fail_are_named_and_the_session_goes_on(model, config, monkey
         with Session.open(f"fork{start}", model, config) as session:
             assert go_on(session) in reached
     assert ended >= 6
+
+
+@pytest.mark.parametrize(
+    "change", [lambda session: session.append(MORE), lambda session: list(session.generate(max_new_tokens=3))]
+)
+def test_an_error_of_going_back_does_not_hide_the_first_one(
+    model: LoadedModel, config: Config, monkeypatch, change
+) -> None:
+    def raises(text: str) -> Callable[..., None]:
+        def call(*args: Any, **kwargs: Any) -> None:
+            raise DiskWriteError(text, hint="a test")
+
+        return call
+
+    with Session.create("s", model, config, prompt=tokens(1, 200)[0].tolist()) as session:
+        before = session.token_ids
+        with monkeypatch.context() as patch:
+            patch.setattr(session.store, "commit", raises("the first error"))
+            patch.setattr(session.store, "rollback", raises("the second error"))
+            with pytest.raises(DiskWriteError, match="the first error") as caught:
+                change(session)
+        assert any("the second error" in note for note in caught.value.__notes__)
+    with Session.open("s", model, config) as session:
+        assert session.token_ids == before and check(session.store).problems == []
