@@ -20,7 +20,7 @@ from kvswap.config import Config
 from kvswap.core.binding import Binding
 from kvswap.core.cache import KVSwapCache
 from kvswap.core.calibration import calibrate
-from kvswap.core.compiled_layers import CompiledLayers, describe, prove_once
+from kvswap.core.compiled_layers import CompiledLayers, compiled_layers
 from kvswap.core.layer_major import FullCache, InMemory, LayerMajorCache, Progress, ordinary_tensors
 from kvswap.core.model_patch import Attachment
 from kvswap.core.prediction_check import check_once
@@ -105,7 +105,8 @@ def attach_each(
             compiled = None
             if any(not isinstance(method, InMemory) for method, _ in variants):
                 check_once(attachment)
-                compiled = _compiled_layers(attachment, [config for _, config in variants])
+                if any(config.compiled_step != "off" for _, config in variants):
+                    compiled = compiled_layers(attachment)
             for method, config in variants:
                 method = method or own_method()
                 if not isinstance(method, Method | InMemory):
@@ -208,15 +209,6 @@ class _Opener:
             on_progress=self._on_progress,
             on_notice=self._notice,
         )
-
-
-def _compiled_layers(attachment: Attachment, configs: Sequence[Config]) -> CompiledLayers | None:
-    """The layers that take a token in compiled calls; None where no cache asks for that."""
-    if all(config.compiled_step == "off" for config in configs):
-        return None
-    found = describe(attachment.parts)
-    prove_once(attachment, found)
-    return found
 
 
 @torch.no_grad()

@@ -197,21 +197,24 @@ def _activation(function: Any, dtype: torch.dtype) -> int:
     raise _NotKnownError("another activation")
 
 
-_proved: weakref.WeakKeyDictionary[nn.Module, tuple[list[Any], frozenset[int]]] = weakref.WeakKeyDictionary()
+_proved: weakref.WeakKeyDictionary[nn.Module, tuple[list[Any], CompiledLayers]] = weakref.WeakKeyDictionary()
 """By decoder: its state when its layers were tried, and those that gave what their modules give."""
 
 
-def prove_once(attachment: Attachment, found: CompiledLayers) -> None:
-    """``prove`` for an attached model, unless the same model was tried and is what it was then."""
+def compiled_layers(attachment: Attachment) -> CompiledLayers:
+    """The layers of an attached model that give compiled what their modules give.
+
+    They are described and tried once, and again where the model is not what it was then.
+    """
     decoder, state = attachment.parts.decoder, attachment.state
     known = _proved.get(decoder)
-    if state is None or known is None or known[0] != state:
-        prove(attachment.parts, attachment.implementation, found)
-        if state is not None:
-            _proved[decoder] = state, frozenset(found.layers)
-        return
-    for index in set(found.layers) - known[1]:
-        del found.layers[index]
+    if state is not None and known is not None and known[0] == state:
+        return known[1]
+    found = describe(attachment.parts)
+    prove(attachment.parts, attachment.implementation, found)
+    if state is not None:
+        _proved[decoder] = state, found
+    return found
 
 
 @torch.no_grad()
