@@ -2,8 +2,9 @@
 
     python benchmarks/memory.py --model smollm2-135m --tokens 4000,7000 --steps 200 [--json out.json]
 
-Weights are first copied into memory (as with --no-mmap), and a short prompt runs in another cache. Growth after that
-comes from the measured cache, including its basis, and from transient memory of prefill.
+Weights are first copied into memory (as with --no-mmap), and the prompt and a step run in another cache. What the
+libraries take when they are first used is there by then, also that of the first read from disk. Growth after that comes
+from the measured cache, including its basis, and from transient memory of prefill.
 
 The allocator is set to return freed memory to the kernel. Freed memory that a process keeps would hide the same amount
 of later growth. A second thread samples RssAnon every millisecond. Linux with glibc only.
@@ -82,10 +83,9 @@ def measure(
         model(input_ids=torch.tensor([tokens]), use_cache=True, logits_to_keep=1, **{keyword: cache})
 
     give_back()
-    short = 2 * config.chunk_tokens + 300
-    with kvswap.attach(model, config, tokenizer=tokenizer) as cache:  # calibrates; warms up all libraries
-        feed(cache, ids[:short])
-        feed(cache, ids[short : short + 1])
+    with kvswap.attach(model, config, tokenizer=tokenizer) as cache:  # calibrates; warms up libraries, also for reads
+        feed(cache, ids[:-steps])
+        feed(cache, ids[-steps : 1 - steps])
     give_back()
     before = rss_anon_bytes()
     with kvswap.attach(model, config, tokenizer=tokenizer) as cache:

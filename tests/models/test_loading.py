@@ -22,6 +22,7 @@ from kvswap.models.hub import Problem, look_like_path
 from kvswap.models.loading import LoadedModel, copy_weights, load_model
 from tests.helpers.families import tiny_model
 from tests.helpers.folders import save_tiny
+from tests.helpers.packed import finished
 
 HIDDEN, INNER, HEADS, KV_HEADS, LAYERS = 64, 128, 4, 2, 2
 
@@ -64,11 +65,7 @@ def write_gguf(path: Path, seed: int = 0, add: Callable[[gguf.GGUFWriter], None]
         writer.add_tensor(f"{name}.weight", noise.standard_normal(shape, dtype=np.float32))
     if add is not None:
         add(writer)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
+    return finished(writer, path)
 
 
 def test_gguf_is_converted_once(tmp_path):

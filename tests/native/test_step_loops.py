@@ -40,7 +40,7 @@ def layer(parts):
 def opened(layer: Layer, batch: int) -> Scratch:
     scratch = Scratch([layer], batch, torch.float32)
     angles = noise(batch, 1, layer.head_dim // 2, seed=4).repeat(1, 1, 2)
-    scratch.turn(angles.cos(), angles.sin(), layer.head_dim)
+    scratch.use_rope(angles.cos(), angles.sin(), layer.head_dim)
     return scratch
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import weakref
 from dataclasses import dataclass, field
+from itertools import chain
 from operator import is_
 from typing import Any
 
@@ -70,8 +71,8 @@ class CompiledLayers:
 
     def unchanged(self) -> bool:
         """Whether no module, weight or hook of these layers was replaced or added since."""
-        found = [each for attributes in self.watched for each in attributes.values()]
-        return len(found) == len(self.expected) and all(map(is_, found, self.expected))
+        found = chain.from_iterable(map(dict.values, self.watched))  # at every step, so nothing of it is Python
+        return sum(map(len, self.watched)) == len(self.expected) and all(map(is_, found, self.expected))
 
 
 def describe(parts: ModelParts) -> CompiledLayers:
@@ -281,7 +282,7 @@ class _Proof(LayerMajorCache):
         cos, sin = kwargs["position_embeddings"]
         batch, groups = len(hidden), -(-_TOKENS // _GROUP_TOKENS)
         scratch = Scratch([layer], batch, hidden.dtype)
-        scratch.turn(cos.float(), sin.float(), layer.head_dim)
+        scratch.use_rope(cos.float(), sin.float(), layer.head_dim)
         query, predicted = scratch.query(layer, hidden), part.predict_query(hidden, cos, sin).float()
         data, slots = self._slots(part, batch, groups)
         index, offset = np.arange(batch * groups).reshape(batch, groups), np.full(batch, (_TOKENS - 1) % _GROUP_TOKENS)

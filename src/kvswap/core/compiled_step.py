@@ -51,7 +51,7 @@ class CompiledDecode(Decode):
 
     def predict(self, layer: Layer, hidden: torch.Tensor, rope: Rope) -> torch.Tensor:
         """The query ``[B, H_q, d]`` that ``layer`` is predicted to have from ``hidden`` ``[B, 1, E]``."""
-        self._scratch.turn(*self._floats(rope), layer.head_dim)
+        self._scratch.use_rope(*self._floats(rope), layer.head_dim)
         return self._scratch.query(layer, hidden)
 
     def fetch_for(self, target: LayerParts, part: LayerParts, hidden: torch.Tensor, kwargs: dict[str, Any]) -> None:
@@ -64,7 +64,7 @@ class CompiledDecode(Decode):
             super().fetch_for(target, part, hidden, kwargs)
             return
         self.state.trace.lap()
-        self._scratch.turn(*self._floats(self._predictor.rope(target, part, hidden, kwargs)), layer.head_dim)
+        self._scratch.use_rope(*self._floats(self._predictor.rope(target, part, hidden, kwargs)), layer.head_dim)
         groups = self._scratch.choose(
             layer,
             hidden.contiguous(),
@@ -89,7 +89,7 @@ class CompiledDecode(Decode):
         state.trace.lap()
         state.flush_ring(order, step)
         state.trace.lap("slots_s")
-        scratch.turn(*self._floats(kwargs["position_embeddings"]), layer.head_dim)
+        scratch.use_rope(*self._floats(kwargs["position_embeddings"]), layer.head_dim)
         scratch.begin(layer, hidden, slots, first_pinned + step.tail, step.offset)
         fetch = self.arrive(order)
         index, valid = step.attended(first_pinned, fetch.found.slots, fetch.valid)

@@ -103,7 +103,7 @@ class Scratch:
         self._finish = compiled.kvswap_step_finish
         self._choose, self._choose_floats = compiled.kvswap_step_choose, compiled.kvswap_choose_floats
 
-    def turn(self, cos: torch.Tensor, sin: torch.Tensor, head_dim: int) -> None:
+    def use_rope(self, cos: torch.Tensor, sin: torch.Tensor, head_dim: int) -> None:
         """Use RoPE by cos and sin ``[B or 1, 1, d]`` float32 from now on."""
         if self._rope is not None and self._rope[0] is cos and self._rope[1] is sin:
             return

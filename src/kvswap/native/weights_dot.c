@@ -11,30 +11,22 @@
 #define TOGETHER 1
 #define NAME(function) function##_plain
 
-INLINE s32x8 dot_plain(u8x32 codes, s8x32 rounded) {
-    uint8_t a[32];
-    int8_t b[32];
-    int32_t sums[8];
-    s32x8 found;
-    memcpy(a, &codes, 32);
-    memcpy(b, &rounded, 32);
-    for (int i = 0; i < 8; i++)
-        sums[i] = a[4 * i] * b[4 * i] + a[4 * i + 1] * b[4 * i + 1] + a[4 * i + 2] * b[4 * i + 2] + a[4 * i + 3] * b[4 * i + 3];
-    memcpy(&found, sums, 32);
-    return found;
-}
+/* Sums of four products, codes of either sign. */
+#define PLAIN_DOT(FUNCTION, CODES, CODE)                                                                               \
+    INLINE s32x8 FUNCTION(CODES codes, s8x32 rounded) {                                                                \
+        CODE a[32];                                                                                                    \
+        int8_t b[32];                                                                                                  \
+        int32_t sums[8] = {0};                                                                                         \
+        s32x8 found;                                                                                                   \
+        memcpy(a, &codes, 32);                                                                                         \
+        memcpy(b, &rounded, 32);                                                                                       \
+        for (int i = 0; i < 32; i++) sums[i / 4] += a[i] * b[i];                                                       \
+        memcpy(&found, sums, 32);                                                                                      \
+        return found;                                                                                                  \
+    }
 
-INLINE s32x8 dot_signed_plain(s8x32 codes, s8x32 rounded) {
-    int8_t a[32], b[32];
-    int32_t sums[8];
-    s32x8 found;
-    memcpy(a, &codes, 32);
-    memcpy(b, &rounded, 32);
-    for (int i = 0; i < 8; i++)
-        sums[i] = a[4 * i] * b[4 * i] + a[4 * i + 1] * b[4 * i + 1] + a[4 * i + 2] * b[4 * i + 2] + a[4 * i + 3] * b[4 * i + 3];
-    memcpy(&found, sums, 32);
-    return found;
-}
+PLAIN_DOT(dot_plain, u8x32, uint8_t)
+PLAIN_DOT(dot_signed_plain, s8x32, int8_t)
 
 INLINE s32x8 dot_scaled_plain(s32x8 sums, u8x32 codes, s8x32 rounded, int16_t low, int16_t high) {
     return sums + dot_plain(codes, rounded) * (s32x8){low, low, low, low, high, high, high, high};
