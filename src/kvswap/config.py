@@ -45,8 +45,8 @@ class Config(_Fields):
     ----------
     kv_memory
         Limit for everything that lives while an answer is written, in bytes or as text (``"24MiB"``). ``"auto"`` is an
-        eighth of the full 16-bit KV cache of the request, or the smallest limit that works. A context of up to 2,048
-        tokens gets what keeps 2,048 tokens in memory whole, so that nothing is read from disk.
+        eighth of the full 16-bit KV cache of the request, or the smallest limit that works. It is at least what keeps
+        2,048 tokens in memory whole, so that for contexts up to this length nothing is read from disk.
     kv_dir
         Folder for KV files and sessions, on a disk. ``None`` is the folder of the environment or the user's cache.
     select_tokens

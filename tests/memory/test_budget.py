@@ -66,12 +66,17 @@ def test_auto_is_an_eighth_of_16_bit_or_holds_a_short_context_and_always_works(n
     limit = need.auto_limit_bytes(tokens)
     elements = need.layers * need.batch * tokens * need.token_bytes // need.store_itemsize_bytes
     assert limit >= need.minimum_bytes(tokens)
+    assert limit == max(elements * 2 // 8, need.minimum_bytes(tokens), need.auto_limit_bytes(1))
     if tokens > SHORT_TOKENS:
-        assert limit == max(elements * 2 // 8, need.minimum_bytes(tokens))
         return
     capacity = capacity_for(tokens)
     slots = need.reuse_slots(capacity, limit - sum(need.parts(capacity).values()))
     assert slots == need.layers * need.batch * -(-capacity // need.window.group_tokens)
+
+
+@given(needs(), st.integers(1, 100_000), st.integers(1, 100_000))
+def test_auto_gives_a_longer_context_no_less(need: MemoryNeeds, tokens: int, more: int) -> None:
+    assert need.auto_limit_bytes(tokens + more) >= need.auto_limit_bytes(tokens)
 
 
 @given(needs(), st.integers(1, 100_000), st.integers(0, 20_000), st.booleans())

@@ -38,8 +38,8 @@ _SHARED = (
     click.option(
         "--kv-memory",
         metavar="SIZE",
-        help="Memory that the KV cache may hold, such as 24MiB.  [default: auto, an eighth of the full 16-bit cache; "
-        "contexts of up to 2,048 tokens are kept whole]",
+        help="Memory that the KV cache may hold, such as 24MiB.  [default: auto, an eighth of the full 16-bit cache, "
+        "at least what keeps 2,048 tokens whole]",
     ),
     click.option("--kv-dir", metavar="DIR", help="Folder on a disk for KV files.  [default: the user's cache folder]"),
     click.option("--max-new-tokens", type=int, default=256, show_default=True, metavar="N", help="Longest answer."),

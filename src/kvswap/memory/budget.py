@@ -21,7 +21,7 @@ STAGING_SLACK = 2.0  # room for gaps that are read through
 SKETCH_TILE_TOKENS = 2048
 """Tokens of a prompt that go into the sketch at a time."""
 SHORT_TOKENS = 2048
-"""``"auto"`` keeps contexts of up to so many tokens in memory whole."""
+"""``"auto"`` gives every context what keeps so many tokens in memory whole."""
 PROMPT_PARTS = ("basis", "sketch", "tables", "tails", "write_queue")
 """Parts that a first prompt fills, beside its share of slots. Staging and scratch are not touched before decode."""
 
@@ -132,12 +132,10 @@ class MemoryNeeds:
     def auto_limit_bytes(self, tokens: int) -> int:
         """The limit that ``"auto"`` means: an eighth of the full 16-bit KV, at least the workable minimum.
 
-        For a context of up to ``SHORT_TOKENS`` it is what keeps one of that length in memory as a whole.
+        And at least what keeps a context of ``SHORT_TOKENS`` in memory as a whole.
         """
-        if tokens <= SHORT_TOKENS:
-            return self.whole_bytes(SHORT_TOKENS)
         sixteen_bit = self.full_bytes(tokens) * 2 // self.store_itemsize_bytes
-        return max(sixteen_bit // 8, self.minimum_bytes(tokens))
+        return max(sixteen_bit // 8, self.minimum_bytes(tokens), self.whole_bytes(SHORT_TOKENS))
 
     def limit_bytes(self, kv_memory: str | int, tokens: int) -> int:
         """The limit that ``kv_memory`` means for ``tokens``. Raises MemoryBudgetError where it is too small."""

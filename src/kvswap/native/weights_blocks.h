@@ -75,7 +75,8 @@ TARGET INLINE void NAME(multiply_short)(const kvswap_matrix *m, int64_t row, con
     float rest[4] = {0, 0, 0, 0};
     const uint8_t *data[4];
     for (int r = 0; r < rows; r++) data[r] = row_at(m, row + r);
-    for (int64_t b = 0; b < m->columns / SHORT; b++)
+    for (int64_t b = 0; b < m->columns / SHORT; b++) {
+        prefetch(data[0] + b * rows * SHORT_BYTES(type), rows * SHORT_BYTES(type));
         UNROLL for (int r = 0; r < rows; r++) {
             float step, offset;
             const u8x32 codes = NAME(short_block)(data[r] + b * SHORT_BYTES(type), type, &step, &offset);
@@ -87,6 +88,7 @@ TARGET INLINE void NAME(multiply_short)(const kvswap_matrix *m, int64_t row, con
                 if (type != Q8_0) rest[k] = __builtin_fmaf(offset, x[n].sums[b], rest[k]);
             }
         }
+    }
     UNROLL for (int r = 0; r < rows; r++)
         UNROLL for (int n = 0; n < count; n++) y[n * stride + r] = NAME(total)(sums[r + n]) + rest[r + n];
 }
@@ -131,6 +133,7 @@ TARGET INLINE void NAME(multiply_long)(const kvswap_matrix *m, int64_t row, cons
             const uint8_t *block = data[r] + b * LONG_BYTES(type);
             int16_t scales[16];
             s32x8 dots[4];
+            prefetch(block, LONG_BYTES(type));
             NAME(long_scales)(block, type, scales);
             UNROLL for (int n = 0; n < count; n++) dots[n] = (s32x8){0};
             UNROLL for (int s = 0; s < 8; s++) {

@@ -31,6 +31,14 @@ INLINE const uint8_t *row_at(const kvswap_matrix *m, int64_t row) {
     return m->data + row * m->row_bytes;
 }
 
+#define AHEAD 2048 /* bytes; half and four times as many were slower */
+
+/* Have the `bytes` that come AHEAD of here brought into the nearest cache. Rows of packed weights are short, and processors
+ * do not guess that the next ones follow: without this a product with weights from memory takes twice as long. */
+INLINE void prefetch(const uint8_t *from, const int bytes) {
+    for (int i = 0; i < bytes; i += 64) PREFETCH(from + AHEAD + i);
+}
+
 /* A rounded vector; which members there are depends on its kind. */
 typedef struct {
     const float *floats; /* kind 0: [columns] */
