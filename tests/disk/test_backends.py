@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
+import os
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +16,7 @@ from hypothesis import strategies as st
 
 from kvswap.config import Config
 from kvswap.disk import ReadBackend, Slab
+from kvswap.disk.file_backend import FileBackend
 from kvswap.disk.uring_backend import UringBackend
 from kvswap.errors import DiskReadError
 from tests.helpers.backends import NAMES, UNIT, content, make, submit, write_all
@@ -172,3 +175,24 @@ def test_close_drains_and_may_be_repeated(backend: ReadBackend, slab: Slab) -> N
     slab.array[:UNIT] = 7
     assert (slab.array[:UNIT] == 7).all()
     backend.close()
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "memory"])
+def test_files_are_closed_after_one_whose_close_fails(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend = make(name, tmp_path)
+    assert isinstance(backend, FileBackend)
+    files = [backend.open(UNIT) for _ in range(3)]
+    mine, closed, close = {backend._fd(file) for file in files}, set(), os.close
+
+    def broken(fd: int) -> None:
+        close(fd)
+        if fd in mine:
+            closed.add(fd)
+            raise OSError(errno.EIO, "closing failed")
+
+    monkeypatch.setattr(os, "close", broken)
+    with pytest.raises(OSError, match="closing failed"):
+        backend.close()
+    assert closed == mine

@@ -187,9 +187,11 @@ class BatchState:
 
     def close(self) -> None:
         """Drop files and memory."""
-        self.store.close()
-        self.pool.close()
-        self.sketches.clear()
+        try:
+            self.store.close()
+        finally:
+            self.pool.close()
+            self.sketches.clear()
 
 
 def check_finite(layer: int, *tensors: torch.Tensor) -> None:

@@ -369,12 +369,11 @@ class KVSwapCache(LayerMajorCache):
 
     def close(self) -> None:
         """Drop the files and the memory; the cache is of no use afterwards."""
-        if self._prefill is not None:  # one that broke off may have reads in flight
-            self._prefill.close()
-        if self._state is not None:
-            self._state.close()
-        else:
-            self._backend.close()
+        try:
+            if self._prefill is not None:  # one that broke off may have reads in flight
+                self._prefill.close()
+        finally:
+            (self._state or self._backend).close()
 
 
 def _bytes_in(layers: Sequence[Any]) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import threading
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -75,8 +76,9 @@ class FileBackend(ReadBackend):
     def close(self) -> None:
         with self._files_lock:
             fds, self._fds = self._fds, np.empty(0, dtype=np.int64)
-        for fd in fds:
-            os.close(int(fd))
+        with ExitStack() as all_of_them:  # also those after one whose close fails
+            for fd in fds:
+                all_of_them.callback(os.close, int(fd))
 
     def _fd(self, file: int) -> int:
         return int(self._fds[file])

@@ -113,9 +113,11 @@ class SessionStore:
                 else:
                     self._release_reserved_space()
         finally:
-            if locked is not None:
-                lock.release(locked)
-            self.folder.close()
+            try:
+                if locked is not None:
+                    lock.release(locked)
+            finally:
+                self.folder.close()
 
     def __enter__(self) -> Self:
         return self

@@ -61,8 +61,10 @@ def acquire(folder: PrivateFolder, label: str) -> int:
         _write_owner(fd)
         return fd
     except OSError as error:
-        holder = owner(folder)
-        os.close(fd)
+        try:
+            holder = owner(folder)
+        finally:
+            os.close(fd)
         if error.errno not in _HELD:
             raise _cannot_lock(label, folder.path, error) from error
         raise SessionError(
