@@ -42,7 +42,7 @@ def both_ways(model, config, ids, forced, mask=None):
             found.append(forced_logits(model, ids, forced, cache, mask))
             layers, selected = compiled_layers(cache), cache.stats.selected_groups
         assert (layers > 0) <= (way == "auto")
-        assert selected > 0
+        assert selected > 0 or ids.shape[1] <= 64
     return *found, layers
 
 
@@ -78,6 +78,17 @@ def test_both_ways_agree_in_padded_batches(family, batch, tmp_path):
     ids = tokens(batch, width) * mask
     plain, compiled, layers = both_ways(model, config(tmp_path), ids, tokens(batch, 6, seed=1), mask)
     assert layers > 0
+    torch.testing.assert_close(compiled, plain, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("lengths", [(1,), (1, 2), (1, 9, 30), (3, 64)])
+def test_both_ways_agree_in_contexts_shorter_than_sinks_and_window(lengths, tmp_path):
+    """Where the newest group is a sink, or the window is not full; in a batch each sequence in its own way."""
+    model, width = tiny_model("llama"), max(lengths)
+    mask = torch.tensor([[0] * (width - n) + [1] * n for n in lengths])
+    ids = tokens(len(lengths), width) * mask
+    settings = config(tmp_path, store_dtype="float32")  # or a number is rounded the other way in some of the steps
+    plain, compiled, _ = both_ways(model, settings, ids, tokens(len(lengths), 40, seed=1), mask)
     torch.testing.assert_close(compiled, plain, rtol=0, atol=1e-5)
 
 

@@ -73,7 +73,7 @@ def test_packed_weights_as_well(family, prompt_tokens, select_all, tmp_path):
         assert torch.equal(result, reference)
 
 
-@pytest.mark.parametrize("lengths", [(1030, 700, 90), (40, 7, 301), (64, 64)])
+@pytest.mark.parametrize("lengths", [(1030, 700, 90), (40, 7, 301), (64, 64), (1, 9, 30)])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_padded_batch_equals_each_sequence_alone(family, lengths, select_all):
     model = tiny_model(family)

@@ -1,10 +1,10 @@
 """Path two, compiled: one token goes through a decoder layer in three calls, while groups come from disk.
 
 ``CompiledDecode`` is ``Decode`` with two differences. The groups of a layer that can be compiled
-(``core/compiled_layers.py``) are chosen in one call. And such a layer runs in two: ``begin`` computes query, key and
-value, and ``finish`` attends to groups where they lie in slots and computes the rest of the layer. Python between the
-calls decides what is read and handles errors. Other layers go through their modules, as in ``Decode``, which is the
-specification. Used by the cache, in the thread that runs the model.
+(``core/compiled_layers.py``) are chosen and looked up in one call. And such a layer runs in two: ``begin`` computes
+query, key and value, and ``finish`` attends to groups where they lie in slots and computes the rest of the layer.
+Python between the calls starts the reads and handles errors. Other layers go through their modules, as in ``Decode``,
+which is the specification. Used by the cache, in the thread that runs the model.
 """
 
 from __future__ import annotations
@@ -17,10 +17,13 @@ from kvswap.core.batch_state import BatchState, not_finite
 from kvswap.core.compiled_layers import CompiledLayers
 from kvswap.core.decode import Decode, real_entries
 from kvswap.core.query_prediction import QueryPredictor
+from kvswap.memory.lookup import Found
 from kvswap.models.adapter import LayerParts, ModelParts
-from kvswap.native.step_loops import TYPES, Layer, Scratch, Slots
+from kvswap.native import array_loops
+from kvswap.native.step_loops import TYPES, Layer, Pinned, Pool, Scratch, Sketch, Slots
 from kvswap.selection.kvswap import score
 from kvswap.selection.transform_sketch import TransformSketch
+from kvswap.selection.window import Step
 
 Rope = tuple[torch.Tensor, torch.Tensor]
 
@@ -33,8 +36,10 @@ class CompiledDecode(Decode):
         self._found, self._layers = found, found.layers
         self._scratch = Scratch(list(found.layers.values()), state.batch, parts.dtype)
         self._predictor: CompiledPredictor = CompiledPredictor(parts, self)
-        self._own_scores = state.method.score is score
+        self._own_choice = state.method.score is score and state.pool.compiled_lookup
         self._slots: dict[torch.dtype, Slots] = {}
+        self._found_in: Pool | None = None
+        self._pinned_of: tuple[Step, Pinned] | None = None
         self._ropes: dict[int, tuple[Rope, Rope]] = {}
 
     def begin_step(self) -> None:
@@ -55,30 +60,36 @@ class CompiledDecode(Decode):
         return self._scratch.query(layer, hidden)
 
     def fetch_for(self, target: LayerParts, part: LayerParts, hidden: torch.Tensor, kwargs: dict[str, Any]) -> None:
-        """Start the reads for ``target``; see the base class. One call chooses, where query and scores are compiled."""
-        layer, order, step, window = self._layers.get(target.index), target.order, self.step, self.state.window
+        """Start the reads for ``target``; see the base class. One call plans them, where the choice is kvswap's own."""
+        layer, order, step, state = self._layers.get(target.index), target.order, self.step, self.state
         assert order is not None and step is not None
-        sketch = self.state.sketches[order]
-        codes = sketch.compiled(window.group_tokens) if isinstance(sketch, TransformSketch) else None
-        if layer is None or codes is None or not self._own_scores or not self.needs_query(order):
+        codes, count = self._codes(order), state.select_groups[order]
+        if layer is None or codes is None or not self._own_choice or not self.needs_query(order):
             super().fetch_for(target, part, hidden, kwargs)
             return
-        self.state.trace.lap()
+        state.trace.lap()
         self._scratch.use_rope(*self._floats(self._predictor.rope(target, part, hidden, kwargs)), layer.head_dim)
-        groups = self._scratch.choose(
+        half, self._half = self._half, 1 - self._half
+        fetched = self._scratch.fetch(
             layer,
             hidden.contiguous(),
             codes,
-            group_tokens=window.group_tokens,
-            first=window.sink_groups,
+            self._pool(),
+            order=order,
+            group_tokens=state.window.group_tokens,
+            first=state.window.sink_groups,
             ends=step.ends,
-            count=self.state.select_groups[order],
+            count=count,
+            staging_slot=state.pool.staging_slot(half),
+            staging_address=state.pool.staging_address(half),
         )
-        if groups is None:
+        state.trace.lap("predict_s")
+        if fetched is None:
             raise not_finite(order, "keys or the query are not finite, so no group can be chosen")
-        valid = real_entries(groups, step)
-        self.state.trace.lap("predict_s")
-        self.fetch(order, groups, valid)
+        (reads, out), size = fetched, state.batch * count
+        groups = out[:size].reshape(state.batch, count)
+        found = Found(*array_loops.found(out[size:], reads, state.batch, count))
+        self.start(order, half, found, groups, real_entries(groups, step))
 
     def run(self, part: LayerParts, layer: Layer, hidden: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
         """The output ``[B, 1, E]`` of ``part`` for the newest tokens ``hidden``; their K, V go to the rolling tail."""
@@ -86,18 +97,41 @@ class CompiledDecode(Decode):
         assert step is not None and order is not None
         hidden, slots, first_pinned = hidden.contiguous(), self._slots_of(order), self._first_pinned[order]
         self.enter(part, hidden, kwargs)
-        state.trace.lap()
-        state.flush_ring(order, step)
-        state.trace.lap("slots_s")
+        if step.new_group:
+            state.trace.lap()
+            state.flush_ring(order, step)
+            state.trace.lap("slots_s")
         scratch.use_rope(*self._floats(kwargs["position_embeddings"]), layer.head_dim)
         scratch.begin(layer, hidden, slots, first_pinned + step.tail, step.offset)
         fetch = self.arrive(order)
-        index, valid = step.attended(first_pinned, fetch.found.slots, fetch.valid)
+        index, valid = scratch.attended(self._pinned(step), first_pinned, fetch.found.slots, fetch.valid)
         state.trace.lap("slots_s")
         output = scratch.finish(layer, hidden, slots, index, valid, step.offset)
         state.trace.lap()
         self.keep(order, fetch)
         return output
+
+    def _codes(self, order: int) -> Sketch | None:
+        sketch = self.state.sketches[order]
+        return sketch.compiled(self.state.window.group_tokens) if isinstance(sketch, TransformSketch) else None
+
+    def _pool(self) -> Pool:
+        """The pool of slots, whose arrays are others after it grew or shrank."""
+        pool = self.state.pool
+        if self._found_in is None or self._found_in.arrays is not pool.arrays:
+            self._found_in = Pool.of(
+                pool.arrays,
+                first=pool.reuse_start,
+                gap=self._gap_groups,
+                places=pool.staging_groups,
+                slot_bytes=pool.layout.slot_bytes,
+            )
+        return self._found_in
+
+    def _pinned(self, step: Step) -> Pinned:
+        if self._pinned_of is None or self._pinned_of[0] is not step:
+            self._pinned_of = step, Pinned.of(step.sinks, step.ring, step.sinks_valid, step.ring_valid)
+        return self._pinned_of[1]
 
     def _slots_of(self, order: int) -> Slots:
         pool = self.state.pool

@@ -29,12 +29,12 @@ Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tenso
 
 
 class Fetch(NamedTuple):
-    """Groups of one layer whose reads are in flight.
+    """Groups of one layer whose reads are in flight, if there are any: else ``ticket`` is None.
 
     ``groups`` ``[B, n]`` are in order of position. ``valid`` ``[B, n]`` tells which entries are real, None: all.
     """
 
-    ticket: int
+    ticket: int | None
     half: int
     found: Found
     groups: IntArray
@@ -125,12 +125,16 @@ class Decode:
         found = find(state.pool, layer, groups, step.ends, gap_groups=self._gap_groups, half=half)
         state.trace.lap("slots_s")
         state.pool.wait_published(half)
-        ticket = self.submit(found)
-        state.trace.lap("submit_s")
+        self.start(layer, half, found, groups, valid)
+
+    def start(self, layer: int, half: int, found: Found, groups: IntArray, valid: BoolArray | None) -> None:
+        """Start the reads that were planned for ``layer``, if any. A lap has begun."""
+        trace = self.state.trace
+        ticket = self.submit(found) if found.filled else None
+        trace.lap("submit_s")
         self._fetches[layer] = Fetch(ticket, half, found, groups, valid)
-        state.trace.selected_groups += found.selected
-        state.trace.reused_groups += found.selected - len(found.staged)
-        state.trace.lap("slots_s")
+        trace.selected_groups += found.selected
+        trace.reused_groups += found.selected - len(found.staged)
 
     def put(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Take the newest token's K, V ``[B, H_kv, 1, d]`` into the rolling tail."""
@@ -165,10 +169,11 @@ class Decode:
         """Wait for the reads of ``layer``; then its groups are in their slots. A lap begins."""
         state = self.state
         fetch = self.latest[layer] = self._fetches.pop(layer)
-        state.store.backend.wait(fetch.ticket)
+        if fetch.ticket is not None:
+            state.store.backend.wait(fetch.ticket)
         state.trace.lap()
         found = fetch.found
-        if state.store.checked:
+        if fetch.ticket is not None and state.store.checked:
             rows = layer * state.batch + found.sequences
             state.store.unseal(rows, found.groups, *state.pool.staged(fetch.half, found.staged))
         state.pool.publish(fetch.half, found.filled)
@@ -176,7 +181,8 @@ class Decode:
 
     def keep(self, layer: int, fetch: Fetch) -> None:
         """Keep what was read for ``layer`` where that is worth more than what a slot holds. The lap ends."""
-        self.state.pool.admit(layer, fetch.found.sequences, fetch.found.groups, fetch.found.staged)
+        if fetch.ticket is not None:
+            self.state.pool.admit(layer, fetch.found.sequences, fetch.found.groups, fetch.found.staged)
         self.state.trace.lap("slots_s")
 
     # ---- parts of the path that a published method may replace (lab/rivals/parts/decoding.py)
@@ -215,8 +221,9 @@ class Decode:
         """Wait for the reads of a step that broke off: they must not arrive in memory that is used again."""
         while self._fetches:
             _, fetch = self._fetches.popitem()  # a ticket is waited for once, also where its reads fail
-            with contextlib.suppress(DiskError):
-                self.state.store.backend.wait(fetch.ticket)
+            if fetch.ticket is not None:
+                with contextlib.suppress(DiskError):
+                    self.state.store.backend.wait(fetch.ticket)
 
 
 def _best_groups(scores: torch.Tensor, first: int, ends: IntArray, count: int) -> tuple[IntArray, bool]:

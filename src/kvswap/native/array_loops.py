@@ -15,6 +15,8 @@ from kvswap.native.arrays import IntArray
 from kvswap.native.library import available as available
 from kvswap.native.library import required_library
 
+FoundArrays = tuple[IntArray, IntArray, IntArray, IntArray, IntArray, IntArray, IntArray, IntArray, int, int]
+
 
 class SlotArrays:
     """Addresses of the arrays of a pool of slots. Asking each array at each call would take longer than the loops.
@@ -79,7 +81,7 @@ def find(
     staging_slot: int,
     staging_address: int,
     slot_bytes: int,
-) -> tuple[IntArray, IntArray, IntArray, IntArray, IntArray, IntArray, IntArray, IntArray, int, int]:
+) -> FoundArrays:
     """``lookup`` of one layer's groups ``[B, n]`` and ``plan_reads`` of those that were not found, in one call.
 
     Groups from ``ends`` ``[B]`` on do not count. Returns the fields of ``kvswap.memory.lookup.Found``. Raises
@@ -115,6 +117,12 @@ def find(
     if reads < 0:
         raise ValueError("groups that the table does not have, or more of them than staging has room for")
     visits[layer] += 1
+    return found(out, reads, batch, count)
+
+
+def found(out: IntArray, reads: int, batch: int, count: int) -> FoundArrays:
+    """What ``kvswap_find`` wrote to ``out``, of ``count`` groups of each of ``batch`` sequences: as ``find``."""
+    size = batch * count
     rows = out[: 10 * size].reshape(10, size)
     requested, missing, filled = out[10 * size :].tolist()
     slots, (sequences, absent, staged) = rows[0].reshape(batch, count), rows[1:4, :missing]

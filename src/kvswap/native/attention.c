@@ -123,9 +123,16 @@ INLINE int64_t worker_bytes(const Layer *layer) {
     return whole_lines((SPAN * layer->head_dim + layer->heads / layer->kv_heads * SPAN) * 4);
 }
 
+/* The newest group of a sequence: the last one that is real. */
+INLINE int64_t newest_of(const Attending *all, int64_t b) {
+    int64_t n = all->width - 1;
+    while (n > 0 && all->valid && !all->valid[b * all->width + n]) n--;
+    return n;
+}
+
 /* One span of one KV head: groups [first, stop) of a sequence, to `found` and `sums` of its query heads. */
-INLINE void attend_span(const Attending *all, int64_t b, int64_t h, int64_t first, int64_t stop, float *tile,
-                        Found *found, float *sums) {
+INLINE void attend_span(const Attending *all, int64_t b, int64_t h, int64_t first, int64_t stop, int64_t newest,
+                        float *tile, Found *found, float *sums) {
     const Layer *layer = all->layer;
     const Slots *slots = all->slots;
     const int64_t d = layer->head_dim, each = layer->heads / layer->kv_heads, run = slots->group_tokens * d;
@@ -138,7 +145,7 @@ INLINE void attend_span(const Attending *all, int64_t b, int64_t h, int64_t firs
         tokens = 0;
         for (int64_t n = first; n < stop; n++) {
             if (all->valid && !all->valid[b * all->width + n]) continue;
-            const int64_t count = n + 1 < all->width ? slots->group_tokens : all->offset[b] + 1;
+            const int64_t count = n < newest ? slots->group_tokens : all->offset[b] + 1;
             const uint8_t *from = slots->data + all->index[b * all->width + n] * slots->slot_bytes + place;
             all->convert(from, count * d, tile + tokens * d);
             tokens += count;
@@ -159,6 +166,7 @@ CLONES static void attend_part(const void *task, int64_t item, int64_t worker) {
     const Attending *all = task;
     const int64_t heads = all->layer->heads, d = all->layer->head_dim, b = item / all->parts, part = item % all->parts;
     const int64_t stop = all->width * (part + 1) / all->parts, together = SPAN / all->slots->group_tokens;
+    const int64_t newest = newest_of(all, b);
     float *tile = (float *)(all->scratch + worker * all->worker_bytes), *sums = all->sums + item * heads * d;
     Found *found = all->found + item * heads;
     for (int64_t h = 0; h < heads; h++) found[h] = (Found){-INFINITY, 0.0f};
@@ -166,7 +174,7 @@ CLONES static void attend_part(const void *task, int64_t item, int64_t worker) {
     memset(tile, 0, (size_t)all->worker_bytes);
     for (int64_t n = all->width * part / all->parts; n < stop; n += together)
         for (int64_t h = 0; h < all->layer->kv_heads; h++)
-            attend_span(all, b, h, n, n + together < stop ? n + together : stop, tile, found, sums);
+            attend_span(all, b, h, n, n + together < stop ? n + together : stop, newest, tile, found, sums);
 }
 
 INLINE int64_t parts_of(int64_t batch, int64_t workers) { return batch < workers ? (workers + batch - 1) / batch : 1; }
@@ -204,4 +212,42 @@ CLONES void kvswap_attend(const Layer *layer, const Slots *slots, const float *q
                            (Found *)found, (float *)(found + whole_lines(results * (int64_t)sizeof(Found)))};
     kvswap_do_all(attend_part, &all, batch * parts, workers);
     for (int64_t b = 0; b < batch; b++) merge_parts(&all, b, out + b * layer->heads * layer->head_dim);
+}
+
+/* Slots that are the same for every layer of a step, counted from the first slot that is pinned for a layer and sequence:
+ * those of sinks [batch, sink_count] and of the newest groups [batch, ring_count], and which of them hold a group. */
+typedef struct {
+    const int64_t *sinks, *ring;
+    const uint8_t *sinks_real, *ring_real;
+    int64_t sink_count, ring_count;
+} Pinned;
+
+/* All slots that a layer attends to, in order of position: sinks, chosen groups, newest groups.
+ *
+ * first        [batch]: the first pinned slot
+ * chosen       [batch, count]; those count that `chosen_real` names, NULL: all
+ * index, real  [batch, sink_count + count + ring_count]; where an entry is not real, index is a slot that exists
+ *
+ * Returns whether all are real. */
+EXPORT int64_t kvswap_attended(const Pinned *pinned, int64_t batch, const int64_t *first, const int64_t *chosen,
+                               const uint8_t *chosen_real, int64_t count, int64_t *index, uint8_t *real) {
+    int64_t missing = 0;
+    for (int64_t b = 0; b < batch; b++) {
+        for (int64_t n = 0; n < pinned->sink_count; n++, index++, real++) {
+            *real = pinned->sinks_real[b * pinned->sink_count + n];
+            *index = first[b] + (*real ? pinned->sinks[b * pinned->sink_count + n] : 0);
+            missing += !*real;
+        }
+        for (int64_t n = 0; n < count; n++, index++, real++) {
+            *real = chosen_real == NULL || chosen_real[b * count + n];
+            *index = *real ? chosen[b * count + n] : first[b];
+            missing += !*real;
+        }
+        for (int64_t n = 0; n < pinned->ring_count; n++, index++, real++) {
+            *real = pinned->ring_real[b * pinned->ring_count + n];
+            *index = first[b] + (*real ? pinned->ring[b * pinned->ring_count + n] : 0);
+            missing += !*real;
+        }
+    }
+    return missing == 0;
 }

@@ -1,6 +1,6 @@
-/* From a hidden state to the groups that a layer is going to attend to, in one call: predicted query, scores of packed
- * codes in one or two levels, and the best groups. The parts are those of query.c and kernels.c, in the order in which
- * selection/transform_sketch.py and core/decode.py call them.
+/* From a hidden state to the reads of the groups that a layer is going to attend to, in one call: predicted query, scores
+ * of packed codes in one or two levels, the best groups, and which of them are in memory. The parts are those of query.c,
+ * kernels.c and slots.c, in the order in which selection/transform_sketch.py and core/decode.py call them.
  */
 #include "products.h"
 #include "step.h"
@@ -37,6 +37,21 @@ void kvswap_project(const float *query, const uint16_t *matrix, int64_t batch, i
                     int64_t elements, int64_t rank, float scaling, float *out);
 void kvswap_top_groups(const float *scores, int64_t rows, int64_t groups, int64_t first, const int64_t *ends, int64_t count,
                        float *scratch, int64_t *picked);
+int64_t kvswap_find(const int32_t *table, int64_t table_rows, int64_t columns, int64_t first_row, const int64_t *groups,
+                    int64_t batch, int64_t count, const int64_t *ends, int64_t first, int64_t visit, const float *powers,
+                    int64_t longest, float *worth, int32_t *seen, int64_t gap, int64_t places, int64_t staging_slot,
+                    int64_t staging_address, int64_t slot_bytes, int64_t *out);
+
+/* Where groups are found in memory, and where those that are not are read to; see kvswap_find. */
+typedef struct {
+    const int32_t *table;
+    int64_t rows, columns, first;
+    const float *powers;
+    int64_t longest;
+    float *worth;
+    int32_t *seen, *visits;
+    int64_t gap, places, slot_bytes;
+} Pool;
 
 INLINE int64_t most(const int64_t *numbers, int64_t count) {
     int64_t found = 0;
@@ -79,7 +94,7 @@ static int64_t makes_sense(const Layer *layer, const Step *step, const Sketch *s
     return 1;
 }
 
-/* Floats of scratch that kvswap_step_choose needs, by 8 bytes; 0 where the arguments have no sense. */
+/* Floats of scratch that kvswap_step_fetch needs with a sketch, by 8 bytes; 0 where the arguments have no sense. */
 EXPORT int64_t kvswap_choose_floats(const Layer *layer, const Step *step, const Sketch *sketch, int64_t group_tokens) {
     static float nowhere;
     Memory memory;
@@ -133,9 +148,8 @@ static int64_t two_levels(const Layer *layer, const Step *step, const Sketch *sk
  * scratch kvswap_choose_floats
  *
  * Returns 1; 0 where a score is not a number, so that nothing can be chosen; -1 where arguments have no sense. */
-EXPORT int64_t kvswap_step_choose(const Layer *layer, const Step *step, const void *hidden, const Sketch *sketch,
-                                  int64_t group_tokens, int64_t first, const int64_t *ends, int64_t count, float *scratch,
-                                  int64_t floats, int64_t *picked) {
+static int64_t choose(const Layer *layer, const Step *step, const void *hidden, const Sketch *sketch, int64_t group_tokens,
+                      int64_t first, const int64_t *ends, int64_t count, float *scratch, int64_t floats, int64_t *picked) {
     const int64_t needed = kvswap_choose_floats(layer, step, sketch, group_tokens), batch = step->batch;
     Memory memory;
     if (needed == 0 || needed > floats || first < 0 || count < 1) return -1;
@@ -171,4 +185,32 @@ EXPORT int64_t kvswap_step_choose(const Layer *layer, const Step *step, const vo
             if (memory.mass[b * groups + g] != memory.mass[b * groups + g]) return 0;
     kvswap_top_groups(memory.mass, batch, groups, first, ends, count, memory.places, picked);
     return 1;
+}
+
+/* The reads that `layer`, whose number among the layers on disk is `order`, needs for its next token: choose, or without
+ * a sketch all of `count` groups from `first` on, and then kvswap_find.
+ *
+ * hidden ... floats  as for choose
+ * staging_*          as for kvswap_find
+ * out                11 * batch * count + 3: the groups [batch, count], then what kvswap_find gives
+ *
+ * Returns how many reads there are; -1 where arguments have no sense; -2 where a score is not a number. */
+EXPORT int64_t kvswap_step_fetch(const Layer *layer, const Step *step, const void *hidden, const Sketch *sketch,
+                                 int64_t group_tokens, int64_t first, const int64_t *ends, int64_t count, float *scratch,
+                                 int64_t floats, const Pool *pool, int64_t order, int64_t staging_slot,
+                                 int64_t staging_address, int64_t *out) {
+    const int64_t size = step->batch * count, rows = order * step->batch;
+    if (first < 0 || count < 1 || order < 0 || rows + step->batch > pool->rows) return -1;
+    if (sketch) {
+        const int64_t chosen = choose(layer, step, hidden, sketch, group_tokens, first, ends, count, scratch, floats, out);
+        if (chosen < 1) return chosen < 0 ? -1 : -2;
+    } else {
+        for (int64_t n = 0; n < size; n++) out[n] = first + n % count;
+    }
+    const int64_t visit = pool->visits[order] + 1;
+    const int64_t reads = kvswap_find(pool->table, pool->rows, pool->columns, rows, out, step->batch, count, ends,
+                                      pool->first, visit, pool->powers, pool->longest, pool->worth, pool->seen, pool->gap,
+                                      pool->places, staging_slot, staging_address, pool->slot_bytes, out + size);
+    if (reads >= 0) pool->visits[order] = (int32_t)visit;
+    return reads;
 }

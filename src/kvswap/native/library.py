@@ -7,7 +7,7 @@ import importlib.util
 import logging
 from functools import lru_cache
 
-VERSION = 12
+VERSION = 13
 """Version of the functions' arguments; ``kernels.c`` must have the same."""
 
 log = logging.getLogger("kvswap")
@@ -33,7 +33,8 @@ _SIGNATURES: dict[str, tuple[tuple[type, ...], type | None]] = {
     "step_bytes": ((_P, _I, _I), _I),
     "step_query": ((_P, _P, _P, _P), _I),
     "choose_floats": ((_P, _P, _P, _I), _I),
-    "step_choose": ((_P, _P, _P, _P, _I, _I, _P, _I, _P, _I, _P), _I),
+    "step_fetch": ((_P, _P, _P, _P, _I, _I, _P, _I, _P, _I, _P, _I, _I, _I, _P), _I),
+    "attended": ((_P, _I, _P, _P, _P, _I, _P, _P), _I),
     "step_begin": ((_P, _P, _P, _P, _P, _P), _I),
     "step_finish": ((_P, _P, _P, _P, _P, _I, _P, _P), _I),
     "row_bytes": ((_I, _I), _I),

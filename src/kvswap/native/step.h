@@ -61,7 +61,7 @@ int64_t kvswap_attend_bytes(const Layer *layer, int64_t batch, int64_t workers);
  *
  * query   [batch, heads * head_dim]
  * index   [batch, width] slots in order of position, of which those count that `valid` [batch, width] names; NULL: all
- * offset  [batch]: the newest token's place in the last group
+ * offset  [batch]: the newest token's place in the last group that counts
  */
 void kvswap_attend(const Layer *layer, const Slots *slots, const float *query, int64_t batch, const int64_t *index,
                    const uint8_t *valid, int64_t width, const int64_t *offset, int64_t workers, uint8_t *scratch,

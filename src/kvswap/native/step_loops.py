@@ -1,4 +1,4 @@
-"""A decode step of one decoder layer in three compiled calls: its predicted query, its K and V, its output.
+"""A decode step of one decoder layer in compiled calls: the reads that it will need, its K and V, its output.
 
 ``core/compiled_step.py`` describes the layers once, and calls these functions for each layer of each step. The
 structs are those of ``step.h``. Hidden states are ``[B, 1, E]`` float32 or bfloat16 on the CPU, contiguous; everything
@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from kvswap.native.array_loops import SlotArrays
 from kvswap.native.arrays import BoolArray, IntArray
 from kvswap.native.library import available as available
 from kvswap.native.threads import threaded_library
@@ -85,6 +86,48 @@ class Sketch(ctypes.Structure):
     )
 
 
+class Pool(ctypes.Structure):
+    """Where groups are found in memory, and how those that are not are read; see ``choose.c``."""
+
+    _fields_ = (
+        ("table", c_void_p),
+        *((name, c_int64) for name in ("rows", "columns", "first")),
+        ("powers", c_void_p),
+        ("longest", c_int64),
+        *((name, c_void_p) for name in ("worth", "seen", "visits")),
+        *((name, c_int64) for name in ("gap", "places", "slot_bytes")),
+    )
+    arrays: SlotArrays
+
+    @classmethod
+    def of(cls, arrays: SlotArrays, *, first: int, gap: int, places: int, slot_bytes: int) -> Pool:
+        """The pool of ``arrays``; the other arguments are those of ``array_loops.find``."""
+        table = arrays.table, arrays.rows, arrays.columns, first, arrays.powers, arrays.longest
+        pool = cls(*table, arrays.worth, arrays.seen, arrays.visits, gap, places, slot_bytes)
+        pool.arrays = arrays  # keeps their memory alive
+        return pool
+
+
+class Pinned(ctypes.Structure):
+    """Slots of sinks and newest groups, which are the same for every layer of a step; see ``attention.c``."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("sinks", "ring", "sinks_real", "ring_real")),
+        *((name, c_int64) for name in ("sink_count", "ring_count")),
+    )
+    sink_count: int
+    ring_count: int
+    arrays: tuple[np.ndarray[Any, Any], ...]
+
+    @classmethod
+    def of(cls, sinks: IntArray, ring: IntArray, sinks_real: BoolArray, ring_real: BoolArray) -> Pinned:
+        """From slots ``[B, sinks]`` and ``[B, ring]``, counted from a layer's first one, and which hold a group."""
+        arrays = tuple(map(np.ascontiguousarray, (sinks, ring, sinks_real, ring_real)))
+        pinned = cls(*(_address(each, each.shape) for each in arrays), sinks.shape[1], ring.shape[1])
+        pinned.arrays = arrays  # keeps their memory alive
+        return pinned
+
+
 class Scratch:
     """Memory and arguments of the steps of ``batch`` sequences through ``layers``, hidden states of ``dtype``."""
 
@@ -101,7 +144,8 @@ class Scratch:
         self._at = ctypes.addressof(self.step)
         self._query, self._begin = compiled.kvswap_step_query, compiled.kvswap_step_begin
         self._finish = compiled.kvswap_step_finish
-        self._choose, self._choose_floats = compiled.kvswap_step_choose, compiled.kvswap_choose_floats
+        self._fetch, self._choose_floats = compiled.kvswap_step_fetch, compiled.kvswap_choose_floats
+        self._attended = compiled.kvswap_attended
 
     def use_rope(self, cos: torch.Tensor, sin: torch.Tensor, head_dim: int) -> None:
         """Use RoPE by cos and sin ``[B or 1, 1, d]`` float32 from now on."""
@@ -122,25 +166,44 @@ class Scratch:
         self._check(self._query(ctypes.addressof(layer), self._at, self._address(layer, hidden), found.data_ptr()))
         return found
 
-    def choose(
+    def fetch(
         self,
         layer: Layer,
         hidden: torch.Tensor,
-        sketch: Sketch,
+        sketch: Sketch | None,
+        pool: Pool,
         *,
+        order: int,
         group_tokens: int,
         first: int,
         ends: IntArray,
         count: int,
-    ) -> IntArray | None:
-        """The ``count`` best groups of ``[first, ends[b])`` by the predicted query of ``layer``: ``[B, count]``.
+        staging_slot: int,
+        staging_address: int,
+    ) -> tuple[int, IntArray] | None:
+        """Choose groups for ``layer``, look them up, and plan the reads of those that are not in memory.
 
-        They ascend; where there are fewer, the number of all groups fills up. None where a score is not a number.
+        Parameters
+        ----------
+        hidden
+            Input of this layer or the one before, from which its query is predicted.
+        sketch, first, ends, count
+            The ``count`` best groups of ``[first, ends[b])`` by that query, ascending; where there are fewer, the
+            number of all groups fills up. Without a sketch, all of ``count`` groups from ``first`` on.
+        pool, order
+            Where groups are in memory, and the layer's number among those on disk.
+        staging_slot, staging_address
+            Where groups are read to.
+
+        Returns
+        -------
+        How many reads there are, and int64 ``(11 * B * count + 3,)``: the groups, then what ``kvswap_find`` writes
+        (``array_loops.found``). None where a score is not a number.
         """
-        at, codes = ctypes.addressof(layer), ctypes.addressof(sketch)
-        floats = self._choose_floats(at, self._at, codes, group_tokens)
-        scratch, picked = torch.empty(floats), np.empty((self.batch, count), np.int64)
-        known = self._choose(
+        at, codes = ctypes.addressof(layer), None if sketch is None else ctypes.addressof(sketch)
+        floats = 0 if codes is None else self._choose_floats(at, self._at, codes, group_tokens)
+        scratch, out = torch.empty(floats), np.empty(11 * self.batch * count + 3, np.int64)
+        reads = self._fetch(
             at,
             self._at,
             self._address(layer, hidden),
@@ -151,11 +214,38 @@ class Scratch:
             count,
             scratch.data_ptr(),
             floats,
-            picked.ctypes.data,
+            ctypes.addressof(pool),
+            order,
+            staging_slot,
+            staging_address,
+            _address(out, out.shape),
         )
-        if known < 0:
-            raise ValueError("a sketch that does not fit the layer, or groups that it does not hold")
-        return picked if known else None
+        if reads == -1:
+            raise ValueError("groups that the sketch or the table does not have, or too few places to read them to")
+        return None if reads < 0 else (reads, out)
+
+    def attended(
+        self, pinned: Pinned, first: IntArray, chosen: IntArray, real: BoolArray | None
+    ) -> tuple[IntArray, BoolArray | None]:
+        """All slots that a layer attends to, ``[B, W]`` in order of position, and which are real, None: all.
+
+        ``first`` ``[B]`` are the layer's first pinned slots, ``chosen`` ``[B, n]`` the slots of its chosen groups, of
+        which those in ``real`` ``[B, n]`` are real, None: all.
+        """
+        count = chosen.shape[1]
+        shape = self.batch, pinned.sink_count + count + pinned.ring_count
+        index, all_real = np.empty(shape, np.int64), np.empty(shape, np.bool_)
+        complete = self._attended(
+            ctypes.addressof(pinned),
+            self.batch,
+            _address(first, (self.batch,)),
+            _address(chosen, (self.batch, count)),
+            None if real is None else _address(real, (self.batch, count)),
+            count,
+            _address(index, shape),
+            _address(all_real, shape),
+        )
+        return index, None if complete else all_real
 
     def begin(self, layer: Layer, hidden: torch.Tensor, slots: Slots, pinned: IntArray, offset: IntArray) -> None:
         """Compute query, K and V; the newest K, V go to ``offset`` of slot ``pinned``, both ``[B]``."""

@@ -51,11 +51,14 @@ class Step:
         return np.where(valid, slots, base), None if valid.all() else valid
 
     def token_mask(self, valid: BoolArray | None, width: int, group_tokens: int) -> BoolArray:
-        """Which tokens of ``width`` groups a step attends to, ``[B, width * G]``; the last group is the newest one."""
-        groups = np.ones((len(self.offset), width), np.bool_) if valid is None else valid
-        tokens = np.repeat(groups, group_tokens, axis=1)
-        tokens[:, -group_tokens:] &= np.arange(group_tokens) <= self.offset[:, None]
-        return tokens
+        """Which tokens of ``width`` groups a step attends to, ``[B, width * G]``; the last real group is the newest."""
+        batch = len(self.offset)
+        groups = np.ones((batch, width), np.bool_) if valid is None else valid
+        counts = np.where(groups, group_tokens, 0)
+        newest = width - 1 - groups[:, ::-1].argmax(axis=1)  # a sink, in a sequence that is shorter than its sinks
+        counts[np.arange(batch), newest] = self.offset + 1
+        tokens: BoolArray = np.arange(group_tokens) < counts[:, :, None]
+        return tokens.reshape(batch, -1)
 
 
 @dataclass(frozen=True, slots=True)

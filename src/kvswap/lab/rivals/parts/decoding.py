@@ -84,8 +84,7 @@ class ByHead(Decode):
         heads = np.repeat(groups[:, None], votes.shape[1], axis=1)
         start = int(step.sinks_valid[0].sum())
         heads[:, :, start : start + votes.shape[2]] &= votes
-        tokens = np.repeat(heads, group_tokens, axis=2)
-        tokens[:, :, -group_tokens:] &= np.arange(group_tokens) <= step.offset[:, None, None]
+        tokens = np.repeat(heads, group_tokens, axis=2) & step.token_mask(valid, width, group_tokens)[:, None]
         by_query = np.repeat(tokens, state.shape.query_heads // votes.shape[1], axis=1)
         return torch.from_numpy(by_query)[:, :, None].to(state.shape.device)
 
