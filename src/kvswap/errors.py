@@ -51,6 +51,10 @@ class StorageError(UserError):
     """The folder for the cache cannot be used: unwritable, in memory, too small."""
 
 
+class OpenFilesError(UserError):
+    """No more files may be open. That says nothing about the file that was to be opened, so it is never damage."""
+
+
 class SessionError(UserError):
     """A session cannot be used as asked: absent, in use, of another model, or made by a newer version."""
 

@@ -15,7 +15,7 @@ from kvswap.core.attach import attach
 from kvswap.disk import create_backend
 from kvswap.disk.files import check_open_files
 from kvswap.disk.uring_ring import Ring
-from kvswap.errors import StorageError
+from kvswap.errors import OpenFilesError, StorageError
 from tests.helpers.families import forced_logits, full_cache, tiny_model, tokens
 from tests.helpers.system import has_direct_io, has_io_uring
 
@@ -23,12 +23,12 @@ OPEN_MANY = """
 import resource, sys
 resource.setrlimit(resource.RLIMIT_NOFILE, (64, int(sys.argv[2])))
 from kvswap.disk import create_backend
-from kvswap.errors import StorageError
+from kvswap.errors import OpenFilesError
 backend = create_backend("buffered", sys.argv[1], 8, on_notice=print)
 try:
     for _ in range(150):
         backend.open(4096)
-except StorageError as error:
+except OpenFilesError as error:
     print(error)
 else:
     print("opened")
@@ -70,7 +70,7 @@ def test_open_files(hard: int, words: str, tmp_path: Path) -> None:
 def test_only_errors_about_open_files_are_taken_for_them() -> None:
     for code in (errno.EACCES, errno.ENOSPC, errno.EIO):
         check_open_files(OSError(code, "text"))
-    with pytest.raises(StorageError, match="the system has as many files open"):
+    with pytest.raises(OpenFilesError, match="the system has as many files open"):
         check_open_files(OSError(errno.ENFILE, "text"))
 
 

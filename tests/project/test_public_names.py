@@ -28,7 +28,7 @@ def test_public_names_stay_what_they_are() -> None:
         *("Config", "Document", "Engine", "Limits", "LoadedModel", "Sampling", "Session"),
         *("CacheStats", "RunStats"),
         *("ConfigError", "DamagedError", "DiskError", "InputError", "KVSwapError", "MemoryBudgetError", "ModelError"),
-        *("SessionError", "StorageError", "UnsupportedError"),
+        *("OpenFilesError", "SessionError", "StorageError", "UnsupportedError"),
     }
 
 

@@ -281,7 +281,7 @@ def ways(site: Site) -> Iterator[tuple[BaseException, dict[str, bool]]]:
     yield from ((OSError(code, os.strerror(code)), {}) for code in CANNOT)
     yield from ((OSError(code, os.strerror(code)), {"once": True}) for code in FAILS)
     yield KeyboardInterrupt(), {"once": True}
-    if site[0] not in ("open", "scandir"):  # what they opened would be lost here
+    if site[0] not in ("open", "dup", "scandir"):  # what they opened would be lost here
         yield KeyboardInterrupt(), {"once": True, "late": True}
 
 

@@ -20,7 +20,7 @@ except ImportError:  # not a Unix system
     resource = None  # type: ignore[assignment]
 
 from kvswap.disk.folders import ELSEWHERE, absolute
-from kvswap.errors import DiskFullError, DiskWriteError, StorageError
+from kvswap.errors import DiskFullError, DiskWriteError, OpenFilesError, StorageError
 from kvswap.units import format_bytes
 
 IN_MEMORY = ("tmpfs", "ramfs", "devtmpfs", "hugetlbfs")
@@ -161,15 +161,15 @@ def raise_open_files() -> None:
 
 
 def check_open_files(error: OSError) -> None:
-    """Raise StorageError where ``error`` says that no more files can be opened."""
+    """Raise OpenFilesError where ``error`` says that no more files can be opened."""
     if error.errno == errno.EMFILE and resource is not None:
         limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-        raise StorageError(
+        raise OpenFilesError(
             f"this process may have {limit:,} files open and needs more",
             hint=f"close files or contexts that are not used, or raise the limit with ulimit -n {max(4096, 2 * limit)}",
         ) from error
     if error.errno == errno.ENFILE:
-        raise StorageError(
+        raise OpenFilesError(
             "the system has as many files open as it allows", hint="close other programs, or raise fs.file-max"
         ) from error
 

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from kvswap.disk.atomic import atomic_write
+from kvswap.disk.files import check_open_files
 from kvswap.disk.folders import user_path
 from kvswap.errors import ConfigError
 
@@ -32,6 +33,7 @@ def save_json(path: str | Path, content: dict[str, Any]) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         write_json(target, content)
     except OSError as error:
+        check_open_files(error)
         raise ConfigError(
             f"{path}: cannot be written: {error.strerror}", hint="give a file in a folder of yours"
         ) from error

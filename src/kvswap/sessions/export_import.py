@@ -20,7 +20,7 @@ from typing import IO, TypeVar
 import numpy as np
 
 from kvswap.disk.atomic import atomic_file
-from kvswap.disk.files import check_free
+from kvswap.disk.files import check_free, check_open_files
 from kvswap.disk.private_folder import PrivateFolder
 from kvswap.errors import DamagedError, InputError, SessionError
 from kvswap.sessions import encrypted_names
@@ -61,6 +61,7 @@ def export_session(store: SessionStore, target: Path) -> int:
     except FileExistsError as error:
         raise InputError(f"{target} exists already", hint="give another name") from error
     except OSError as error:
+        check_open_files(error)
         raise InputError(f"{target}: {error.strerror or error}", hint="give a file in a folder of yours") from error
 
 
