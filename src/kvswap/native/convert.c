@@ -1,11 +1,10 @@
 /* Stored elements as floats. Processors with F16C have an instruction for float16, which takes a twentieth of the time. */
 #include "convert.h"
+#include "processor.h"
 
 #if defined(__x86_64__) && defined(__GNUC__)
-#define HAS_F16C __builtin_cpu_supports("f16c")
 #include <immintrin.h>
 #else
-#define HAS_F16C 0
 #define from_float16_f16c from_float16
 #endif
 
@@ -38,6 +37,6 @@ __attribute__((target("avx,f16c"))) static void from_float16_f16c(const void *fr
 }
 #endif
 
-Convert *kvswap_convert_float16(void) { return HAS_F16C ? from_float16_f16c : from_float16; }
+Convert *kvswap_convert_float16(void) { return kvswap_processor() & HAS_F16C ? from_float16_f16c : from_float16; }
 
 Convert *kvswap_convert_bfloat16(void) { return from_bfloat16; }

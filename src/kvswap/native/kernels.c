@@ -26,9 +26,9 @@ INLINE float exp_below_zero(float x) {
     p = p * f + 2.4024745e-1f;
     p = p * f + 6.9312181e-1f;
     p = p * f + 9.9999926e-1f;
-    int32_t bits;
+    uint32_t bits; /* unsigned: shifting a negative number is undefined */
     memcpy(&bits, &p, 4);
-    bits += (int32_t)n << 23;
+    bits += (uint32_t)(int32_t)n << 23;
     memcpy(&p, &bits, 4);
     return p;
 }

@@ -1,6 +1,7 @@
 /* Products of rounded queries with one tile of packed codes: by bytes where the processor multiplies them four at a
  * time (VNNI) or two at a time (AVX2), else by 16-bit words. All three give the same integers.
  */
+#include "processor.h"
 #include "products.h"
 
 #if defined(__x86_64__) && defined(__GNUC__) && (defined(__clang__) || __GNUC__ >= 12)
@@ -187,8 +188,7 @@ AVX2 static void by_two_bytes(const uint8_t *tile, int64_t rows, int64_t bits, c
  * the processor has none of that kind. */
 Products *kvswap_products(int64_t kind) {
 #ifdef BY_BYTES
-    const int two = __builtin_cpu_supports("x86-64-v3"), words = __builtin_cpu_supports("avx512vnni");
-    const int four = words && __builtin_cpu_supports("x86-64-v4");
+    const int two = kvswap_processor() & HAS_X86_V3, four = kvswap_processor() & HAS_AVX512_VNNI;
     if (four && (kind == 0 || kind == 3)) return by_four_bytes;
     if (two && (kind == 0 || kind == 2)) return by_two_bytes;
 #endif

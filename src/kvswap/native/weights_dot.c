@@ -1,6 +1,7 @@
 /* Products of blocks for several kinds of processors: plain C, AVX2, AVX-VNNI, AVX-512 VNNI, and NEON with dot products.
  * What they have in common is in weights_blocks.h.
  */
+#include "processor.h"
 #include "weights_vectors.h"
 
 #if defined(__GNUC__) && !defined(__clang__)
@@ -154,21 +155,111 @@ BY_FOUR(avx512_vnni, _mm256_dpbusd_epi32, _mm256_dpwssd_epi32)
 #undef NAME
 #endif
 
+#if defined(__aarch64__) && defined(__GNUC__)
+#define NEON
+#include <arm_neon.h>
+
+#if defined(__clang__)
+#define TARGET __attribute__((target("dotprod")))
+#else
+#define TARGET __attribute__((target("arch=armv8.2-a+dotprod")))
+#endif
+#define NAME(function) function##_neon
+
+/* The instruction itself: some compilers have its intrinsic only where all processors must have it. */
+TARGET INLINE int32x4_t four_neon(int8x16_t a, int8x16_t b) {
+    int32x4_t sums = vdupq_n_s32(0);
+    __asm__("sdot %0.4s, %1.16b, %2.16b" : "+w"(sums) : "w"(a), "w"(b));
+    return sums;
+}
+
+TARGET INLINE s32x8 dot_signed_neon(s8x32 codes, s8x32 rounded) {
+    int8x16_t a[2], b[2];
+    s32x8 found;
+    memcpy(a, &codes, 32);
+    memcpy(b, &rounded, 32);
+    const int32x4_t sums[2] = {four_neon(a[0], b[0]), four_neon(a[1], b[1])};
+    memcpy(&found, sums, 32);
+    return found;
+}
+
+TARGET INLINE s32x8 dot_neon(u8x32 codes, s8x32 rounded) { return dot_signed_neon((s8x32)codes, rounded); }
+
+TARGET INLINE s32x8 dot_scaled_neon(s32x8 sums, u8x32 codes, s8x32 rounded, int16_t low, int16_t high) {
+    return sums + dot_neon(codes, rounded) * (s32x8){low, low, low, low, high, high, high, high};
+}
+
+TARGET INLINE f32x8 add_neon(f32x8 a, f32x8 b, f32x8 c) {
+    float32x4_t x[2], y[2], z[2];
+    f32x8 found;
+    memcpy(x, &a, 32);
+    memcpy(y, &b, 32);
+    memcpy(z, &c, 32);
+    for (int i = 0; i < 2; i++) z[i] = vfmaq_f32(z[i], x[i], y[i]);
+    memcpy(&found, z, 32);
+    return found;
+}
+
+TARGET INLINE u8x32 nibbles_neon(const uint8_t *from) {
+    const uint8x16_t both = vld1q_u8(from), apart[2] = {vandq_u8(both, vdupq_n_u8(15)), vshrq_n_u8(both, 4)};
+    u8x32 found;
+    memcpy(&found, apart, 32);
+    return found;
+}
+
+TARGET INLINE u8x32 spread_neon(uint32_t bits) {
+    const uint8x16_t each = vreinterpretq_u8_u64(vdupq_n_u64(0x8040201008040201)), one = vdupq_n_u8(16);
+    uint8x16_t spread[2];
+    u8x32 found;
+    for (int i = 0; i < 2; i++, bits >>= 16) {
+        const uint8x16_t bytes = vcombine_u8(vdup_n_u8((uint8_t)bits), vdup_n_u8((uint8_t)(bits >> 8)));
+        spread[i] = vandq_u8(vtstq_u8(bytes, each), one);
+    }
+    memcpy(&found, spread, 32);
+    return found;
+}
+
+TARGET INLINE f32x8 halves_neon(const uint8_t *from) {
+    float16x4_t halves[2];
+    f32x8 found;
+    memcpy(halves, from, 16);
+    const float32x4_t floats[2] = {vcvt_f32_f16(halves[0]), vcvt_f32_f16(halves[1])};
+    memcpy(&found, floats, 32);
+    return found;
+}
+
+TARGET INLINE float half_neon(uint16_t half) {
+    return vgetq_lane_f32(vcvt_f32_f16(vreinterpret_f16_u16(vdup_n_u16(half))), 0);
+}
+
+#include "weights_blocks.h"
+#undef TARGET
+#undef NAME
+#endif
+
 static const WeightProducts plain = {multiply_plain, unpack_plain};
 #ifdef X86
 static const WeightProducts avx2 = {multiply_avx2, unpack_avx2};
 static const WeightProducts avx_vnni = {multiply_avx_vnni, unpack_avx_vnni};
 static const WeightProducts avx512_vnni = {multiply_avx512_vnni, unpack_avx512_vnni};
 #endif
+#ifdef NEON
+static const WeightProducts neon = {multiply_neon, unpack_neon};
+#endif
 
-/* The functions of a kind: 0 the best that this processor has, 1 plain C, 2 AVX2 or NEON, 3 AVX-VNNI, 4 AVX-512 VNNI.
- * NULL where the processor has none of that kind. */
+/* The functions of a kind: 0 the best that this processor has, 1 plain C, 2 AVX2, 3 AVX-VNNI, 4 AVX-512 VNNI, 5 NEON with
+ * dot products. NULL where the processor has none of that kind. */
 const WeightProducts *kvswap_weight_products(int64_t kind) {
+#if defined(X86) || defined(NEON)
+    const int has = kvswap_processor();
+#endif
 #ifdef X86
-    const int v3 = __builtin_cpu_supports("x86-64-v3"), v4 = __builtin_cpu_supports("x86-64-v4");
-    if ((kind == 0 || kind == 4) && v4 && __builtin_cpu_supports("avx512vnni")) return &avx512_vnni;
-    if ((kind == 0 || kind == 3) && v3 && __builtin_cpu_supports("avxvnni")) return &avx_vnni;
-    if ((kind == 0 || kind == 2) && v3) return &avx2;
+    if ((kind == 0 || kind == 4) && has & HAS_AVX512_VNNI) return &avx512_vnni;
+    if ((kind == 0 || kind == 3) && has & HAS_AVX_VNNI) return &avx_vnni;
+    if ((kind == 0 || kind == 2) && has & HAS_X86_V3) return &avx2;
+#endif
+#ifdef NEON
+    if ((kind == 0 || kind == 5) && has & HAS_DOTPROD) return &neon;
 #endif
     return kind < 2 ? &plain : NULL;
 }
