@@ -11,16 +11,19 @@ import numpy as np
 import pytest
 import torch
 
-from kvswap.errors import ConfigError, ModelError
+from kvswap.errors import ConfigError, MemoryBudgetError, ModelError
+from kvswap.models.gguf_model import _module_name, unpacked_bytes
 from kvswap.models.loading import load_model
 from kvswap.native.library import available
+from kvswap.units import format_bytes
 from kvswap.weights.gguf_file import GgufFile
-from kvswap.weights.modules import PackedLinear, exact, passing_bytes, unpack_modules
+from kvswap.weights.modules import PackedEmbedding, PackedLinear, exact, from_pairs, passing_bytes, unpack_modules
+from kvswap.weights.placement import weight_bytes
 from tests.helpers.families import FAMILIES, tiny_model
 from tests.helpers.packed import packable_model, write_model
 
 pytestmark = pytest.mark.skipif(not available(), reason="nothing was compiled here")
-Q8_0 = gguf.GGMLQuantizationType.Q8_0
+Q8_0, Q4_0 = gguf.GGMLQuantizationType.Q8_0, gguf.GGMLQuantizationType.Q4_0
 
 
 def logits(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
@@ -124,6 +127,79 @@ def test_weights_as_floats_or_not(file, tmp_path, monkeypatch):
     assert not any(isinstance(each, PackedLinear) for each in model.modules())
     with pytest.raises(ConfigError, match="weights: got 'q5'"):
         load_model(str(file), weights="q5")
+
+
+@pytest.fixture
+def file_to_unpack(tmp_path: Path) -> Path:
+    """A file whose matrices have no compiled products."""
+    return as_iq4_nl(write_model(tmp_path / "odd.gguf", tiny_model("llama", vocab_size=300), Q4_0))
+
+
+def as_iq4_nl(file: Path) -> Path:
+    """Turn every Q4_0 tensor into IQ4_NL, whose blocks have the same size and other meanings of their codes."""
+    whole = bytearray(file.read_bytes())
+    for tensor in gguf.GGUFReader(file).tensors:
+        if tensor.tensor_type == Q4_0:
+            name = tensor.name.encode()
+            at = whole.index(len(name).to_bytes(8, "little") + name) + 8 + len(name) + 4 + 8 * len(tensor.shape)
+            whole[at : at + 4] = int(gguf.GGMLQuantizationType.IQ4_NL).to_bytes(4, "little")
+    file.write_bytes(whole)
+    return file
+
+
+@pytest.mark.parametrize("bfloat16", [False, True])
+def test_other_types_are_unpacked_once(file_to_unpack, bfloat16, monkeypatch):
+    monkeypatch.setattr("kvswap.weights.modules._multiplies_bfloat16", lambda: bfloat16)
+    dtype, notices = torch.bfloat16 if bfloat16 else torch.float32, list[str]()
+    model = load_model(str(file_to_unpack), on_notice=notices.append).model
+    file, taken_bytes = GgufFile(file_to_unpack), 0
+    monkeypatch.setattr("kvswap.weights.modules.dequantise", lambda *_: pytest.fail("unpacked at a use"))
+    for path, module in model.named_modules():
+        if isinstance(module, PackedLinear | PackedEmbedding):
+            tensor = next(each for each in file.tensors.values() if module_name(each.name) == path)
+            expected = torch.from_numpy(gguf.dequantize(tensor.data.numpy(), gguf.GGMLQuantizationType(tensor.type)))
+            if path.endswith(("q_proj", "k_proj")):
+                expected = expected[from_pairs(len(expected), model.config.head_dim)]
+            assert torch.equal(module.unpack(), expected.to(dtype).float())
+            taken_bytes += module.weight.nbytes
+    assert torch.isfinite(logits(model, torch.arange(2, 42)[None])).all()
+    assert torch.isfinite(logits(model, torch.arange(2, 6)[None])).all()
+    (notice,) = notices
+    assert "type IQ4_NL" in notice and format_bytes(taken_bytes) in notice
+    mapped_bytes, anonymous_bytes = weight_bytes(model)
+    assert mapped_bytes == 0 and anonymous_bytes >= taken_bytes
+
+
+def module_name(tensor: str) -> str:
+    return _module_name("llama", tensor).removesuffix(".weight")
+
+
+def test_whether_it_fits_is_said_before_loading(file, file_to_unpack, monkeypatch):
+    """One line where memory is short, one error where it cannot work, nothing where it fits."""
+
+    def outcome(path: Path, free_bytes: int, *, mmap: bool) -> str:
+        monkeypatch.setattr("kvswap.models.loading.available_bytes", lambda: free_bytes)
+        notices: list[str] = []
+        try:
+            load_model(str(path), mmap=mmap, on_notice=notices.append)
+        except MemoryBudgetError as error:
+            assert "\n" not in error.message and error.hint and not notices
+            return "refused"
+        return "said" if any("from disk again" in text for text in notices) else "fits"
+
+    packed_bytes = sum(each.data.nbytes for each in GgufFile(file).tensors.values())
+    assert [outcome(file, packed_bytes + more, mmap=True) for more in (-1, 0)] == ["said", "fits"]
+    assert [outcome(file, packed_bytes + more, mmap=False) for more in (-1, 0)] == ["refused", "fits"]
+    tensors = GgufFile(file_to_unpack).tensors.values()
+    unpacked = sum(map(unpacked_bytes, tensors))
+    vectors = sum(each.data.nbytes for each in tensors if len(each.shape) == 1)
+    assert unpacked > 3 * sum(each.data.nbytes for each in tensors if len(each.shape) > 1)
+    assert [outcome(file_to_unpack, unpacked + more, mmap=True) for more in (-1, 0, vectors)] == [
+        "refused",
+        "said",
+        "fits",
+    ]
+    assert [outcome(file_to_unpack, unpacked + vectors + more, mmap=False) for more in (-1, 0)] == ["refused", "fits"]
 
 
 # ---- bad input

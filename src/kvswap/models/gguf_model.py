@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
+from math import prod
 from typing import Any, cast
 
 import torch
@@ -19,8 +21,9 @@ from kvswap.errors import ModelError
 from kvswap.models.gguf_rope import rope_scaling
 from kvswap.models.loading_info import count_of, some_of
 from kvswap.native.weight_loops import multiplies
-from kvswap.weights.gguf_file import GgufFile, Tensor
-from kvswap.weights.modules import PackedEmbedding, PackedLinear, dequantise, from_pairs
+from kvswap.units import format_bytes
+from kvswap.weights.gguf_file import TYPES, GgufFile, Tensor
+from kvswap.weights.modules import PackedEmbedding, PackedLinear, dequantise, from_pairs, unpack_rows, unpacked_type
 
 _KEYS = {
     "context_length": "max_position_embeddings",
@@ -71,6 +74,13 @@ _WITHOUT_WEIGHTS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_facto
 def runs_as_it_is(file: GgufFile) -> bool:
     """Whether this file's architecture is one that runs without a conversion."""
     return file.architecture in ARCHITECTURES and f"{file.architecture}.expert_count" not in file.metadata
+
+
+def unpacked_bytes(tensor: Tensor) -> int:
+    """Memory that a tensor takes because its type has no compiled products; 0 where it stays as the file has it."""
+    if len(tensor.shape) < 2 or multiplies(tensor.type):
+        return 0
+    return prod(tensor.shape) * TYPES[unpacked_type(tensor.type)][2]
 
 
 def load_packed(file: GgufFile, notice: Callable[[str], None]) -> tuple[PreTrainedModel, Any]:
@@ -166,8 +176,12 @@ def _matching(file: GgufFile, shapes: dict[str, tuple[int, ...]], notice: Callab
                 f"model {file.path}: tensor {given[name].name} has shape {given[name].shape}, not {shape}",
                 hint="its tensors do not fit its metadata: fetch it again",
             )
-    if others := sorted({each.type_name for each in given.values() if not multiplies(each.type)}):
-        notice(f"model {file.path}: types {', '.join(others)} have no compiled products and are unpacked at every use")
+    if others := [given[name] for name in shapes if unpacked_bytes(given[name])]:
+        types, taken_bytes = sorted({each.type_name for each in others}), sum(map(unpacked_bytes, others))
+        notice(
+            f"model {file.path}: weights of type {', '.join(types)} have no compiled products, so they are unpacked "
+            f"now and take {format_bytes(taken_bytes)} of memory"
+        )
     return given
 
 
@@ -186,6 +200,9 @@ def _module_name(architecture: str, name: str) -> str:
 def _place_matrix(model: PreTrainedModel, path: str, given: dict[str, Tensor], architecture: str) -> None:
     """Put a packed layer in the place of one. The output layer is fine: its rounding alone would double the KL."""
     old, tensor = model.get_submodule(path), given[f"{path}.weight"]
+    if unpacked_bytes(tensor):
+        rows = unpack_rows(tensor.data, tensor.type, tensor.shape[1])
+        tensor = replace(tensor, type=unpacked_type(tensor.type), data=rows)
     pairs = model.config.head_dim if architecture in _ROTATED_IN_PAIRS and path.endswith(("q_proj", "k_proj")) else 0
     weight = nn.Parameter(tensor.data, requires_grad=False)
     if isinstance(old, nn.Embedding):

@@ -23,7 +23,7 @@ from kvswap.disk.folders import user_path
 from kvswap.errors import ConfigError, MemoryBudgetError, ModelError
 from kvswap.memory.available import available_bytes
 from kvswap.models.gguf import BUNDLED, bundled_file, bundled_model, converted
-from kvswap.models.gguf_model import load_packed, runs_as_it_is
+from kvswap.models.gguf_model import load_packed, runs_as_it_is, unpacked_bytes
 from kvswap.models.hub import has_cached, look_like_path, problem_with
 from kvswap.models.loading_info import check_weights, unused_weights
 from kvswap.native.library import available
@@ -89,7 +89,7 @@ def load_model(
 
     Raises
     ------
-    ModelError, ConfigError, StorageError
+    ModelError, ConfigError, StorageError, MemoryBudgetError
     """
     if dtype not in DTYPES:
         raise ConfigError(f"dtype: got {dtype!r}", hint=f"use one of {', '.join(DTYPES)}")
@@ -141,18 +141,7 @@ def _stays_packed(file: GgufFile, dtype: str, weights: str, notice: Callable[[st
 
 def _load_file(name: str, file: GgufFile, mmap: bool, notice: Callable[[str], None]) -> LoadedModel:
     """A model whose weights stay packed; on a GPU, where nothing multiplies them, they are unpacked."""
-    weights_bytes, free_bytes = sum(each.data.nbytes for each in file.tensors.values()), available_bytes()
-    if weights_bytes > free_bytes:
-        if not mmap:
-            raise MemoryBudgetError(
-                f"model {name}: its weights take {format_bytes(weights_bytes)}, "
-                f"{format_bytes(free_bytes)} of memory are free",
-                hint="leave --no-mmap out, close other programs, or take a file of a smaller type",
-            )
-        notice(
-            f"model {name}: its weights take {format_bytes(weights_bytes)} and {format_bytes(free_bytes)} of memory "
-            "are free, so every token reads some of them from disk again"
-        )
+    _check_that_it_fits(name, file, mmap, notice)
     model, tokenizer = load_packed(file, notice)
     model.eval().requires_grad_(False)
     if torch.cuda.is_available():
@@ -162,6 +151,30 @@ def _load_file(name: str, file: GgufFile, mmap: bool, notice: Callable[[str], No
     elif not mmap:
         copy_weights(model)
     return LoadedModel(model, tokenizer, name, file)
+
+
+def _check_that_it_fits(name: str, file: GgufFile, mmap: bool, notice: Callable[[str], None]) -> None:
+    """Raise MemoryBudgetError where a packed model cannot fit; say so where it fits only as far as it is mapped."""
+    unpacked = {each.name: unpacked_bytes(each) for each in file.tensors.values()}
+    anonymous_bytes = sum(unpacked.values())
+    file_bytes = sum(each.data.nbytes for each in file.tensors.values() if not unpacked[each.name])
+    free_bytes, free = (found := available_bytes()), format_bytes(found)
+    if not mmap and anonymous_bytes + file_bytes > free_bytes:
+        raise MemoryBudgetError(
+            f"model {name}: its weights take {format_bytes(anonymous_bytes + file_bytes)}, {free} of memory are free",
+            hint="leave --no-mmap out, close other programs, or take a file of a smaller type",
+        )
+    if anonymous_bytes > free_bytes:
+        raise MemoryBudgetError(
+            f"model {name}: its weights take {format_bytes(anonymous_bytes)} when they are unpacked, "
+            f"{free} of memory are free",
+            hint="close other programs, or take a file of a type that stays packed, such as Q4_K_M or Q8_0",
+        )
+    if anonymous_bytes + file_bytes > free_bytes:
+        notice(
+            f"model {name}: its weights take {format_bytes(anonymous_bytes + file_bytes)} and {free} of memory "
+            "are free, so every token reads some of them from disk again"
+        )
 
 
 def quieten() -> None:

@@ -206,6 +206,21 @@ def unpack_modules(model: nn.Module, dtype: torch.dtype) -> None:
         model.set_submodule(path, new)
 
 
+def unpacked_type(kind: int) -> int:
+    """The type that weights have in memory: ``kind`` itself where it has compiled products, else one of floats."""
+    if weight_loops.multiplies(kind):
+        return kind
+    return next(number for number, dtype in _FLOATS.items() if dtype == product_dtype(torch.float32))
+
+
+def unpack_rows(packed: torch.Tensor, kind: int, columns: int) -> torch.Tensor:
+    """Packed rows ``[n, row bytes]`` as those of ``unpacked_type(kind)``, uint8, made a panel at a time."""
+    found = torch.empty(len(packed), columns, dtype=_FLOATS[unpacked_type(kind)])
+    for first, last in _panels(len(packed), columns):
+        found[first:last] = dequantise(packed[first:last], kind).view(last - first, columns)
+    return found.view(torch.uint8)
+
+
 def _linear(weight: nn.Parameter) -> nn.Linear:
     with torch.device("meta"):
         made = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
