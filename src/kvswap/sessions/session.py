@@ -352,11 +352,11 @@ class Session:
                 with self._changing():
                     self._commit(self._ids + generation.token_ids, self._conversation)
 
-    @torch.no_grad()
     def _forward(self, ids: list[int]) -> None:
-        model = self._loaded.model
+        model, cache = self._loaded.model, self._open_cache()
         tokens = torch.tensor([ids], device=model.device)
-        model(input_ids=tokens, use_cache=True, logits_to_keep=1, **{cache_keyword(model): self._open_cache()})
+        with torch.no_grad(), cache.prompt():  # a single token as well, which would be a decode step
+            model(input_ids=tokens, use_cache=True, logits_to_keep=1, **{cache_keyword(model): cache})
 
     @contextmanager
     def _changing(self) -> Iterator[None]:
