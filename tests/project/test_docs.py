@@ -198,7 +198,9 @@ def test_every_page_is_in_the_navigation() -> None:
 def test_pictures_need_nothing_from_elsewhere() -> None:
     pages = {"decode-step.svg": "how-it-works.md", "peers-smollm2.svg": "benchmarks.md"}
     names_of_formats = {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}
-    for picture in (DOCS / "images").glob("*.svg"):
+    pictures = sorted((DOCS / "images").glob("*.svg"))
+    assert [picture.name for picture in pictures] == sorted(pages)
+    for picture in pictures:
         content = picture.read_text(encoding="utf-8")
         assert f"images/{picture.name}" in text(pages[picture.name])
         assert set(re.findall(r"https?://[^\"\s]+", content)) <= names_of_formats

@@ -52,7 +52,8 @@ class CacheStats:
 
     ``decode_s`` is the time of all decode steps without the model's head. Parts of it are ``predict_s`` (choosing
     groups), ``slots_s`` (looking them up, gathering and keeping them), ``submit_s`` (starting reads) and ``io_wait_s``
-    (waiting for reads). The rest is computation.
+    (waiting for reads). The rest is computation. Compiled steps look groups up in the call that chooses them, so this
+    counts as ``predict_s``.
     """
 
     prefill_s: float = 0.0

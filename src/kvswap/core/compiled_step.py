@@ -63,8 +63,9 @@ class CompiledDecode(Decode):
         """Start the reads for ``target``; see the base class. One call plans them, where the choice is kvswap's own."""
         layer, order, step, state = self._layers.get(target.index), target.order, self.step, self.state
         assert order is not None and step is not None
-        codes, count = self._codes(order), state.select_groups[order]
-        if layer is None or codes is None or not self._own_choice or not self.needs_query(order):
+        chooses, count = self.needs_query(order), min(state.select_groups[order], step.most_candidates)
+        codes = self._codes(order) if chooses else None
+        if layer is None or count == 0 or not self._own_choice or (chooses and codes is None):
             super().fetch_for(target, part, hidden, kwargs)
             return
         state.trace.lap()

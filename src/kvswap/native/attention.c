@@ -222,6 +222,18 @@ typedef struct {
     int64_t sink_count, ring_count;
 } Pinned;
 
+/* `count` slots behind those in `index` and `real`, counted from `first`; returns how many of them are not real. */
+INLINE int64_t place_slots(const int64_t *slots, const uint8_t *slots_real, int64_t count, int64_t first, int64_t otherwise,
+                           int64_t *index, uint8_t *real) {
+    int64_t missing = 0;
+    for (int64_t n = 0; n < count; n++) {
+        real[n] = slots_real == NULL || slots_real[n];
+        index[n] = real[n] ? first + slots[n] : otherwise;
+        missing += !real[n];
+    }
+    return missing;
+}
+
 /* All slots that a layer attends to, in order of position: sinks, chosen groups, newest groups.
  *
  * first        [batch]: the first pinned slot
@@ -231,23 +243,19 @@ typedef struct {
  * Returns whether all are real. */
 EXPORT int64_t kvswap_attended(const Pinned *pinned, int64_t batch, const int64_t *first, const int64_t *chosen,
                                const uint8_t *chosen_real, int64_t count, int64_t *index, uint8_t *real) {
+    const int64_t sinks = pinned->sink_count, ring = pinned->ring_count;
     int64_t missing = 0;
     for (int64_t b = 0; b < batch; b++) {
-        for (int64_t n = 0; n < pinned->sink_count; n++, index++, real++) {
-            *real = pinned->sinks_real[b * pinned->sink_count + n];
-            *index = first[b] + (*real ? pinned->sinks[b * pinned->sink_count + n] : 0);
-            missing += !*real;
-        }
-        for (int64_t n = 0; n < count; n++, index++, real++) {
-            *real = chosen_real == NULL || chosen_real[b * count + n];
-            *index = *real ? chosen[b * count + n] : first[b];
-            missing += !*real;
-        }
-        for (int64_t n = 0; n < pinned->ring_count; n++, index++, real++) {
-            *real = pinned->ring_real[b * pinned->ring_count + n];
-            *index = first[b] + (*real ? pinned->ring[b * pinned->ring_count + n] : 0);
-            missing += !*real;
-        }
+        const uint8_t *mine = chosen_real ? chosen_real + b * count : NULL;
+        missing += place_slots(pinned->sinks + b * sinks, pinned->sinks_real + b * sinks, sinks, first[b], first[b], index, real);
+        index += sinks;
+        real += sinks;
+        missing += place_slots(chosen + b * count, mine, count, 0, first[b], index, real);
+        index += count;
+        real += count;
+        missing += place_slots(pinned->ring + b * ring, pinned->ring_real + b * ring, ring, first[b], first[b], index, real);
+        index += ring;
+        real += ring;
     }
     return missing == 0;
 }
