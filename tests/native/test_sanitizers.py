@@ -23,8 +23,8 @@ OPTIONS = ["-O1", "-g", "-fPIC", "-shared", "-Wno-psabi", "-fsanitize=address,un
 WHICH = "import kvswap.native.library as found; print(found.library()._name)"
 
 
-@pytest.fixture
-def sanitized(tmp_path: Path) -> dict[str, str]:
+@pytest.fixture(scope="module")
+def sanitized(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """The environment of a Python that loads kvswap with sanitized C code."""
     found = library()
     if shutil.which("gcc") is None or found is None:
@@ -32,10 +32,11 @@ def sanitized(tmp_path: Path) -> dict[str, str]:
     paths = [subprocess.check_output(["gcc", f"-print-file-name={name}"], text=True).strip() for name in LIBRARIES]
     if not all(map(os.path.isabs, paths)):
         pytest.skip("this gcc has no sanitizers")
-    shutil.copytree(ROOT / "src" / "kvswap", tmp_path / "kvswap", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
-    target = tmp_path / "kvswap" / "native" / Path(found._name).name
+    folder = tmp_path_factory.mktemp("sanitized")
+    shutil.copytree(ROOT / "src" / "kvswap", folder / "kvswap", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    target = folder / "kvswap" / "native" / Path(found._name).name
     subprocess.run(["gcc", *OPTIONS, "-o", target, *sorted(NATIVE.glob("*.c")), "-lm"], check=True)
-    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}", "LD_PRELOAD": " ".join(paths)}
+    environment = {**os.environ, "PYTHONPATH": f"{folder}{os.pathsep}{ROOT}", "LD_PRELOAD": " ".join(paths)}
     environment["ASAN_OPTIONS"] = "detect_leaks=0"  # of Python and PyTorch
     assert subprocess.check_output([sys.executable, "-c", WHICH], env=environment, text=True).strip() == str(target)
     return environment
