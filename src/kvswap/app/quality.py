@@ -151,10 +151,10 @@ class _ExactView(LayerMajorCache):
 
     def _attended(self, order: int) -> np.ndarray[Any, np.dtype[np.bool_]]:
         """Which tokens before the last one the last step attended to: bool ``[T - 1]``."""
-        window, fetch = self._state.window, self._decode.latest[order]
+        window, (chosen, real) = self._state.window, self._decode.chosen(order)
         current = self.padded_tokens // window.group_tokens
         groups = np.zeros(current + 1, bool)
         groups[: window.sink_groups] = True
         groups[window.ring_start(current) :] = True
-        groups[fetch.chosen if fetch.valid is None else fetch.chosen[fetch.valid]] = True
+        groups[chosen if real is None else chosen[real]] = True
         return np.repeat(groups, window.group_tokens)[: self.padded_tokens]

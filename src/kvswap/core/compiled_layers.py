@@ -62,9 +62,14 @@ class _NotKnownError(Exception):
 
 @dataclass(slots=True)
 class CompiledLayers:
-    """The layers of one model that take a token in compiled calls, by index. ``keeps`` is what they point to."""
+    """The layers of one model that take a token in compiled calls, by index. ``keeps`` is what they point to.
+
+    ``joined`` tells that these are all, and that the model gives each of them the output of the one before, and the
+    same arguments.
+    """
 
     layers: dict[int, Layer] = field(default_factory=dict)
+    joined: bool = False
     keeps: list[torch.Tensor] = field(default_factory=list)
     watched: list[dict[str, Any]] = field(default_factory=list)
     expected: list[Any] = field(default_factory=list)
@@ -228,6 +233,7 @@ def prove(parts: ModelParts, implementation: str, found: CompiledLayers) -> None
     except (ArithmeticError, KVSwapError, RuntimeError, TypeError, ValueError) as error:
         _log.debug("no layer is compiled: %s", error)
         found.layers.clear()
+    found.joined = found.joined and len(found.layers) == len(parts.layers)
 
 
 class _Stored(Passing):
@@ -251,11 +257,14 @@ class _Proof(LayerMajorCache):
         layers = [_Stored(parts) for _ in parts.layers]
         super().__init__(parts, implementation, layers, chunk_tokens=512, on_progress=None)
         self._found = found
-        self._plain = True
+        self._plain = found.joined = True
+        self._before: tuple[torch.Tensor, dict[str, Any]] | None = None
 
     def run_layer(self, part: LayerParts, forward: LayerForward, hidden: torch.Tensor, kwargs: dict[str, Any]) -> Any:
         """Run one layer in both ways, and go on with the result of its modules."""
         layer = self._found.layers.get(part.index)
+        if self._before is not None and not (hidden is self._before[0] and _same(kwargs, self._before[1])):
+            self._found.joined = False
         if layer is not None:
             self._plain = True
             expected = forward(hidden, **{**kwargs, "attention_mask": None})
@@ -268,6 +277,7 @@ class _Proof(LayerMajorCache):
             kwargs["kvswap_call"].attended = True  # by nobody: it is not looked at
         if part.index == len(self.parts.layers) - 1:
             raise Through
+        self._before = hidden, kwargs
         return hidden
 
     def attention(self, given: AttentionInput) -> torch.Tensor:
@@ -304,6 +314,18 @@ class _Proof(LayerMajorCache):
             data[:, :, kind] = padded.unflatten(2, (groups, _GROUP_TOKENS)).transpose(1, 2)
         size_bytes = data[0, 0].nbytes
         return data, Slots(data.data_ptr(), batch * groups, size_bytes, TYPES[torch.float32], _GROUP_TOKENS)
+
+
+def _same(arguments: dict[str, Any], others: dict[str, Any]) -> bool:
+    """Whether two layers get the same, but for masks, which compiled calls do not need, and what kvswap passes on."""
+    names = (set(arguments) | set(others)) - {"attention_mask", "kvswap_call"}
+    return all(_is_one(arguments.get(name), others.get(name)) for name in names)
+
+
+def _is_one(value: Any, other: Any) -> bool:
+    if isinstance(value, tuple) and isinstance(other, tuple):
+        return len(value) == len(other) and all(map(_is_one, value, other))
+    return value is other
 
 
 def _bound(layer: Layer, dtype: torch.dtype) -> float:

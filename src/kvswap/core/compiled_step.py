@@ -3,8 +3,9 @@
 ``CompiledDecode`` is ``Decode`` with two differences. The groups of a layer that can be compiled
 (``core/compiled_layers.py``) are chosen and looked up in one call. And such a layer runs in two: ``begin`` computes
 query, key and value, and ``finish`` attends to groups where they lie in slots and computes the rest of the layer.
-Python between the calls starts the reads and handles errors. Other layers go through their modules, as in ``Decode``,
-which is the specification. Used by the cache, in the thread that runs the model.
+Python between the calls starts the reads and handles errors. Where all layers of a model are like that, one call goes
+through all of them (``core/compiled_run.py``). Other layers go through their modules, as in ``Decode``, which is the
+specification. Used by the cache, in the thread that runs the model.
 """
 
 from __future__ import annotations
@@ -15,11 +16,13 @@ import torch
 
 from kvswap.core.batch_state import BatchState, not_finite
 from kvswap.core.compiled_layers import CompiledLayers
+from kvswap.core.compiled_run import CompiledRun
 from kvswap.core.decode import Decode, real_entries
 from kvswap.core.query_prediction import QueryPredictor
 from kvswap.memory.lookup import Found
 from kvswap.models.adapter import LayerParts, ModelParts
 from kvswap.native import array_loops
+from kvswap.native.arrays import BoolArray, IntArray
 from kvswap.native.step_loops import TYPES, Layer, Pinned, Pool, Scratch, Sketch, Slots
 from kvswap.selection.kvswap import score
 from kvswap.selection.transform_sketch import TransformSketch
@@ -34,48 +37,55 @@ class CompiledDecode(Decode):
     def __init__(self, state: BatchState, parts: ModelParts, found: CompiledLayers) -> None:
         super().__init__(state, parts)
         self._found, self._layers = found, found.layers
-        self._scratch = Scratch(list(found.layers.values()), state.batch, parts.dtype)
+        self.scratch = Scratch(list(found.layers.values()), state.batch, parts.dtype)
         self._predictor: CompiledPredictor = CompiledPredictor(parts, self)
         self._own_choice = state.method.score is score and state.pool.compiled_lookup
         self._slots: dict[torch.dtype, Slots] = {}
         self._found_in: Pool | None = None
         self._pinned_of: tuple[Step, Pinned] | None = None
         self._ropes: dict[int, tuple[Rope, Rope]] = {}
+        self._whole = CompiledRun(self, parts, found.layers) if found.joined and self._own_choice else None
 
     def begin_step(self) -> None:
         """Start a step. Where a module was replaced since the last one, this and all later steps go through modules."""
         super().begin_step()
         self._ropes.clear()
         self._slots.clear()
+        if self._whole is not None:
+            self._whole.begin_step()
         if not self._found.unchanged():
-            self._layers = {}
+            self._layers, self._whole = {}, None
 
     def layer(self, part: LayerParts) -> Layer | None:
         """The compiled layer, or None where ``part`` goes through its modules."""
         return self._layers.get(part.index)
 
+    def chosen(self, order: int) -> tuple[IntArray, BoolArray | None]:
+        """What a layer chose in its last step; see the base class."""
+        return (self._whole and self._whole.groups(order)) or super().chosen(order)
+
     def predict(self, layer: Layer, hidden: torch.Tensor, rope: Rope) -> torch.Tensor:
         """The query ``[B, H_q, d]`` that ``layer`` is predicted to have from ``hidden`` ``[B, 1, E]``."""
-        self._scratch.use_rope(*self._floats(rope), layer.head_dim)
-        return self._scratch.query(layer, hidden)
+        self.use_rope(rope)
+        return self.scratch.query(layer, hidden)
 
     def fetch_for(self, target: LayerParts, part: LayerParts, hidden: torch.Tensor, kwargs: dict[str, Any]) -> None:
         """Start the reads for ``target``; see the base class. One call plans them, where the choice is kvswap's own."""
         layer, order, step, state = self._layers.get(target.index), target.order, self.step, self.state
         assert order is not None and step is not None
         chooses, count = self.needs_query(order), min(state.select_groups[order], step.most_candidates)
-        codes = self._codes(order) if chooses else None
+        codes = self.codes(order) if chooses else None
         if layer is None or count == 0 or not self._own_choice or (chooses and codes is None):
             super().fetch_for(target, part, hidden, kwargs)
             return
         state.trace.lap()
-        self._scratch.use_rope(*self._floats(self._predictor.rope(target, part, hidden, kwargs)), layer.head_dim)
+        self.use_rope(self._predictor.rope(target, part, hidden, kwargs))
         half, self._half = self._half, 1 - self._half
-        fetched = self._scratch.fetch(
+        fetched = self.scratch.fetch(
             layer,
             hidden.contiguous(),
             codes,
-            self._pool(),
+            self.found_in(),
             order=order,
             group_tokens=state.window.group_tokens,
             first=state.window.sink_groups,
@@ -94,29 +104,32 @@ class CompiledDecode(Decode):
 
     def run(self, part: LayerParts, layer: Layer, hidden: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
         """The output ``[B, 1, E]`` of ``part`` for the newest tokens ``hidden``; their K, V go to the rolling tail."""
-        state, step, scratch, order = self.state, self.step, self._scratch, part.order
+        state, step, scratch, order = self.state, self.step, self.scratch, part.order
         assert step is not None and order is not None
-        hidden, slots, first_pinned = hidden.contiguous(), self._slots_of(order), self._first_pinned[order]
+        hidden = hidden.contiguous()
+        if self._whole is not None:
+            rope = kwargs["position_embeddings"]
+            output = self._whole.run(hidden, rope) if part.index == 0 else self._whole.passed(hidden)
+            if output is not None:
+                return output
+        slots, first_pinned = self.slots_of(order), self.first_pinned[order]
         self.enter(part, hidden, kwargs)
-        if step.new_group:
-            state.trace.lap()
-            state.flush_ring(order, step)
-            state.trace.lap("slots_s")
-        scratch.use_rope(*self._floats(kwargs["position_embeddings"]), layer.head_dim)
+        self.use_rope(kwargs["position_embeddings"])
         scratch.begin(layer, hidden, slots, first_pinned + step.tail, step.offset)
         fetch = self.arrive(order)
-        index, valid = scratch.attended(self._pinned(step), first_pinned, fetch.found.slots, fetch.valid)
+        index, valid = scratch.attended(self.pinned(step), first_pinned, fetch.found.slots, fetch.valid)
         state.trace.lap("slots_s")
         output = scratch.finish(layer, hidden, slots, index, valid, step.offset)
         state.trace.lap()
         self.keep(order, fetch)
         return output
 
-    def _codes(self, order: int) -> Sketch | None:
+    def codes(self, order: int) -> Sketch | None:
+        """What layer ``order`` is chosen for by, or None where compiled calls cannot."""
         sketch = self.state.sketches[order]
         return sketch.compiled(self.state.window.group_tokens) if isinstance(sketch, TransformSketch) else None
 
-    def _pool(self) -> Pool:
+    def found_in(self) -> Pool:
         """The pool of slots, whose arrays are others after it grew or shrank."""
         pool = self.state.pool
         if self._found_in is None or self._found_in.arrays is not pool.arrays:
@@ -129,12 +142,14 @@ class CompiledDecode(Decode):
             )
         return self._found_in
 
-    def _pinned(self, step: Step) -> Pinned:
+    def pinned(self, step: Step) -> Pinned:
+        """Sinks and newest groups of a step."""
         if self._pinned_of is None or self._pinned_of[0] is not step:
             self._pinned_of = step, Pinned.of(step.sinks, step.ring, step.sinks_valid, step.ring_valid)
         return self._pinned_of[1]
 
-    def _slots_of(self, order: int) -> Slots:
+    def slots_of(self, order: int) -> Slots:
+        """All slots, as layer ``order`` stores groups in them. They stay the same within a step."""
         pool = self.state.pool
         dtype = pool.dtypes[order]
         found = self._slots.get(dtype)
@@ -143,6 +158,10 @@ class CompiledDecode(Decode):
             found = Slots(pool.slab.address, count, size_bytes, TYPES[dtype], pool.window.group_tokens)
             self._slots[dtype] = found
         return found
+
+    def use_rope(self, rope: Rope) -> None:
+        """Use cos and sin ``[B or 1, 1, d]`` for the next calls."""
+        self.scratch.use_rope(*self._floats(rope), self.state.shape.head_dim)
 
     def _floats(self, rope: Rope) -> Rope:
         """cos and sin as float32, converted once in a step."""

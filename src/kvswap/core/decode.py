@@ -59,12 +59,12 @@ class Decode:
     def __init__(self, state: BatchState, parts: ModelParts | None = None) -> None:
         self.state = state
         self._predictor = self.predictor(parts) if parts is not None else None
-        self._first_pinned = [
+        self.first_pinned = [
             np.array([state.pool.first_pinned_slot(layer, b) for b in range(state.batch)], np.int64)
             for layer in range(state.shape.layers)
         ]
         self._fetches: dict[int, Fetch] = {}
-        self.latest: dict[int, Fetch] = {}  # what each layer attended to in its last step
+        self._latest: dict[int, Fetch] = {}  # what each layer attended to in its last step
         self._half = 0
         self._gap_groups = state.config.read_gap_bytes // state.layout.slot_bytes
         self.step: Step | None = None
@@ -74,7 +74,12 @@ class Decode:
         tokens = self.state.tokens + 1
         self.state.ensure_capacity(int(tokens.max()))
         self._wait_for_abandoned()
-        self.step = self.state.window.step(tokens)
+        step = self.step = self.state.window.step(tokens)
+        if step.new_group:
+            self.state.trace.lap()
+            for layer in range(self.state.shape.layers):
+                self.state.flush_ring(layer, step)
+            self.state.trace.lap("slots_s")
         if self._predictor is not None:
             self._predictor.begin_step()
 
@@ -83,6 +88,11 @@ class Decode:
         self.state.tokens += 1
         self.state.trace.decode_steps += 1
         self.step = None
+
+    def chosen(self, order: int) -> tuple[IntArray, BoolArray | None]:
+        """Groups ``[B, n]`` that a layer chose in its last step, and which are real, None: all."""
+        fetch = self._latest[order]
+        return fetch.groups, fetch.valid
 
     def needs_query(self, layer: int) -> bool:
         """Whether groups of this layer have to be chosen: not when all candidates fit, and not when none may be."""
@@ -141,8 +151,7 @@ class Decode:
         state, step = self.state, self.step
         assert step is not None
         state.trace.lap()
-        state.flush_ring(layer, step)
-        state.pool.put_token(layer, self._first_pinned[layer] + step.tail, step.offset, keys, values)
+        state.pool.put_token(layer, self.first_pinned[layer] + step.tail, step.offset, keys, values)
         state.trace.lap("slots_s")
 
     def attention(self, layer: int, query: torch.Tensor, attend: Attend) -> torch.Tensor:
@@ -157,7 +166,7 @@ class Decode:
         state, step = self.state, self.step
         assert step is not None
         fetch = self.arrive(layer)
-        slots, valid = step.attended(self._first_pinned[layer], fetch.found.slots, fetch.valid)
+        slots, valid = step.attended(self.first_pinned[layer], fetch.found.slots, fetch.valid)
         kv = self.gather(layer, slots, fetch, step)
         mask = self.mask(layer, valid, slots.shape[1], step)
         if mask is None:
@@ -168,7 +177,7 @@ class Decode:
     def arrive(self, layer: int) -> Fetch:
         """Wait for the reads of ``layer``; then its groups are in their slots. A lap begins."""
         state = self.state
-        fetch = self.latest[layer] = self._fetches.pop(layer)
+        fetch = self._latest[layer] = self._fetches.pop(layer)
         if fetch.ticket is not None:
             state.store.backend.wait(fetch.ticket)
         state.trace.lap()

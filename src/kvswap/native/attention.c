@@ -214,14 +214,6 @@ CLONES void kvswap_attend(const Layer *layer, const Slots *slots, const float *q
     for (int64_t b = 0; b < batch; b++) merge_parts(&all, b, out + b * layer->heads * layer->head_dim);
 }
 
-/* Slots that are the same for every layer of a step, counted from the first slot that is pinned for a layer and sequence:
- * those of sinks [batch, sink_count] and of the newest groups [batch, ring_count], and which of them hold a group. */
-typedef struct {
-    const int64_t *sinks, *ring;
-    const uint8_t *sinks_real, *ring_real;
-    int64_t sink_count, ring_count;
-} Pinned;
-
 /* `count` slots behind those in `index` and `real`, counted from `first`; returns how many of them are not real. */
 INLINE int64_t place_slots(const int64_t *slots, const uint8_t *slots_real, int64_t count, int64_t first, int64_t otherwise,
                            int64_t *index, uint8_t *real) {

@@ -7,23 +7,6 @@
 
 #define GRAIN 32768 /* logits from which scoring is shared out: about ten microseconds */
 
-/* Packed codes of one layer's keys.
- *
- * codes       [batch, tiles, rows, TILE] bytes: `sequence_bytes` and `tile_bytes` from one to the next
- * few         rows of a tile that coarse scores use
- * projection  [kv_heads, d, rank] float16; scales [rank] what its columns are multiplied by
- * tokens      [batch] that are coded, at most `tiles` * TILE, whole groups
- * flat        tokens up to which all are scored in full; of longer sequences, those of `fine` tiles
- */
-typedef struct {
-    const uint8_t *codes;
-    int64_t sequence_bytes, tile_bytes, tiles, rows, bits, few;
-    const uint16_t *projection;
-    const float *scales;
-    const int64_t *tokens;
-    int64_t flat, fine;
-} Sketch;
-
 /* Of kernels.c and query.c. */
 int64_t kvswap_scratch_floats(int64_t rows, int64_t bits, int64_t heads, int64_t tiles, int64_t group_tokens,
                               int64_t batch, int64_t workers);
@@ -41,17 +24,6 @@ int64_t kvswap_find(const int32_t *table, int64_t table_rows, int64_t columns, i
                     int64_t batch, int64_t count, const int64_t *ends, int64_t first, int64_t visit, const float *powers,
                     int64_t longest, float *worth, int32_t *seen, int64_t gap, int64_t places, int64_t staging_slot,
                     int64_t staging_address, int64_t slot_bytes, int64_t *out);
-
-/* Where groups are found in memory, and where those that are not are read to; see kvswap_find. */
-typedef struct {
-    const int32_t *table;
-    int64_t rows, columns, first;
-    const float *powers;
-    int64_t longest;
-    float *worth;
-    int32_t *seen, *visits;
-    int64_t gap, places, slot_bytes;
-} Pool;
 
 INLINE int64_t most(const int64_t *numbers, int64_t count) {
     int64_t found = 0;

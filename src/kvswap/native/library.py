@@ -7,7 +7,7 @@ import importlib.util
 import logging
 from functools import lru_cache
 
-VERSION = 13
+VERSION = 14
 """Version of the functions' arguments; ``kernels.c`` must have the same."""
 
 log = logging.getLogger("kvswap")
@@ -35,6 +35,8 @@ _SIGNATURES: dict[str, tuple[tuple[type, ...], type | None]] = {
     "choose_floats": ((_P, _P, _P, _I), _I),
     "step_fetch": ((_P, _P, _P, _P, _I, _I, _P, _I, _P, _I, _P, _I, _I, _I, _P), _I),
     "attended": ((_P, _I, _P, _P, _P, _I, _P, _P), _I),
+    "run_floats": ((_P, _P), _I),
+    "step_run": ((_P, _P), _I),
     "step_begin": ((_P, _P, _P, _P, _P, _P), _I),
     "step_finish": ((_P, _P, _P, _P, _P, _I, _P, _P), _I),
     "row_bytes": ((_I, _I), _I),

@@ -51,8 +51,59 @@ typedef struct {
     int64_t scratch_bytes;
 } Step;
 
+/* Packed codes of one layer's keys.
+ *
+ * codes       [batch, tiles, rows, TILE] bytes: `sequence_bytes` and `tile_bytes` from one to the next
+ * few         rows of a tile that coarse scores use
+ * projection  [kv_heads, d, rank] float16; scales [rank] what its columns are multiplied by
+ * tokens      [batch] that are coded, at most `tiles` * TILE, whole groups
+ * flat        tokens up to which all are scored in full; of longer sequences, those of `fine` tiles
+ */
+typedef struct {
+    const uint8_t *codes;
+    int64_t sequence_bytes, tile_bytes, tiles, rows, bits, few;
+    const uint16_t *projection;
+    const float *scales;
+    const int64_t *tokens;
+    int64_t flat, fine;
+} Sketch;
+
+/* Where groups are found in memory, and where those that are not are read to; see kvswap_find. */
+typedef struct {
+    const int32_t *table;
+    int64_t rows, columns, first;
+    const float *powers;
+    int64_t longest;
+    float *worth;
+    int32_t *seen, *visits;
+    int64_t gap, places, slot_bytes;
+} Pool;
+
+/* Slots that are the same for every layer of a step, counted from the first slot that is pinned for a layer and sequence:
+ * those of sinks [batch, sink_count] and of the newest groups [batch, ring_count], and which of them hold a group. */
+typedef struct {
+    const int64_t *sinks, *ring;
+    const uint8_t *sinks_real, *ring_real;
+    int64_t sink_count, ring_count;
+} Pinned;
+
 /* See step.c. */
 int64_t kvswap_step_query(const Layer *layer, const Step *step, const void *hidden, float *query);
+int64_t kvswap_step_begin(const Layer *layer, const Step *step, const void *hidden, const Slots *slots,
+                          const int64_t *pinned, const int64_t *offset);
+int64_t kvswap_step_finish(const Layer *layer, const Step *step, const Slots *slots, const int64_t *index,
+                           const uint8_t *valid, int64_t width, const int64_t *offset, void *hidden);
+
+/* See choose.c. */
+int64_t kvswap_choose_floats(const Layer *layer, const Step *step, const Sketch *sketch, int64_t group_tokens);
+int64_t kvswap_step_fetch(const Layer *layer, const Step *step, const void *hidden, const Sketch *sketch,
+                          int64_t group_tokens, int64_t first, const int64_t *ends, int64_t count, float *scratch,
+                          int64_t floats, const Pool *pool, int64_t order, int64_t staging_slot, int64_t staging_address,
+                          int64_t *out);
+
+/* See attention.c. */
+int64_t kvswap_attended(const Pinned *pinned, int64_t batch, const int64_t *first, const int64_t *chosen,
+                        const uint8_t *chosen_real, int64_t count, int64_t *index, uint8_t *real);
 
 /* Bytes of attention's scratch. */
 int64_t kvswap_attend_bytes(const Layer *layer, int64_t batch, int64_t workers);

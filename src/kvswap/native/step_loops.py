@@ -123,7 +123,7 @@ class Pinned(ctypes.Structure):
     def of(cls, sinks: IntArray, ring: IntArray, sinks_real: BoolArray, ring_real: BoolArray) -> Pinned:
         """From slots ``[B, sinks]`` and ``[B, ring]``, counted from a layer's first one, and which hold a group."""
         arrays = tuple(map(np.ascontiguousarray, (sinks, ring, sinks_real, ring_real)))
-        pinned = cls(*(_address(each, each.shape) for each in arrays), sinks.shape[1], ring.shape[1])
+        pinned = cls(*(address_of(each, each.shape) for each in arrays), sinks.shape[1], ring.shape[1])
         pinned.arrays = arrays  # keeps their memory alive
         return pinned
 
@@ -163,7 +163,7 @@ class Scratch:
     def query(self, layer: Layer, hidden: torch.Tensor) -> torch.Tensor:
         """The query ``[B, H_q, d]`` that ``layer`` is predicted to have."""
         found = torch.empty(self.batch, layer.heads, layer.head_dim)
-        self._check(self._query(ctypes.addressof(layer), self._at, self._address(layer, hidden), found.data_ptr()))
+        self._check(self._query(ctypes.addressof(layer), self._at, self.hidden_at(layer, hidden), found.data_ptr()))
         return found
 
     def fetch(
@@ -206,11 +206,11 @@ class Scratch:
         reads = self._fetch(
             at,
             self._at,
-            self._address(layer, hidden),
+            self.hidden_at(layer, hidden),
             codes,
             group_tokens,
             first,
-            _address(ends, (self.batch,)),
+            address_of(ends, (self.batch,)),
             count,
             scratch.data_ptr(),
             floats,
@@ -218,7 +218,7 @@ class Scratch:
             order,
             staging_slot,
             staging_address,
-            _address(out, out.shape),
+            address_of(out, out.shape),
         )
         if reads == -1:
             raise ValueError("groups that the sketch or the table does not have, or too few places to read them to")
@@ -238,12 +238,12 @@ class Scratch:
         complete = self._attended(
             ctypes.addressof(pinned),
             self.batch,
-            _address(first, (self.batch,)),
-            _address(chosen, (self.batch, count)),
-            None if real is None else _address(real, (self.batch, count)),
+            address_of(first, (self.batch,)),
+            address_of(chosen, (self.batch, count)),
+            None if real is None else address_of(real, (self.batch, count)),
             count,
-            _address(index, shape),
-            _address(all_real, shape),
+            address_of(index, shape),
+            address_of(all_real, shape),
         )
         return index, None if complete else all_real
 
@@ -253,10 +253,10 @@ class Scratch:
             self._begin(
                 ctypes.addressof(layer),
                 self._at,
-                self._address(layer, hidden),
+                self.hidden_at(layer, hidden),
                 ctypes.addressof(slots),
-                _address(pinned, (self.batch,)),
-                _address(offset, (self.batch,)),
+                address_of(pinned, (self.batch,)),
+                address_of(offset, (self.batch,)),
             )
         )
 
@@ -281,16 +281,17 @@ class Scratch:
                 ctypes.addressof(layer),
                 self._at,
                 ctypes.addressof(slots),
-                _address(index, (self.batch, width)),
-                None if valid is None else _address(valid, (self.batch, width)),
+                address_of(index, (self.batch, width)),
+                None if valid is None else address_of(valid, (self.batch, width)),
                 width,
-                _address(offset, (self.batch,)),
+                address_of(offset, (self.batch,)),
                 output.data_ptr(),
             )
         )
         return output
 
-    def _address(self, layer: Layer, hidden: torch.Tensor) -> int:
+    def hidden_at(self, layer: Layer, hidden: torch.Tensor) -> int:
+        """Address of hidden states that ``layer`` can take. Raises ValueError for others."""
         shape = hidden.shape
         if shape[0] != self.batch or shape[1] != 1 or shape[2] != layer.hidden or hidden.dtype != self.dtype:
             raise ValueError(f"hidden states {tuple(hidden.shape)} {hidden.dtype} for {self.batch} sequences")
@@ -304,7 +305,8 @@ class Scratch:
             raise ValueError("slots that do not exist, or too little scratch")
 
 
-def _address(array: np.ndarray[Any, Any], shape: tuple[int, ...]) -> int:
+def address_of(array: np.ndarray[Any, Any], shape: tuple[int, ...]) -> int:
+    """Address of the first of its int64 or bytes. Raises ValueError for an array of another shape or kind."""
     if array.shape != shape or not array.flags.c_contiguous or array.itemsize not in (1, 8):
         raise ValueError(f"an array {array.shape} of {array.dtype}, not {shape}")
     address: int = array.__array_interface__["data"][0]  # a third of the time of array.ctypes.data
