@@ -76,7 +76,7 @@ def rounding_calls() -> Iterator[Call]:
     for number in (0, 8, 12):
         for x in (floats(noise, 512), ties, ties / np.float32(3.7), odd, np.zeros(512, np.float32)):
             size_bytes = required_library().kvswap_activation_bytes(number, 512)
-            yield Call("round_activation", [number, x, 512, np.zeros(size_bytes, np.uint8)])
+            yield Call("round_activation", [number, 1, x, 512, np.zeros(size_bytes, np.uint8)])
 
 
 def slot_calls() -> Iterator[Call]:

@@ -121,14 +121,15 @@ static void gate_item(const void *task, int64_t item, int64_t worker) {
 static void run_phase(const Linear *const *linear, float *const *out, int64_t count, const float *input, const Memory *memory,
                       const Step *step, Work *work, int64_t activation) {
     Phase all = {.count = count, .batch = step->batch, .rounded_bytes = memory->rounded_bytes, .activation = activation};
-    int64_t done = 0, products = 0;
+    int64_t done = 0, products = 0, fine = 0;
+    for (int64_t n = 0; n < count; n++) fine |= linear[n]->matrix.fine;
     for (int64_t n = 0; n < count; n++) {
         const kvswap_matrix *m = &linear[n]->matrix;
         const int64_t kind = kvswap_activation_kind(m->type);
         uint8_t *to = memory->rounded[kind];
         if (!(done >> kind & 1))
             for (int64_t b = 0; b < step->batch; b++)
-                kvswap_round_activation(m->type, input + b * m->columns, m->columns, to + b * memory->rounded_bytes);
+                kvswap_round_activation(m->type, fine, input + b * m->columns, m->columns, to + b * memory->rounded_bytes);
         done |= (int64_t)1 << kind;
         products += m->rows * m->columns * step->batch;
         all.linear[n] = linear[n];

@@ -56,7 +56,8 @@ static Vector vector_at(int64_t kind, int64_t columns, const void *rounded, int 
     return found;
 }
 
-/* One block to codes, and what they leave to codes that count 256th parts; returns what a code is worth. */
+/* One block to codes, and what they leave, if `fine` is not NULL, to codes that count 256th parts; returns what a code is
+ * worth. */
 INLINE float round_block(const float *x, const int size, int8_t *codes, int8_t *fine) {
     uint32_t largest = 0;
     float most;
@@ -72,9 +73,10 @@ INLINE float round_block(const float *x, const int size, int8_t *codes, int8_t *
     for (int i = 0; i < size; i++) {
         const float scaled = finite ? x[i] * factor : 0.0f;
         const int32_t code = (int32_t)(scaled + (scaled < 0.0f ? -0.5f : 0.5f));
+        codes[i] = (int8_t)code;
+        if (fine == NULL) continue;
         const float rest = (scaled - (float)code) * 256.0f; /* -128 to 128: the ends are cut off */
         const int32_t part = (int32_t)(rest + (rest < 0.0f ? -0.5f : 0.5f));
-        codes[i] = (int8_t)code;
         fine[i] = (int8_t)(part > 127 ? 127 : part < -127 ? -127 : part);
     }
     return finite ? most / 127.0f : __builtin_nanf(""); /* whose sign is the same on all processors */
@@ -86,41 +88,61 @@ INLINE int sum_codes(const int8_t *codes, const int size) {
     return sum;
 }
 
-CLONES static void round_short(const float *x, int64_t columns, const Vector *coarse, const Vector *fine) {
-    for (int64_t b = 0; b < columns / SHORT; b++) {
-        int8_t *codes = (int8_t *)coarse->codes + b * SHORT, *parts = (int8_t *)fine->codes + b * SHORT;
-        const float step = round_block(x + b * SHORT, SHORT, codes, parts);
-        ((float *)coarse->steps)[b] = step;
-        ((float *)coarse->sums)[b] = step * (float)sum_codes(codes, SHORT);
-        ((float *)fine->steps)[b] = step / 256.0f;
-        ((float *)fine->sums)[b] = step / 256.0f * (float)sum_codes(parts, SHORT);
-    }
+/* Sums of a rounded vector whose codes and steps are there. */
+INLINE void sum_short(const Vector *v, int64_t blocks) {
+    for (int64_t b = 0; b < blocks; b++) ((float *)v->sums)[b] = v->steps[b] * (float)sum_codes(v->codes + b * SHORT, SHORT);
 }
 
-CLONES static void round_long(const float *x, int64_t columns, const Vector *coarse, const Vector *fine) {
-    for (int64_t b = 0; b < columns / LONG; b++) {
-        int8_t *codes = (int8_t *)coarse->codes + b * LONG, *parts = (int8_t *)fine->codes + b * LONG;
-        const float step = round_block(x + b * LONG, LONG, codes, parts);
-        ((float *)coarse->steps)[b] = step;
-        ((float *)fine->steps)[b] = step / 256.0f;
-    }
-    for (int k = 0; k < 2; k++) {
-        const Vector *v = k ? fine : coarse;
-        float *sums = (float *)v->sums, *sum16 = (float *)v->sum16;
-        for (int64_t i = 0; i < columns / 32; i++) sums[i] = v->steps[i / 8] * (float)sum_codes(v->codes + i * 32, 32);
-        for (int64_t i = 0; i < columns / 16; i++) sum16[i] = v->steps[i / 16] * (float)sum_codes(v->codes + i * 16, 16);
-    }
+INLINE void sum_long(const Vector *v, int64_t columns) {
+    float *sums = (float *)v->sums, *sum16 = (float *)v->sum16;
+    for (int64_t i = 0; i < columns / 32; i++) sums[i] = v->steps[i / 8] * (float)sum_codes(v->codes + i * 32, 32);
+    for (int64_t i = 0; i < columns / 16; i++) sum16[i] = v->steps[i / 16] * (float)sum_codes(v->codes + i * 16, 16);
 }
 
-EXPORT void kvswap_round_activation(int64_t type, const float *x, int64_t columns, void *rounded) {
+/* A vector by blocks of `size`, and, if it is given, what is left of it. */
+INLINE void round_blocks(const float *x, int64_t columns, const int size, const Vector *coarse, const Vector *fine) {
+    for (int64_t b = 0; b < columns / size; b++) {
+        int8_t *codes = (int8_t *)coarse->codes + b * size, *parts = fine ? (int8_t *)fine->codes + b * size : NULL;
+        const float step = round_block(x + b * size, size, codes, parts);
+        ((float *)coarse->steps)[b] = step;
+        if (fine) ((float *)fine->steps)[b] = step / 256.0f;
+    }
+    for (const Vector *v = coarse; v; v = v == coarse ? fine : NULL)
+        if (size == SHORT)
+            sum_short(v, columns / SHORT);
+        else
+            sum_long(v, columns);
+}
+
+CLONES static void round_short(const float *x, int64_t columns, const Vector *coarse) {
+    round_blocks(x, columns, SHORT, coarse, NULL);
+}
+
+CLONES static void round_short_fine(const float *x, int64_t columns, const Vector *coarse, const Vector *fine) {
+    round_blocks(x, columns, SHORT, coarse, fine);
+}
+
+CLONES static void round_long(const float *x, int64_t columns, const Vector *coarse) {
+    round_blocks(x, columns, LONG, coarse, NULL);
+}
+
+CLONES static void round_long_fine(const float *x, int64_t columns, const Vector *coarse, const Vector *fine) {
+    round_blocks(x, columns, LONG, coarse, fine);
+}
+
+EXPORT void kvswap_round_activation(int64_t type, int64_t fine, const float *x, int64_t columns, void *rounded) {
     const int64_t kind = kvswap_activation_kind(type);
-    const Vector coarse = vector_at(kind, columns, rounded, 0), fine = vector_at(kind, columns, rounded, 1);
+    const Vector coarse = vector_at(kind, columns, rounded, 0), rest = vector_at(kind, columns, rounded, 1);
     if (kind == 0)
         memcpy(rounded, x, (size_t)columns * sizeof *x);
+    else if (kind == 1 && !fine)
+        round_short(x, columns, &coarse);
     else if (kind == 1)
-        round_short(x, columns, &coarse, &fine);
+        round_short_fine(x, columns, &coarse, &rest);
+    else if (!fine)
+        round_long(x, columns, &coarse);
     else
-        round_long(x, columns, &coarse, &fine);
+        round_long_fine(x, columns, &coarse, &rest);
 }
 
 #define FINE_ROWS 64 /* at a time: their products with what is left of vectors wait to be added */
@@ -198,7 +220,7 @@ EXPORT int64_t kvswap_packed_linear(const kvswap_matrix *m, const float *x, int6
     const Product all = {m, scratch, bytes, count, kind, parts, bias, y};
     if (kvswap_weight_products(kind) == NULL || count > VECTORS) return 0;
     for (int64_t n = 0; n < count; n++)
-        kvswap_round_activation(m->type, x + n * m->columns, m->columns, (char *)scratch + n * bytes);
+        kvswap_round_activation(m->type, m->fine, x + n * m->columns, m->columns, (char *)scratch + n * bytes);
     kvswap_do_all(multiply_part, &all, parts, workers);
     return 1;
 }

@@ -33,8 +33,9 @@ EXPORT int64_t kvswap_activation_kind(int64_t type);
 /* Room for one rounded vector, a multiple of 64. */
 EXPORT int64_t kvswap_activation_bytes(int64_t type, int64_t columns);
 
-/* Round a vector; what is not finite makes its block, and so the product, not a number. */
-EXPORT void kvswap_round_activation(int64_t type, const float *x, int64_t columns, void *rounded);
+/* Round a vector, with what is left of it where `fine` matrices need it; what is not finite makes its block, and so the
+ * product, not a number. */
+EXPORT void kvswap_round_activation(int64_t type, int64_t fine, const float *x, int64_t columns, void *rounded);
 
 /* y[first..last) = these rows times the vector. One thread: callers share out rows. */
 EXPORT void kvswap_multiply_rows(const kvswap_matrix *m, const void *rounded, int64_t first, int64_t last, float *y);

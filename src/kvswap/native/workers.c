@@ -1,5 +1,12 @@
 #include "workers.h"
 
+#if defined(__GNUC__)
+#define NEXT(number) __atomic_fetch_add(&(number), 1, __ATOMIC_RELAXED)
+#else
+#include <intrin.h>
+#define NEXT(number) _InterlockedExchangeAdd64(&(number), 1)
+#endif
+
 typedef void Parallel(void (*function)(void *), void *data, unsigned threads, unsigned flags);
 typedef int Number(void);
 
@@ -9,17 +16,22 @@ static Number *thread, *threads; /* omp_get_thread_num, omp_get_num_threads */
 typedef struct {
     Work *work;
     const void *task;
-    int64_t items;
+    int64_t items, next;
 } Job;
 
+/* Each worker takes the next item when it is done with one: cores are not equally fast, nor free all the time. */
 static void do_share(void *data) {
-    const Job *job = data;
-    const int64_t worker = thread(), workers = threads();
-    for (int64_t item = worker; item < job->items; item += workers) job->work(job->task, item, worker);
+    Job *job = data;
+    const int64_t worker = thread();
+    for (;;) {
+        const int64_t item = NEXT(job->next);
+        if (item >= job->items) return;
+        job->work(job->task, item, worker);
+    }
 }
 
 void kvswap_do_all(Work *work, const void *task, int64_t items, int64_t workers) {
-    Job job = {work, task, items};
+    Job job = {work, task, items, 0};
     if (parallel && workers > 1 && items > 1) {
         parallel(do_share, &job, (unsigned)(workers < items ? workers : items), 0);
         return;
