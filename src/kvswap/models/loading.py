@@ -138,7 +138,10 @@ def _stays_packed(file: GgufFile, dtype: str, weights: str, notice: Callable[[st
         notice(f"model {file.path}: architecture {file.architecture!r} does not run packed, so it is converted")
         return False
     if not available():
-        notice(f"model {file.path}: nothing was compiled here that multiplies packed weights, so it is converted")
+        notice(
+            f"model {file.path}: nothing was compiled here that multiplies packed weights, so it is converted, and "
+            "runs slower"
+        )
         return False
     return True
 
