@@ -162,10 +162,22 @@ def test_sizes_that_do_not_match(
 
 
 @WEIGHTS
-def test_layers_beyond_reason(options: tuple[str, ...], file: Path, sound: bytes, refused: Callable[..., str]) -> None:
-    """Nor are layers made that the file cannot have, also by a conversion."""
-    at = sound.index(b"llama.block_count") + len(b"llama.block_count") + 4
-    assert "it states 131 layers and 30 tensors; fetch it again" in refused(edited(file, at, b"\x83"), *options)
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("block_count", 131, "it states 131 layers and 30 tensors; fetch it again"),
+        ("embedding_length", 1 << 17, "tensor token_embd.weight has shape (300, 64), not (300, 131072)"),
+        ("feed_forward_length", 1 << 24, "has shape (128, 64), not (16777216, 64)"),
+    ],
+)
+def test_no_model_is_made_of_damaged_sizes(
+    key: str, value: int, words: str, options: tuple[str, ...], file: Path, sound: bytes, refused: Callable[..., str]
+) -> None:
+    """Also not by a conversion, where transformers would take the memory first."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    at = sound.index(f"llama.{key}".encode()) + len(f"llama.{key}") + 4
+    assert words in refused(edited(file, at, value.to_bytes(4, "little")), *options)
+    assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) << 10 < MOST_GROWTH_BYTES
 
 
 def test_counts_and_lengths_beyond_reason(file: Path, sound: bytes, refused: Callable[..., str]) -> None:

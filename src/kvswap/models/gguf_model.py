@@ -90,7 +90,14 @@ def unpacked_bytes(tensor: Tensor) -> int:
 
 def load_packed(file: GgufFile, notice: Callable[[str], None]) -> tuple[PreTrainedModel, Any]:
     """The model and its tokenizer. Raises ModelError where the file lacks something or has something unknown."""
-    model = _empty_model(file, _values(file))
+    values = _values(file)
+    rotated = _stated(file).get("rope.dimension_count", values["head_dim"])
+    if rotated != values["head_dim"]:
+        raise ModelError(
+            f"model {file.path}: RoPE turns {rotated} of a head's {values['head_dim']} elements",
+            hint="give the model directory it was made from",
+        )
+    model = _empty_model(file, values)
     _fill(model, file, notice)
     model.generation_config = GenerationConfig.from_model_config(model.config)
     return model, _tokenizer(file)
@@ -118,6 +125,19 @@ def check_metadata(file: GgufFile) -> None:
         _check_stated(file, _stated(file))
 
 
+def check_shapes(file: GgufFile) -> None:
+    """Raise ModelError where tensors are missing or do not fit the metadata, before a model of such sizes is made."""
+    _matching(file, _shapes(_empty_model(file, _values(file))), lambda text: None)
+
+
+def _shapes(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
+    """The shapes of a model's parameters by name, tied ones once."""
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters(remove_duplicate=False)}
+    if model.config.tie_word_embeddings:
+        shapes.pop("lm_head.weight", None)
+    return shapes
+
+
 def _stated(file: GgufFile) -> dict[str, Any]:
     """The metadata by key without the architecture."""
     return {key.removeprefix(f"{file.architecture}."): value for key, value in file.metadata.items()}
@@ -140,12 +160,6 @@ def _values(file: GgufFile) -> dict[str, Any]:
     values["tie_word_embeddings"] = "output.weight" not in tensors
     for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
         values[f"{name}_token_id"] = _token_id(file, f"tokenizer.ggml.{key}_token_id", values["vocab_size"])
-    rotated = stated.get("rope.dimension_count", values["head_dim"])
-    if rotated != values["head_dim"]:
-        raise ModelError(
-            f"model {file.path}: RoPE turns {rotated} of a head's {values['head_dim']} elements",
-            hint="give the model directory it was made from",
-        )
     values |= _of_family(architecture, stated, tensors, values)
     rope = {"rope_type": "default", "rope_theta": values.pop("rope_theta", 10000.0)}
     rope |= rope_scaling(file, values["head_dim"], rope["rope_theta"])
@@ -212,9 +226,7 @@ def _of_family(
 
 def _fill(model: PreTrainedModel, file: GgufFile, notice: Callable[[str], None]) -> None:
     """Put the file's tensors into the model."""
-    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters(remove_duplicate=False)}
-    if model.config.tie_word_embeddings:
-        shapes.pop("lm_head.weight", None)
+    shapes = _shapes(model)
     given = _matching(file, shapes, notice)
     for name, shape in shapes.items():
         if len(shape) > 1:

@@ -23,7 +23,7 @@ from kvswap.disk.folders import user_path
 from kvswap.errors import ConfigError, MemoryBudgetError, ModelError
 from kvswap.memory.available import available_bytes
 from kvswap.models.gguf import BUNDLED, bundled_file, bundled_model, check_architecture, converted
-from kvswap.models.gguf_model import check_metadata, load_packed, runs_as_it_is, unpacked_bytes
+from kvswap.models.gguf_model import check_metadata, check_shapes, load_packed, runs_as_it_is, unpacked_bytes
 from kvswap.models.hub import has_cached, look_like_path, problem_with
 from kvswap.models.loading_info import check_weights, unused_weights
 from kvswap.models.mapped import watch
@@ -103,6 +103,8 @@ def load_model(
         check_metadata(file)
         if _stays_packed(file, dtype, weights, notice):
             return _load_file(name, file, mmap, notice)
+        if runs_as_it_is(file):
+            check_shapes(file)  # transformers would make a model of whatever sizes the metadata has
     source, local = _source(name, notice)
     progress = transformers_logging.is_progress_bar_enabled()
     verbosity = transformers_logging.get_verbosity()
