@@ -17,6 +17,7 @@ def verdict(**changes: object) -> Verdict:
         "read_bytes_per_s": 800e6,
         "read_test_reason": "",
         "gpu_note": "",
+        "compiled": True,
     }
     return give_verdict(**{**good, **changes})  # type: ignore[arg-type]
 
@@ -37,6 +38,7 @@ def test_no_advice_without_a_problem() -> None:
         ({"backend": "threads", "uring_reason": "EMFILE, too many"}, ["EMFILE", "slower"]),
         ({"read_bytes_per_s": 100e6}, ["100 MB/s", "SSD"]),
         ({"read_bytes_per_s": None, "read_test_reason": "EIO"}, ["EIO", "--kv-dir"]),
+        ({"compiled": False}, ["nothing was compiled", "install a C compiler"]),
         ({"free_bytes": 1 << 30}, ["1.0 GiB", "--kv-dir"]),
         ({"gpu_note": "an NVIDIA GPU is there"}, ["NVIDIA", "PyTorch"]),
     ],

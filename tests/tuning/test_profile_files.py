@@ -133,3 +133,13 @@ def test_profile_that_cannot_be_kept_is_a_notice(
         )
         assert again == profile
     assert len(notices) == 1
+
+
+def test_profile_without_model_costs_is_refused_as_an_object_too(profile: Profile, tmp_path: Path) -> None:
+    disk_alone, file = dataclasses.replace(profile, model=None, costs=None), tmp_path / "profile.json"
+    disk_alone.save(file)
+    for given in (disk_alone, file):
+        with pytest.raises(ConfigError, match="no model costs in it; measure the model too"):
+            tune.find_profile(
+                None, profile.model, given, str(tmp_path), force=True, on_progress=None, on_notice=pytest.fail
+            )

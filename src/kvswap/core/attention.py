@@ -115,5 +115,6 @@ class TiledAttention:
 
     def result(self) -> torch.Tensor:
         """Attention output ``[q, H_q, d]`` float32."""
-        assert self._output is not None, "no tile was added"
+        if self._output is None:
+            raise ValueError("no tile was added")
         return (self._output / self._total).reshape(*self._shape, -1).transpose(0, 1)

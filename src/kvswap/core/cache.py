@@ -197,7 +197,8 @@ class KVSwapCache(LayerMajorCache):
 
         Comparing methods takes one computation of each prompt then. It differs by the rounding of what is stored.
         """
-        assert self._state is None, "a cache adopts a prompt once, before anything else"
+        if self._state is not None:
+            raise ValueError("a cache adopts a prompt once, before anything else")
         batch, _, tokens, _ = source.layers[self.parts.offloaded[0].index].keys.shape
         self._pads = np.zeros(batch, np.int64)
         self._state = self._open(batch, tokens)

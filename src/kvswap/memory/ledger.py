@@ -55,5 +55,6 @@ class Ledger:
 
     def release(self, part: str, count_bytes: int) -> None:
         """Give ``count_bytes`` of ``part`` back."""
-        assert count_bytes <= self.reserved.get(part, 0), (part, count_bytes)
+        if count_bytes > self.reserved.get(part, 0):
+            raise ValueError(f"{part}: {count_bytes} bytes given back of {self.reserved.get(part, 0)}")
         self.reserved[part] = self.reserved.get(part, 0) - count_bytes

@@ -22,6 +22,7 @@ from transformers.cache_utils import get_layer_types_and_kwargs
 
 from kvswap.errors import InputError, ModelError
 from kvswap.models.fused import Norm, fused_norm, fused_rope
+from kvswap.models.mapped import check_files
 
 _STRETCHED = ("yarn", "llama3")
 _CONSTANT = {"sliding_attention", "chunked_attention", "linear_attention", "conv", "mamba", "moe"}
@@ -161,8 +162,9 @@ def check_token_ids(model: PreTrainedModel, ids: Iterable[int]) -> list[int]:
 
 
 def inspect(model: PreTrainedModel) -> ModelParts:
-    """Find the parts of a decoder-only model. Raises ModelError where one is missing."""
+    """Find the parts of a decoder-only model. Raises ModelError where one is missing, or its file was changed."""
     name = type(model).__name__
+    check_files(model)  # callers read weights next
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
     modules = getattr(decoder, "layers", None)
     if decoder is None or not isinstance(modules, nn.ModuleList):

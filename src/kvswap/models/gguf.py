@@ -16,6 +16,7 @@ import re
 import shutil
 import struct
 from collections.abc import Callable
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from kvswap.disk.atomic import atomic_folder, remove_leftovers
 from kvswap.disk.folders import models_folder, user_path
-from kvswap.errors import ModelError, StorageError
+from kvswap.errors import MemoryBudgetError, ModelError, StorageError
+from kvswap.memory.available import available_bytes
+from kvswap.models.gguf_model import ARCHITECTURES, runs_as_it_is
 from kvswap.models.gguf_rope import mentions_scaling, rope_scaling
 from kvswap.models.loading_info import check_weights
 from kvswap.units import format_bytes
@@ -106,6 +109,43 @@ def _complete(folder: Path) -> bool:
     return (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))
 
 
+def check_architecture(file: GgufFile) -> None:
+    """Raise ModelError where a file neither runs as it is nor can be converted, by the name of its architecture."""
+    if runs_as_it_is(file) or _converts(file.architecture):
+        return
+    name = file.architecture
+    what = f"the architecture {name[:60]!r} is not known" if name else "the GGUF file states no architecture"
+    raise ModelError(
+        f"model {file.path}: {what}",
+        hint=f"take a file of {', '.join(sorted(ARCHITECTURES))}, or give the model directory it was made from",
+    )
+
+
+def _converts(architecture: str) -> bool:
+    """Whether transformers may convert this architecture; it spells some names in its own way."""
+    try:
+        from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
+    except ImportError:
+        return bool(architecture)  # where that list is elsewhere, the conversion tells
+    plain = re.sub("[-_]", "", architecture)
+    return "t5" in plain or plain in {re.sub("[-_]", "", name) for name in GGUF_SUPPORTED_ARCHITECTURES}
+
+
+def _check_memory(file: Path) -> None:
+    """Raise MemoryBudgetError where the float32 weights, which a conversion holds, need more memory than is free."""
+    try:
+        needed_bytes = sum(4 * prod(tensor.shape) for tensor in GgufFile(file).tensors.values())
+    except ModelError:
+        return  # the conversion says what is wrong
+    free_bytes = available_bytes()
+    if needed_bytes > free_bytes:
+        raise MemoryBudgetError(
+            f"model {file}: converting it takes {format_bytes(needed_bytes)} of memory, {format_bytes(free_bytes)} are "
+            "free",
+            hint="close other programs, or take a smaller model",
+        )
+
+
 def check_packages(file: Path) -> None:
     """Raise ModelError where a package is missing that transformers needs for GGUF files."""
     missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
@@ -118,6 +158,7 @@ def check_packages(file: Path) -> None:
 
 def _convert(file: Path, folder: Path, notice: Callable[[str], None]) -> Path:
     check_packages(file)
+    _check_memory(file)
     notice(f"converting {file.name} to a model directory, once; this takes a minute or less for a small model")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -170,6 +211,6 @@ def _add_rope_scaling(config: Any, file: Path) -> None:
 def _cannot_read(file: Path, error: BaseException) -> ModelError:
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return ModelError(
-        f"model {file}: the GGUF file cannot be read: {lines[0]}",
+        f"model {file}: the GGUF file cannot be read: {lines[0].rstrip('.')}",
         hint="it is damaged or of a kind that transformers does not convert: fetch it again or give a model directory",
     )

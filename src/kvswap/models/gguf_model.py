@@ -7,6 +7,7 @@ One thread.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -37,6 +38,10 @@ _KEYS = {
     "attention.key_length": "head_dim",
 }
 _NEEDED = ("context_length", "block_count", "feed_forward_length", "embedding_length", "attention.head_count")
+_COUNTS = (*_NEEDED, "attention.head_count_kv", "attention.key_length", "rope.dimension_count")
+_NUMBERS = ("attention.layer_norm_rms_epsilon", "rope.freq_base", "rope.freq_base_swa")
+_MOST = 1 << 31
+"""No count of the metadata reaches this."""
 ARCHITECTURES = {"llama": "llama", "mistral": "mistral", "qwen2": "qwen2", "qwen3": "qwen3", "gemma3": "gemma3_text"}
 """Architectures that run as they are, by the format's name, and the model type of transformers."""
 _ROTATED_IN_PAIRS = ("llama", "mistral")
@@ -85,35 +90,76 @@ def unpacked_bytes(tensor: Tensor) -> int:
 
 def load_packed(file: GgufFile, notice: Callable[[str], None]) -> tuple[PreTrainedModel, Any]:
     """The model and its tokenizer. Raises ModelError where the file lacks something or has something unknown."""
-    config = _config(file)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
-    _fill(model, file, notice)
-    model.generation_config = GenerationConfig.from_model_config(config)
-    return model, _tokenizer(file)
-
-
-def _config(file: GgufFile) -> Any:
-    """The configuration, from the file's metadata."""
-    architecture, tensors = file.architecture, file.tensors
-    stated = {key.removeprefix(f"{architecture}."): value for key, value in file.metadata.items()}
-    missing = [f"{architecture}.{key}" for key in _NEEDED if not isinstance(stated.get(key), int)]
-    if missing or "token_embd.weight" not in tensors:
-        what = ", ".join([*missing, *(["token_embd.weight"] if "token_embd.weight" not in tensors else [])])
-        raise ModelError(f"model {file.path}: the GGUF file lacks {what}", hint="it is incomplete: fetch it again")
-    values = {name: stated[key] for key, name in _KEYS.items() if key in stated}
-    values.setdefault("num_key_value_heads", values["num_attention_heads"])
-    values.setdefault("head_dim", values["hidden_size"] // values["num_attention_heads"])
-    values["vocab_size"] = tensors["token_embd.weight"].shape[0]
-    values["tie_word_embeddings"] = "output.weight" not in tensors
-    for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
-        values[f"{name}_token_id"] = file.metadata.get(f"tokenizer.ggml.{key}_token_id")
-    rotated = stated.get("rope.dimension_count", values["head_dim"])
+    values = _values(file)
+    rotated = _stated(file).get("rope.dimension_count", values["head_dim"])
     if rotated != values["head_dim"]:
         raise ModelError(
             f"model {file.path}: RoPE turns {rotated} of a head's {values['head_dim']} elements",
             hint="give the model directory it was made from",
         )
+    model = _empty_model(file, values)
+    _fill(model, file, notice)
+    model.generation_config = GenerationConfig.from_model_config(model.config)
+    return model, _tokenizer(file)
+
+
+def _empty_model(file: GgufFile, values: dict[str, Any]) -> PreTrainedModel:
+    """The model without memory, of a configuration with these values."""
+    try:
+        config = AutoConfig.for_model(ARCHITECTURES[file.architecture], **values)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
+    except Exception as error:  # what transformers checks has errors of its own, of no common class
+        raise ModelError(
+            f"model {file.path}: its metadata makes no model: {' '.join(str(error).split())[:200].rstrip('.')}",
+            hint="fetch it again, or give the model directory it was made from",
+        ) from error
+
+
+def check_metadata(file: GgufFile) -> None:
+    """Raise ModelError for counts that no model has or can be made of, before anything is made of them."""
+    layers, tensors = file.metadata.get(f"{file.architecture}.block_count"), len(file.tensors)
+    if isinstance(layers, int) and layers > tensors:  # a damaged number must not make millions of layers
+        raise _contradiction(file, f"{layers:,} layers and {tensors:,} tensors")
+    if runs_as_it_is(file):
+        _check_stated(file, _stated(file))
+
+
+def check_shapes(file: GgufFile) -> None:
+    """Raise ModelError where tensors are missing or do not fit the metadata, before a model of such sizes is made."""
+    _matching(file, _shapes(_empty_model(file, _values(file))), lambda text: None)
+
+
+def _shapes(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
+    """The shapes of a model's parameters by name, tied ones once."""
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters(remove_duplicate=False)}
+    if model.config.tie_word_embeddings:
+        shapes.pop("lm_head.weight", None)
+    return shapes
+
+
+def _stated(file: GgufFile) -> dict[str, Any]:
+    """The metadata by key without the architecture."""
+    return {key.removeprefix(f"{file.architecture}."): value for key, value in file.metadata.items()}
+
+
+def _values(file: GgufFile) -> dict[str, Any]:
+    """Values of the configuration, from the file's metadata."""
+    architecture, tensors, stated = file.architecture, file.tensors, _stated(file)
+    missing = [f"{architecture}.{key}" for key in _NEEDED if key not in stated]
+    missing += ["token_embd.weight"] * ("token_embd.weight" not in tensors)
+    if missing:
+        raise ModelError(
+            f"model {file.path}: the GGUF file lacks {', '.join(missing)}", hint="it is incomplete: fetch it again"
+        )
+    values = {name: stated[key] for key, name in _KEYS.items() if key in stated}
+    values.setdefault("num_key_value_heads", values["num_attention_heads"])
+    values.setdefault("head_dim", values["hidden_size"] // values["num_attention_heads"])
+    _check_heads(file, values["num_attention_heads"], values["num_key_value_heads"], values["head_dim"])
+    values["vocab_size"] = tensors["token_embd.weight"].shape[0]
+    values["tie_word_embeddings"] = "output.weight" not in tensors
+    for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
+        values[f"{name}_token_id"] = _token_id(file, f"tokenizer.ggml.{key}_token_id", values["vocab_size"])
     values |= _of_family(architecture, stated, tensors, values)
     rope = {"rope_type": "default", "rope_theta": values.pop("rope_theta", 10000.0)}
     rope |= rope_scaling(file, values["head_dim"], rope["rope_theta"])
@@ -121,7 +167,45 @@ def _config(file: GgufFile) -> Any:
     if architecture == "gemma3":  # sliding layers have a RoPE of their own, which no file states
         local = {"rope_type": "default", "rope_theta": stated.get("rope.freq_base_swa", 10000.0)}
         values["rope_parameters"] = {"full_attention": rope, "sliding_attention": local}
-    return AutoConfig.for_model(ARCHITECTURES[architecture], **values)
+    return values
+
+
+def _check_stated(file: GgufFile, stated: dict[str, Any]) -> None:
+    """Raise ModelError where the metadata has a value that no model has. Nothing is allocated by it before."""
+    for keys, kinds, most in ((_COUNTS, int, _MOST), (_NUMBERS, int | float, math.inf)):
+        for key in stated.keys() & set(keys):
+            value = stated[key]
+            if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value < most:  # NaN is not, either
+                shown = f"{len(value)} values" if isinstance(value, list) else f"{value!r}"[:40]
+                raise ModelError(
+                    f"model {file.path}: {file.architecture}.{key} is {shown}, which does not run here",
+                    hint="fetch it again, or give the model directory it was made from",
+                )
+
+
+def _check_heads(file: GgufFile, heads: int, kv_heads: int, head_dim: int) -> None:
+    """Raise ModelError for heads that no model has. Sizes that only do not fit a tensor are found later."""
+    if heads % kv_heads:
+        raise _contradiction(file, f"{heads:,} query heads for {kv_heads:,} key heads")
+    if head_dim < 2 or head_dim % 2:
+        raise _contradiction(file, f"heads of {head_dim:,} elements")
+
+
+def _contradiction(file: GgufFile, what: str) -> ModelError:
+    return ModelError(f"model {file.path}: the GGUF file contradicts itself: it states {what}", hint="fetch it again")
+
+
+def _token_id(file: GgufFile, key: str, size: int) -> int | None:
+    """A token of the metadata, such as that of the end. Raises ModelError where the vocabulary does not have it."""
+    found = file.metadata.get(key)
+    if found is None:
+        return None
+    if isinstance(found, bool) or not isinstance(found, int) or not 0 <= found < size:
+        raise ModelError(
+            f"model {file.path}: {key} is {f'{found!r}'[:40]}, which is none of its {size:,} tokens",
+            hint="fetch it again",
+        )
+    return found
 
 
 def _of_family(
@@ -130,20 +214,19 @@ def _of_family(
     """What only some architectures have."""
     if architecture in ("llama", "qwen3"):
         return {"attention_bias": "blk.0.attn_q.bias" in tensors, "mlp_bias": "blk.0.ffn_gate.bias" in tensors}
+    window = stated.get("attention.sliding_window")
     if architecture == "mistral":
-        return {"sliding_window": stated.get("attention.sliding_window")}
+        return {"sliding_window": window or None}
     if architecture == "gemma3":
         heads, layers = values["num_attention_heads"], values["num_hidden_layers"]
         wide = values["hidden_size"] // heads if layers == _GEMMA3_27B_LAYERS else values["head_dim"]
-        return {"query_pre_attn_scalar": wide, "sliding_window": stated.get("attention.sliding_window", 512)}
+        return {"query_pre_attn_scalar": wide, "sliding_window": 512 if window is None else window}
     return {}
 
 
 def _fill(model: PreTrainedModel, file: GgufFile, notice: Callable[[str], None]) -> None:
     """Put the file's tensors into the model."""
-    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters(remove_duplicate=False)}
-    if model.config.tie_word_embeddings:
-        shapes.pop("lm_head.weight", None)
+    shapes = _shapes(model)
     given = _matching(file, shapes, notice)
     for name, shape in shapes.items():
         if len(shape) > 1:

@@ -22,10 +22,11 @@ from transformers.utils import logging as transformers_logging
 from kvswap.disk.folders import user_path
 from kvswap.errors import ConfigError, MemoryBudgetError, ModelError
 from kvswap.memory.available import available_bytes
-from kvswap.models.gguf import BUNDLED, bundled_file, bundled_model, converted
-from kvswap.models.gguf_model import load_packed, runs_as_it_is, unpacked_bytes
+from kvswap.models.gguf import BUNDLED, bundled_file, bundled_model, check_architecture, converted
+from kvswap.models.gguf_model import check_metadata, check_shapes, load_packed, runs_as_it_is, unpacked_bytes
 from kvswap.models.hub import has_cached, look_like_path, problem_with
 from kvswap.models.loading_info import check_weights, unused_weights
+from kvswap.models.mapped import watch
 from kvswap.native.library import available
 from kvswap.native.processor import has_bfloat16
 from kvswap.units import format_bytes
@@ -43,7 +44,7 @@ _DAMAGED = (ImportError, OSError, SafetensorError, *_WRONG_VALUES)
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """A model and its tokenizer; ``name`` is what the user called it, ``file`` where its packed weights are."""
+    """A model and its tokenizer; ``name`` is what the user called it, ``file`` what its weights are mapped from."""
 
     model: PreTrainedModel
     tokenizer: Any
@@ -97,8 +98,13 @@ def load_model(
         raise ConfigError(f"weights: got {weights!r}", hint=f"use one of {', '.join(WEIGHTS)}")
     notice = on_notice or (lambda text: None)
     file = _gguf_file(name)
-    if file is not None and _stays_packed(file, dtype, weights, notice):
-        return _load_file(name, file, mmap, notice)
+    if file is not None:
+        check_architecture(file)
+        check_metadata(file)
+        if _stays_packed(file, dtype, weights, notice):
+            return _load_file(name, file, mmap, notice)
+        if runs_as_it_is(file):
+            check_shapes(file)  # transformers would make a model of whatever sizes the metadata has
     source, local = _source(name, notice)
     progress = transformers_logging.is_progress_bar_enabled()
     verbosity = transformers_logging.get_verbosity()
@@ -134,7 +140,10 @@ def _stays_packed(file: GgufFile, dtype: str, weights: str, notice: Callable[[st
         notice(f"model {file.path}: architecture {file.architecture!r} does not run packed, so it is converted")
         return False
     if not available():
-        notice(f"model {file.path}: nothing was compiled here that multiplies packed weights, so it is converted")
+        notice(
+            f"model {file.path}: nothing was compiled here that multiplies packed weights, so it is converted, and "
+            "runs slower"
+        )
         return False
     return True
 
@@ -150,7 +159,11 @@ def _load_file(name: str, file: GgufFile, mmap: bool, notice: Callable[[str], No
         model.to("cuda", torch.bfloat16)
     elif not mmap:
         copy_weights(model)
-    return LoadedModel(model, tokenizer, name, file)
+    else:
+        watch(model, file.mapped)
+        return LoadedModel(model, tokenizer, name, file)
+    file.check_unchanged()
+    return LoadedModel(model, tokenizer, name)
 
 
 def _check_that_it_fits(name: str, file: GgufFile, mmap: bool, notice: Callable[[str], None]) -> None:

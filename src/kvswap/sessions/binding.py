@@ -193,7 +193,9 @@ class SessionBinding:
         DamagedError for keys or values that are not finite.
         """
         store, current = state.store, self.session.base
-        assert isinstance(store, PersistentGroupStore) and state.batch == 1
+        assert isinstance(store, PersistentGroupStore)
+        if state.batch != 1:
+            raise ValueError(f"a session has one sequence, not {state.batch}")
         store.sync()
         tokens, flushed = int(state.tokens[0]), tuple(state.flushed[:, 0].tolist())
         if not tokens <= len(ids) <= tokens + 1:

@@ -85,6 +85,7 @@ def truncate_contents(
     for layer, (old, new) in enumerate(zip(contents.flushed, flushed, strict=True)):
         waiting = contents.tail[f"waiting-{layer}"].reshape(2 * layout.kv_heads, -1)
         kept_bytes = max(0, tokens - old * layout.group_tokens) * layout.head_dim * layout.geometry.itemsize_bytes
-        assert new == old or kept_bytes == 0
+        if new != old and kept_bytes:
+            raise ValueError(f"layer {layer}: {kept_bytes} bytes wait after {old} groups, not after {new}")
         tail[f"waiting-{layer}"] = waiting[:, :kept_bytes].reshape(-1)
     return flushed, tail

@@ -160,7 +160,8 @@ def _is_plain(member: tarfile.TarInfo) -> bool:
 
 def _content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> IO[bytes]:
     content = archive.extractfile(member)
-    assert content is not None  # a plain file has one
+    if content is None:
+        raise tarfile.TarError(f"{member.name} is no plain file")
     return content
 
 

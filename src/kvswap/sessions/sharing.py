@@ -144,7 +144,8 @@ def _copy_prefix(target: SessionStore, source: SessionStore, tokens: int, conver
     manifest, contents = source.manifest, source.load()
     layout, current, basis = manifest.layout, manifest.current, manifest.basis
     assert contents is not None and layout is not None and current is not None and basis is not None
-    assert not target.manifest.checkpoints and (target.manifest.encryption is None) == (manifest.encryption is None)
+    if target.manifest.checkpoints or (target.manifest.encryption is None) != (manifest.encryption is None):
+        raise ValueError(f"{target.label} is not empty, or only one of the two sessions is encrypted")
     before_bytes = target.folder.written_bytes
     segments = _shared_segments(manifest, current)
     names = [basis.file]

@@ -108,6 +108,7 @@ def check_up(kv_dir: str | None, *, file_bytes: int = FILE_BYTES, read_s: float 
         read_bytes_per_s=test.large.bytes_per_s if test and not test.page_cache else None,
         read_test_reason=reason,
         gpu_note=machine.gpu.note,
+        compiled=machine.compiled_loops,
     )
     return Checkup(machine=machine, folder=folder, read_test=test, read_test_reason=reason, verdict=verdict)
 
@@ -122,6 +123,7 @@ def give_verdict(
     read_bytes_per_s: float | None,
     read_test_reason: str,
     gpu_note: str,
+    compiled: bool,
 ) -> Verdict:
     """Say what kvswap will use and what to improve.
 
@@ -150,6 +152,11 @@ def give_verdict(
         )
     if gpu_note:
         advice.append(f"{gpu_note}: install a PyTorch that supports it if the model shall run there")
+    if not compiled:
+        advice.append(
+            "nothing was compiled, so models run slower and .gguf files are converted to float32: install a C "
+            "compiler, then kvswap again"
+        )
     return Verdict(summary=f"kvswap will read through {_BACKENDS[backend]}{rate}", advice=tuple(advice))
 
 

@@ -87,7 +87,8 @@ class Pricing:
     """Prices configurations of one model on one machine. ``profile`` must have model costs. Simulations are cached."""
 
     def __init__(self, profile: Profile, tables: Tables, facts: ModelFacts, device: torch.device) -> None:
-        assert profile.costs is not None
+        if profile.costs is None:
+            raise ValueError("a profile without model costs")
         self.profile, self.tables, self.facts, self._device = profile, tables, facts, device
         self._costs = profile.costs
         self._simulate = lru_cache(maxsize=None)(self._simulated)

@@ -48,7 +48,8 @@ def _count(
     """Missed groups, reads and bytes per step, float64 ``[3, L]``, from one text's ranking ``[steps, L, K]``."""
     steps, layers, width = ranking.shape
     most = max(groups)
-    assert most <= width, (most, width)
+    if most > width:
+        raise ValueError(f"a layer selects {most} groups of a ranking of {width}")
     window = Window(1, 0, 1, most)
     places = 2 * most
     pool = SlotPool(

@@ -101,16 +101,14 @@ def find_profile(
 
     Raises ConfigError for a given file that is damaged, of another machine or model, or without model costs.
     """
-    if isinstance(given, Profile):
-        return given
     if given is not None:
-        found = load_profile(given, kv_dir, facts, force=force)
+        found = given if isinstance(given, Profile) else load_profile(given, kv_dir, facts, force=force)
         if found.costs is None:
             raise ConfigError(
-                f"{given}: the profile has no model costs",
+                f"{'profile' if isinstance(given, Profile) else given}: no model costs in it",
                 hint="measure the model too: run `kvswap profile --model MODEL --json FILE`",
             )
-        logger.debug("profile: %s, measured %s", given, found.made)
+        logger.debug("profile: given, measured %s", found.made)
         return found
     try:
         path = cached_path(facts.fingerprint, kv_dir)

@@ -27,6 +27,12 @@ _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: 
 _STRING, _ARRAY = 8, 9
 _PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
 _MAX_DIMENSIONS = 4
+_MAX_ENTRIES = 1 << 20
+"""Most tensors, and most keys, of one file. A damaged number beyond is refused before anything is read for it."""
+_MAX_VALUES, _MAX_STRING_BYTES = 1 << 24, 1 << 24
+"""Most values of an array and bytes of a string: a vocabulary has a million values, a chat template 100 KB."""
+_MAX_DEPTH = 4
+"""Most arrays within arrays: Python's stack is finite."""
 _ALIGNMENT = "general.alignment"
 
 TYPES: dict[int, tuple[str, int, int]] = {
@@ -89,6 +95,25 @@ class _Identity:
         return cls(path, status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
 
 
+@dataclass(frozen=True, slots=True)
+class MappedFiles:
+    """The files that weights are mapped from, as they were then."""
+
+    identities: tuple[_Identity, ...]
+
+    def check_unchanged(self) -> None:
+        """Raise ModelError where a file is not the one that was mapped any more: its bytes may be wrong or missing."""
+        for known in self.identities:
+            try:
+                now = _Identity.of(known.path, os.stat(known.path))
+            except OSError:
+                continue  # a name that is gone does not touch what was mapped
+            if (now.device, now.inode) == (known.device, known.inode) and now != known:
+                raise ModelError(
+                    f"model {known.path}: the file was changed while it was in use", hint="load the model again"
+                )
+
+
 class GgufFile:
     """A model's file, or its parts, opened and checked. Raises ModelError for anything that is wrong with it.
 
@@ -105,32 +130,31 @@ class GgufFile:
         self.first_path = parts[0]
         for number, part in enumerate(parts):
             metadata, tensors = self._open(part)
+            _check_part(part, metadata, number, len(parts))
             if number == 0:
                 self.metadata = metadata
             for tensor in tensors:
                 if tensor.name in self.tensors:
-                    raise _damaged(part, f"tensor {tensor.name} is there twice")
+                    raise _wrong(part, len(parts), f"tensor {tensor.name} is there twice")
                 self.tensors[tensor.name] = tensor
         stated = self.metadata.get("split.tensors.count")
         if isinstance(stated, int) and stated != len(self.tensors):
-            raise _damaged(path, f"its parts have {len(self.tensors):,} tensors instead of {stated:,}")
+            what = f"there are {len(self.tensors):,} tensors instead of {stated:,}"
+            raise _wrong(path, len(parts), what)
 
     @property
     def architecture(self) -> str:
         """The family, as the format calls it."""
         return str(self.metadata.get("general.architecture", ""))
 
+    @property
+    def mapped(self) -> MappedFiles:
+        """The files behind it, which can be asked whether they are unchanged without keeping their tensors."""
+        return MappedFiles(tuple(self._identities))
+
     def check_unchanged(self) -> None:
         """Raise ModelError where a file is not the one that was mapped any more: its bytes may be wrong or missing."""
-        for known in self._identities:
-            try:
-                now = _Identity.of(known.path, known.path.stat())
-            except OSError:
-                continue  # a name that is gone does not touch what was mapped
-            if (now.device, now.inode) == (known.device, known.inode) and now != known:
-                raise ModelError(
-                    f"model {known.path}: the file was changed while it was in use", hint="load the model again"
-                )
+        self.mapped.check_unchanged()
 
     def _open(self, path: Path) -> tuple[dict[str, Any], list[Tensor]]:
         try:
@@ -154,7 +178,7 @@ class _Reader:
     """Reads the header of one mapped file."""
 
     def __init__(self, path: Path, mapped: mmap.mmap) -> None:
-        self._path, self._mapped, self._at = path, mapped, len(MAGIC)
+        self._path, self._mapped, self._at, self._alignment = path, mapped, len(MAGIC), 1
 
     def read(self) -> tuple[dict[str, Any], list[Tensor]]:
         (version,) = self._take("I")
@@ -164,6 +188,8 @@ class _Reader:
                 hint="convert the model again with a current llama.cpp",
             )
         tensors, values = self._take("QQ")
+        if max(tensors, values) > _MAX_ENTRIES:
+            raise ValueError(f"{tensors} tensors and {values} keys")
         metadata: dict[str, Any] = {}
         for _ in range(values):
             key = self._string()
@@ -172,6 +198,7 @@ class _Reader:
         alignment = metadata.get(_ALIGNMENT, 32)
         if not isinstance(alignment, int) or alignment <= 0 or alignment % 8:
             raise _damaged(self._path, f"{_ALIGNMENT} is {alignment}")
+        self._alignment = alignment
         start = -(-self._at // alignment) * alignment
         whole = torch.from_numpy(np.frombuffer(self._mapped, np.uint8))
         return metadata, [self._tensor(whole, start, *info) for info in infos]
@@ -185,23 +212,23 @@ class _Reader:
         start = self._at + 8
         (length,) = struct.unpack_from("<Q", self._mapped, self._at)
         self._at = start + length
-        if self._at > len(self._mapped):
-            raise ValueError("a string reaches past the end")
+        if length > _MAX_STRING_BYTES or self._at > len(self._mapped):
+            raise ValueError(f"a string of {length} bytes")
         return self._mapped[start : self._at].decode("utf-8")
 
-    def _value(self, kind: int) -> Any:
+    def _value(self, kind: int, depth: int = 0) -> Any:
         if kind in _SCALARS:
             return self._take(_SCALARS[kind])[0]
         if kind == _STRING:
             return self._string()
-        if kind != _ARRAY:
-            raise ValueError(f"a value of type {kind}")
+        if kind != _ARRAY or depth == _MAX_DEPTH:
+            raise ValueError(f"a value of type {kind} at depth {depth}")
         each, count = self._take("IQ")
-        if count > len(self._mapped):
+        if count > _MAX_VALUES:
             raise ValueError(f"an array of {count} values")
         if each in _SCALARS:
             return list(self._take(f"{count}{_SCALARS[each]}"))
-        return [self._value(each) for _ in range(count)]
+        return [self._value(each, depth + 1) for _ in range(count)]
 
     def _info(self) -> tuple[str, tuple[int, ...], int, int]:
         name = self._string()
@@ -226,6 +253,8 @@ class _Reader:
             raise _damaged(self._path, f"tensor {name} has shape {shape}, which {type_name} cannot have")
         row_bytes = columns // block * block_bytes
         rows = prod(shape[:-1])
+        if offset % self._alignment:
+            raise _damaged(self._path, f"tensor {name} begins at {offset}, which is not aligned")
         first = start + offset
         if first + rows * row_bytes > len(whole):
             raise _damaged(self._path, f"tensor {name} reaches past the end of the file, which is incomplete")
@@ -247,6 +276,29 @@ def _parts(path: Path) -> list[Path]:
             hint="fetch the missing parts into the same folder",
         )
     return parts
+
+
+def _check_part(path: Path, metadata: dict[str, Any], number: int, count: int) -> None:
+    """Raise ModelError where a file says that it is another part than its name says, or a part of another model."""
+    stated_count, stated_number = metadata.get("split.count"), metadata.get("split.no")
+    if count == 1 and isinstance(stated_count, int) and stated_count > 1:
+        raise ModelError(
+            f"model {path}: it is one of {stated_count} parts, which its name does not say",
+            hint=f"name the parts NAME-00001-of-{stated_count:05}.gguf and so on, in one folder",
+        )
+    if stated_count is not None and stated_count != count:
+        raise _wrong(path, count, f"{path.name} is one of {stated_count} parts")
+    if count > 1 and stated_number is not None and stated_number != number:
+        raise _wrong(path, count, f"by its content {path.name} has another number ({stated_number}, from 0 on)")
+
+
+def _wrong(path: Path, parts: int, what: str) -> ModelError:
+    """The error about tensors that do not belong together."""
+    if parts == 1:
+        return _damaged(path, what)
+    return ModelError(
+        f"model {path}: its {parts} parts do not belong together: {what}", hint="fetch all parts of one model again"
+    )
 
 
 def _damaged(path: Path, what: str) -> ModelError:

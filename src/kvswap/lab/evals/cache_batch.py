@@ -41,7 +41,8 @@ class CacheBatch(LayerMajorCache):
 
     def run_layer(self, part: LayerParts, forward: LayerForward, hidden: torch.Tensor, kwargs: dict[str, Any]) -> Any:
         """Run one layer on ``hidden`` ``[B, 1, E]``, nested in what every cache does before and after a layer."""
-        assert hidden.shape[1] == 1, "a batch of caches takes steps of one token"
+        if hidden.shape[1] != 1:
+            raise ValueError(f"{hidden.shape[1]} tokens at once: a batch of caches takes steps of one token")
 
         def within(row: int) -> Any:
             if row == len(self._caches):

@@ -76,7 +76,8 @@ def measure(
     on_progress
         Called with the stages that come before a sample, such as ``"calibrate"``.
     """
-    assert variants[0] == FULL
+    if not variants or variants[0] != FULL:
+        raise ValueError(f"the first of the variants {list(variants)} is not {FULL}")
     parts = inspect(loaded.model)
     elements = parts.kv_heads * parts.head_dim
     methods: list[Any] = [(each.method, each.configure(config, elements)) for each in variants]

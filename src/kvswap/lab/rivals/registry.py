@@ -51,9 +51,10 @@ def find(name: str) -> Method | InMemory:
 
 
 def find_on_disk(name: str) -> Method:
-    """The method of a name in ``DISK``."""
+    """The method of a name in ``DISK``. Raises ConfigError where there is none."""
     method = find(name)
-    assert name in DISK
+    if name not in DISK:
+        raise ConfigError(f"method: {name} keeps K, V in memory", hint=f"use one of {', '.join(DISK)}")
     return cast("Method", method)
 
 
