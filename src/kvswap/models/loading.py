@@ -96,7 +96,7 @@ def load_model(
         raise ConfigError(f"dtype: got {dtype!r}", hint=f"use one of {', '.join(DTYPES)}")
     if weights not in WEIGHTS:
         raise ConfigError(f"weights: got {weights!r}", hint=f"use one of {', '.join(WEIGHTS)}")
-    notice = on_notice or (lambda text: None)
+    notice = _each_once(on_notice or (lambda text: None))
     file = _gguf_file(name)
     if weights in PACKINGS:
         _check_packing(name, file, dtype, weights)
@@ -119,6 +119,18 @@ def load_model(
     elif not mmap:
         copy_weights(loaded.model)
     return loaded
+
+
+def _each_once(notice: Callable[[str], None]) -> Callable[[str], None]:
+    """Say nothing twice: a checkpoint that is packed is made into a model more than once."""
+    said = set[str]()
+
+    def once(text: str) -> None:
+        if text not in said:
+            said.add(text)
+            notice(text)
+
+    return once
 
 
 def _gguf_file(name: str) -> GgufFile | None:

@@ -144,6 +144,9 @@ def fill(model: PreTrainedModel, file: GgufFile, plan: Plan) -> None:
             old = model.get_submodule(path)
             bias = getattr(old, "bias", None)
             place_packed(model, path, weight, tensor.type, bias, columns=tensor.shape[1], fine=old is output)
+    if not any(each.is_floating_point() for each in model.parameters()):
+        # transformers takes a model's dtype from them, and a family without weights in its norms has none left
+        model.register_parameter("packed_dtype", nn.Parameter(torch.empty(0), requires_grad=False))
     check_filled(model, AS_IT_IS)
 
 
