@@ -100,6 +100,9 @@ def load_packed_checkpoint(
         _pack(name, path, plan, read, lambda: empty_model(config, lambda text: None), notice)
         file = GgufFile(path)
     fill(model, file, plan)
+    # Part of ``attention_fingerprint``: what was measured of these weights is not of others, even where attention has
+    # none of whole blocks.
+    model.config.get_text_config().weights_packed_to = weights
     return model, file
 
 
