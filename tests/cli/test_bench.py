@@ -76,6 +76,22 @@ def test_existing_results_are_not_measured_again(base, tmp_path, monkeypatch):
     assert run_command([*base, "--methods", "window,kvswap", "--context", "200,300"]) == 0
 
 
+def test_results_are_of_one_kind_of_weights(base, tmp_path, capfd):
+    file = tmp_path / "bench.json"
+    words = [*base, "--methods", "window", "--weights", "q8", "--no-mmap"]
+    assert run_command(words) == 0
+    assert json.loads(file.read_text())["identity"]["weights"] == "q8"
+    assert run_command([*base, "--methods", "window"]) == 2
+    assert "its weights differ" in capfd.readouterr().err
+    content = json.loads(file.read_text())
+    del content["identity"]["weights"]  # as in files of before, whose weights were those of auto
+    file.write_text(json.dumps(content))
+    assert run_command([*base, "--methods", "window"]) == 0
+    assert run_command(words) == 2
+    assert run_command([*base, "--peers", "llama.cpp", "--weights", "q8"]) == 2
+    assert "--peers with --weights" in capfd.readouterr().err
+
+
 def test_interrupted_and_continued(base, tmp_path, monkeypatch):
     run_interleaved = kvswap.lab.bench.run.run_interleaved
 

@@ -77,6 +77,13 @@ def test_several_sketch_settings_in_one_run(base, tmp_path, capfd):
     assert "use relaxed or tight" in refused(capfd, [*words, "--setting", "tight:x"])
 
 
+def test_results_are_of_one_kind_of_weights(base, tmp_path, capfd):
+    words = changed(base, task="agreement", samples=1, context="700", methods="window")
+    assert run_command([*words, "--weights", "q8", "--no-mmap"]) == 0
+    assert results(tmp_path)["identity"]["weights"] == "q8"
+    assert "its weights differ" in refused(capfd, words)
+
+
 def test_stops_after_a_time_and_continues(base, tmp_path, capfd):
     words = changed(base, task="agreement", methods="kvswap", context="700", samples=3)
     assert run_command([*words, "--minutes", "0"]) == 0

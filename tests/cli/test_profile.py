@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from kvswap.cli.main import run_command
+from kvswap.errors import ConfigError
+from kvswap.models.loading import LoadedModel
 from kvswap.tuning import measure_disk as disk_costs
 from kvswap.tuning import profile
 from kvswap.tuning.profile import load_profile
@@ -52,9 +54,19 @@ def test_with_a_model(tiny, tmp_path, cache_home, capfd):
     assert costs.predict_s(16384, 16, 4) > costs.predict_s(1024, 16, 4) > 0
 
 
+def test_the_model_has_the_weights_that_were_asked_for(tiny, tmp_path, monkeypatch, capfd):
+    def take(kv_dir: str, loaded: LoadedModel, **_: object) -> None:
+        raise ConfigError(f"profiled with {loaded.weights}")
+
+    monkeypatch.setattr(profile, "take_profile", take)
+    assert run_command(["profile", "--model", str(tiny), "--kv-dir", str(tmp_path), "--weights", "q8"]) == 2
+    assert "profiled with q8" in capfd.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (["--weights", "q8"], "--weights or --no-mmap without --model"),
         (["--json", "/nowhere/at/all.json"], "--json /nowhere/at/all.json: cannot be written"),
         (["--plot", "."], "--plot .: a directory"),
         (["--model", "./absent"], "./absent: no such file or directory"),

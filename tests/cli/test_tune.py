@@ -63,6 +63,16 @@ def test_tuned_file_has_reasons_and_run_uses_it(tiny, tmp_path, capfd):
     assert os.listdir(tmp_path / "kv") == []
 
 
+def test_a_file_tuned_for_other_weights_is_refused(tiny, tmp_path, capfd):
+    assert run_command([*words(tiny, tmp_path, context=600), "--weights", "q8"]) == 0
+    run = ["run", "--model", str(tiny), "--config", str(tmp_path / "tuned.json"), "--ask", "Who?"]
+    run += ["--max-new-tokens", "3", "--kv-dir", str(tmp_path / "kv")]
+    assert run_command([*run, "--weights", "q8"]) == 0
+    capfd.readouterr()
+    assert run_command(run) == 2
+    assert "another model" in capfd.readouterr().err
+
+
 def test_memory_of_the_engine_is_what_was_predicted(tiny, tmp_path, capfd):
     assert run_command(words(tiny, tmp_path)) == 0
     tuned = load_tuned(tmp_path / "tuned.json")

@@ -17,6 +17,7 @@ from kvswap.models.loading import load_model
 from kvswap.native import step_loops
 from kvswap.native.library import available
 from tests.helpers.families import FAMILIES, forced_logits, full_cache, given, tiny_model, tokens
+from tests.helpers.folders import save_tiny
 from tests.helpers.packed import packable_model, write_model
 
 STEPS = 70  # more than the recent window, so that groups leave it and come back from disk
@@ -69,6 +70,25 @@ def test_packed_weights_as_well(family, prompt_tokens, select_all, tmp_path):
     elif family == "gemma3" and prompt_tokens > 512:
         # the same, from sliding layers
         assert off.max() < 1e-3 and int((off > 1e-5).sum()) <= 3
+    else:
+        assert torch.equal(result, reference)
+
+
+@pytest.mark.skipif(not available(), reason="nothing was compiled here")
+@pytest.mark.parametrize("family", ["qwen2", "gemma3"])
+def test_packed_checkpoints_as_well(family, select_all, tmp_path, monkeypatch):
+    """Matrices of 4 bits in the layers, of 8 in the output."""
+    monkeypatch.setenv("KVSWAP_HOME", str(tmp_path / "home"))
+    model = load_model(str(save_tiny(tmp_path / "m", family)), weights="q4").model
+    ids, forced = tokens(1, 300), tokens(1, STEPS, seed=1)
+    reference = forced_logits(model, ids, forced, full_cache(model))
+    with attach(model, select_all) as cache:
+        result = forced_logits(model, ids, forced, cache)
+        assert isinstance(cache.decode, CompiledDecode) == (select_all.compiled_step == "auto")
+        assert cache.stats.disk_read_bytes > 0
+    off = (result - reference).abs().amax(-1).flatten()
+    if select_all.compiled_step == "auto":  # rounded inputs, as above
+        assert off.max() < 1e-2 and off.median() < 1e-4
     else:
         assert torch.equal(result, reference)
 

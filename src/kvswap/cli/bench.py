@@ -9,6 +9,7 @@ import click
 
 from kvswap.cli.configs import plain_config, split_list, split_numbers
 from kvswap.cli.display import printable
+from kvswap.cli.options import with_weights
 
 if TYPE_CHECKING:
     from kvswap.config import Config
@@ -117,6 +118,7 @@ Row = dict[str, Any]
     show_default=True,
     help="Compute dtype. auto takes the checkpoint's, or float32 on a CPU without bfloat16 instructions.",
 )
+@with_weights
 @click.option("--config", "config_file", metavar="FILE", help="JSON file with further settings (docs/settings.md).")
 def bench(
     model: str,
@@ -134,8 +136,8 @@ def bench(
     plot_file: str | None,
     peers: str | None,
     label: str,
-    dtype: str,
     config_file: str | None,
+    **loading: Any,
 ) -> None:
     """Compare methods: speed, reads, memory, and agreement with full attention.
 
@@ -158,6 +160,7 @@ def bench(
     target, picture = _targets(json_file, plot_file)
     config = plain_config(config_file, kv_dir=kv_dir, kv_memory=kv_memory)
     if peers is not None:
+        _check_peers(**loading)
         counts = {"new_tokens": new_tokens, "repeat": repeat, "label": label}
         _compare(model, config, split_list("--peers", peers), contexts, counts, documents, target, picture)
         return
@@ -173,7 +176,7 @@ def bench(
     )
     passages = evaluation_text([read_document(path) for path in documents])
     prepare_dir(kv_folder(config.kv_dir))
-    rows = _measure(model, config, plan, passages, target, dtype)
+    rows = _measure(model, config, plan, passages, target, loading)
     _print_table(rows)
     if picture is not None:
         plot_bench(rows, picture, f"{model}{', ' + label if label else ''}")
@@ -191,7 +194,7 @@ def _targets(json_file: str, plot_file: str | None) -> tuple[Path, Path | None]:
 
 
 def _measure(
-    model: str, config: Config, plan: Plan, passages: list[tuple[str, str]], target: Path, dtype: str
+    model: str, config: Config, plan: Plan, passages: list[tuple[str, str]], target: Path, loading: dict[str, Any]
 ) -> list[Row]:
     """Run the benchmark; return the rows of the plan, which may be fewer than those of the file."""
     from kvswap.cli.display import Display
@@ -199,7 +202,7 @@ def _measure(
 
     display = Display()
     try:
-        loaded = load_weights(model, display, dtype=dtype)
+        loaded = load_weights(model, display, **loading)
         from kvswap.lab.bench.run import bench as run
 
         content = run(
@@ -210,6 +213,14 @@ def _measure(
     keys = [(context, batch, name) for context in plan.contexts for batch in plan.batches for name in plan.names]
     rows = {(row["context"], row["batch"], row["method"]): row for row in content["results"]}
     return [rows[key] for key in keys]
+
+
+def _check_peers(*, dtype: str, weights: str, no_mmap: bool) -> None:
+    """Raise ConfigError for options about weights: every program runs the file as it is."""
+    from kvswap.errors import ConfigError
+
+    if weights != "auto" or no_mmap:
+        raise ConfigError("--peers with --weights or --no-mmap", hint="leave them out: the file runs as it is, mapped")
 
 
 def _compare(

@@ -9,6 +9,7 @@ import click
 
 from kvswap.cli.configs import plain_config, split_list, split_numbers
 from kvswap.cli.display import printable
+from kvswap.cli.options import with_weights
 from kvswap.lab.evals.tasks import TASKS
 
 if TYPE_CHECKING:
@@ -123,6 +124,7 @@ if TYPE_CHECKING:
     show_default=True,
     help="Compute dtype. auto takes the checkpoint's, or float32 on a CPU without bfloat16 instructions.",
 )
+@with_weights
 @click.option("--config", "config_file", metavar="FILE", help="JSON file with further settings (docs/settings.md).")
 def evaluate(
     model: str,
@@ -141,8 +143,8 @@ def evaluate(
     json_file: str,
     prompts: str | None,
     plot_file: str | None,
-    dtype: str,
     config_file: str | None,
+    **loading: Any,
 ) -> None:
     """Compare the quality of methods with full attention, on the same samples.
 
@@ -176,7 +178,7 @@ def evaluate(
 
     display = Display()
     try:
-        loaded = load_weights(model, display, dtype=dtype)
+        loaded = load_weights(model, display, **loading)
         source = Source(tokenizer=loaded.tokenizer, passages=passages, seed=seed, steps=steps, datasets=files)
         rows = _evaluate(loaded, config, plan, source, display, file=target, prompts=prompts, minutes=minutes)
     finally:

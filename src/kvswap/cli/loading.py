@@ -12,14 +12,14 @@ if TYPE_CHECKING:
     from kvswap.models.loading import LoadedModel
 
 
-def load_weights(model: str, display: Any, *, dtype: str, weights: str = "auto", mmap: bool = True) -> LoadedModel:
+def load_weights(model: str, display: Any, *, weights: str, no_mmap: bool, dtype: str = "auto") -> LoadedModel:
     """Load a model. Notices go to ``display``; progress and warnings of transformers are silenced."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # otherwise it warns about the generating thread
     with _without_collection():
         from kvswap.models.loading import load_model, quieten
 
         quieten()
-        return load_model(model, dtype=dtype, weights=weights, mmap=mmap, on_notice=display.notice)
+        return load_model(model, dtype=dtype, weights=weights, mmap=not no_mmap, on_notice=display.notice)
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""Options that ``run`` and ``chat`` share.
+"""Options that ``run`` and ``chat`` share, and those about weights, which all commands with a model have.
 
 ``read_options`` checks them before torch or a model is loaded and gives ``RunOptions``, which open the session and load
 the model.
@@ -7,7 +7,7 @@ the model.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,17 @@ if TYPE_CHECKING:
     from kvswap.sessions.quota import Limits
 
 _DTYPES = click.Choice(["auto", "float32", "bfloat16", "float16"])
+_WEIGHTS = (
+    click.option(
+        "--weights",
+        type=click.Choice(["auto", "float", "q8", "q4"]),
+        default="auto",
+        show_default=True,
+        help="auto: as the model's files have them. float: convert a .gguf file to float32, once. q8, q4: pack a "
+        "checkpoint's weights to 8 or 4 bits, once (CPU).",
+    ),
+    click.option("--no-mmap", is_flag=True, help="Copy the weights into memory instead of mapping their file."),
+)
 _SHARED = (
     click.option(
         "--model", required=True, metavar="MODEL", help="Local directory, .gguf file, hub id, or smollm2-135m."
@@ -62,14 +73,7 @@ _SHARED = (
         show_default=True,
         help="Compute dtype. auto: the checkpoint's, or float32 on a CPU without bfloat16 instructions.",
     ),
-    click.option(
-        "--weights",
-        type=click.Choice(["auto", "float"]),
-        default="auto",
-        show_default=True,
-        help="auto: as the file has them. float: convert a .gguf file to float32, once.",
-    ),
-    click.option("--no-mmap", is_flag=True, help="Copy the weights into memory instead of mapping their file."),
+    *_WEIGHTS,
     click.option(
         "--config", "config_file", metavar="FILE", help="JSON object of further settings; options here override it."
     ),
@@ -101,7 +105,16 @@ _SHARED = (
 
 def shared(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add the shared options to a command, which passes them to ``read_options``."""
-    for option in reversed(_SHARED):
+    return _add(_SHARED, command)
+
+
+def with_weights(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add --weights and --no-mmap to a command, which passes them to ``load_weights``."""
+    return _add(_WEIGHTS, command)
+
+
+def _add(options: Iterable[Callable[..., Any]], command: Callable[..., Any]) -> Callable[..., Any]:
+    for option in reversed(tuple(options)):
         command = option(command)
     return command
 
@@ -122,7 +135,7 @@ class RunOptions:
     verify: bool
     dtype: str
     weights: str
-    mmap: bool
+    no_mmap: bool
 
     def open_session(self, method: str = "kvswap") -> SessionStore | None:
         """Open or create the session, before a model is loaded; None without one. Raises ConfigError, SessionError."""
@@ -148,7 +161,7 @@ class RunOptions:
         from kvswap.cli.loading import load_weights
 
         try:
-            loaded = load_weights(self.model, display, dtype=self.dtype, weights=self.weights, mmap=self.mmap)
+            loaded = load_weights(self.model, display, dtype=self.dtype, weights=self.weights, no_mmap=self.no_mmap)
             config = self.config
             if self.tuned is not None:
                 new_tokens = self.sampling["max_new_tokens"]
@@ -210,7 +223,7 @@ def read_options(
         verify=not no_verify,
         dtype=dtype,
         weights=weights,
-        mmap=not no_mmap,
+        no_mmap=no_mmap,
     )
 
 

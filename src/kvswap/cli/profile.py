@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from kvswap.cli.options import with_weights
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -32,7 +34,10 @@ if TYPE_CHECKING:
     metavar="FILE",
     help="Also plot read rate over read size as .png, .svg or .pdf (needs kvswap[plots]).",
 )
-def profile(model: str | None, kv_dir: str | None, json_file: str | None, plot_file: str | None) -> None:
+@with_weights
+def profile(
+    model: str | None, kv_dir: str | None, json_file: str | None, plot_file: str | None, weights: str, no_mmap: bool
+) -> None:
     """Measure how fast this disk reads and, with --model, what a decode step of the model costs.
 
     This takes about 25 s for the disk alone, and less than 90 s with a small model. No test file remains on the disk.
@@ -46,8 +51,11 @@ def profile(model: str | None, kv_dir: str | None, json_file: str | None, plot_f
 
     from kvswap.cli.display import Display
     from kvswap.cli.files import check_writable
+    from kvswap.errors import ConfigError
     from kvswap.tuning.profile import cached_path, take_profile
 
+    if model is None and (weights != "auto" or no_mmap):
+        raise ConfigError("--weights or --no-mmap without --model", hint="give the model, or leave them out")
     for option, path in (("--json", json_file), ("--plot", plot_file)):
         if path is not None:
             check_writable(option, path)
@@ -61,7 +69,7 @@ def profile(model: str | None, kv_dir: str | None, json_file: str | None, plot_f
     if model is not None:
         from kvswap.cli.loading import load_weights
 
-        loaded = load_weights(model, display, dtype="auto")
+        loaded = load_weights(model, display, weights=weights, no_mmap=no_mmap)
     try:
         found = take_profile(kv_dir, loaded, on_progress=display.progress)
     finally:

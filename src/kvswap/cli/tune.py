@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from kvswap.cli.options import with_weights
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -70,7 +72,10 @@ if TYPE_CHECKING:
     is_flag=True,
     help="Also run the first solution on evaluation text and compare the run with the prediction.",
 )
-def tune(model: str, out: str, contexts: tuple[int, ...], verify: bool, **options: Any) -> None:
+@with_weights
+def tune(
+    model: str, out: str, contexts: tuple[int, ...], verify: bool, weights: str, no_mmap: bool, **options: Any
+) -> None:
     """Find the parameters for a memory limit: sketch size, group size, selection by layer, memory for reuse.
 
     The first call measures the machine (about a minute) and the model on calibration text (several minutes). Both
@@ -96,7 +101,7 @@ def tune(model: str, out: str, contexts: tuple[int, ...], verify: bool, **option
     parse_bytes(options["kv_memory"], name="kv_memory")
     display = Display()
     try:
-        loaded = load_weights(model, display, dtype="auto")
+        loaded = load_weights(model, display, weights=weights, no_mmap=no_mmap)
         from kvswap.tuning.tune import tune as find
 
         tuned = find(loaded, context_tokens=contexts, on_progress=display.progress, on_notice=display.notice, **options)

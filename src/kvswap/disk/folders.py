@@ -69,7 +69,7 @@ def profiles_folder() -> Path:
 
 
 def models_folder() -> Path:
-    """Models that were converted from GGUF files. Raises StorageError."""
+    """Models that were converted from GGUF files, and packed weights of checkpoints. Raises StorageError."""
     return home() / "models"
 
 

@@ -63,7 +63,7 @@ def read_results(
 ) -> dict[str, Any]:
     """The object in a results file that is to be continued; ``empty`` where there is no file.
 
-    ``older``: objects of the identity that may lack keys in files of before, with what such a key then meant.
+    ``older``: keys of the identity, and of objects in it, that files of before may lack, with what they then meant.
 
     Raises ConfigError for a file of something else: where ``format`` or ``identity`` are not those of ``empty``.
     """
@@ -80,8 +80,10 @@ def read_results(
         raise ConfigError(f"results file {file}: damaged: identity", hint=hint)
     known = dict(content["identity"])
     for key, values in (older or {}).items():
-        if isinstance(known.get(key), dict):
+        if isinstance(values, dict) and isinstance(known.get(key), dict):
             known[key] = {**values, **known[key]}
+        elif not isinstance(values, dict):
+            known.setdefault(key, values)
     other = [key for key, value in empty["identity"].items() if known.get(key) != value]
     if other:
         raise ConfigError(f"results file {file}: its {', '.join(other)} differ", hint=hint)

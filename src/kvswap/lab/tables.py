@@ -114,6 +114,13 @@ def update_tables(page: str, results: Path) -> str:
     return MARK.sub(updated, page)
 
 
+def _model(identity: Row) -> str:
+    """Which model a results file is about, with its dtype, and its weights where these were asked for."""
+    weights = identity.get("weights", "auto")
+    kind = "" if weights == "auto" else f", weights {weights}"
+    return f"Model {Path(identity['model']).name}, {identity['dtype']}{kind}"
+
+
 def bench_lines(content: Row) -> list[str]:
     """Format a results file of ``kvswap bench``: the table, then the model, machine and disk."""
     identity, environment = content["identity"], content["environment"][-1]
@@ -122,7 +129,7 @@ def bench_lines(content: Row) -> list[str]:
     limit = identity["config"]["kv_memory"]
     rates = f"{format_rate(test['small']['bytes_per_s'])} and {format_rate(test['large']['bytes_per_s'])}"
     about = [
-        f"Model {Path(identity['model']).name}, {identity['dtype']}; memory limit of the methods on disk: {limit}; "
+        f"{_model(identity)}; memory limit of the methods on disk: {limit}; "
         f"medians of {identity['repeat']} turns of {identity['new_tokens']} steps, lowest and highest in brackets.",
         f"{machine['cpu']}, {machine['cores']} cores, {environment['threads']} threads; {environment['filesystem']}; "
         f"random reads of 16 and 64 KiB at depth 64: {rates}. {versions}.",
@@ -210,7 +217,7 @@ def quality_lines(content: Row) -> list[str]:
     identity, rows = content["identity"], content["results"]
     limits = ", ".join(dict.fromkeys(row["kv_memory"] for row in rows if row["kv_memory"]))
     about = (
-        f"Model {Path(identity['model']).name}, {identity['dtype']}; memory limit of the methods on disk: {limits}; "
+        f"{_model(identity)}; memory limit of the methods on disk: {limits}; "
         f"{identity['config']['select_tokens']} tokens selected; seed {identity['seed']}. "
         f"{content['machine']['system']}, torch {content['machine']['torch']}, kvswap {identity['kvswap_version']}."
     )

@@ -16,9 +16,10 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 
 from kvswap.errors import ModelError
+from kvswap.models.empty_model import check_filled, empty_model, place_packed
 from kvswap.models.gguf_rope import rope_scaling
 from kvswap.models.loading_info import count_of, some_of
 from kvswap.native.weight_loops import multiplies
@@ -97,18 +98,16 @@ def load_packed(file: GgufFile, notice: Callable[[str], None]) -> tuple[PreTrain
             f"model {file.path}: RoPE turns {rotated} of a head's {values['head_dim']} elements",
             hint="give the model directory it was made from",
         )
-    model = _empty_model(file, values)
+    model = _empty_model(file, values, notice)
     _fill(model, file, notice)
     model.generation_config = GenerationConfig.from_model_config(model.config)
     return model, _tokenizer(file)
 
 
-def _empty_model(file: GgufFile, values: dict[str, Any]) -> PreTrainedModel:
+def _empty_model(file: GgufFile, values: dict[str, Any], notice: Callable[[str], None]) -> PreTrainedModel:
     """The model without memory, of a configuration with these values."""
     try:
-        config = AutoConfig.for_model(ARCHITECTURES[file.architecture], **values)
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
+        return empty_model(AutoConfig.for_model(ARCHITECTURES[file.architecture], **values), notice)
     except Exception as error:  # what transformers checks has errors of its own, of no common class
         raise ModelError(
             f"model {file.path}: its metadata makes no model: {' '.join(str(error).split())[:200].rstrip('.')}",
@@ -127,7 +126,11 @@ def check_metadata(file: GgufFile) -> None:
 
 def check_shapes(file: GgufFile) -> None:
     """Raise ModelError where tensors are missing or do not fit the metadata, before a model of such sizes is made."""
-    _matching(file, _shapes(_empty_model(file, _values(file))), lambda text: None)
+    _matching(file, _shapes(_empty_model(file, _values(file), _nothing)), _nothing)
+
+
+def _nothing(text: str) -> None:
+    """Pass over a notice."""
 
 
 def _shapes(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
@@ -236,8 +239,8 @@ def _fill(model: PreTrainedModel, file: GgufFile, notice: Callable[[str], None])
             _place_vector(model, name, given[name], file.architecture)
     if model.config.tie_word_embeddings:
         table = cast(PackedEmbedding, model.get_input_embeddings())
-        model.set_submodule("lm_head", PackedLinear(table.weight, table.kind, table.embedding_dim, fine=True))
-    _make_buffers(model)
+        place_packed(model, "lm_head", table.weight, table.kind, None, columns=table.embedding_dim, fine=True)
+    check_filled(model, "give the model directory it was made from")
 
 
 def _matching(file: GgufFile, shapes: dict[str, tuple[int, ...]], notice: Callable[[str], None]) -> dict[str, Tensor]:
@@ -287,17 +290,12 @@ def _place_matrix(model: PreTrainedModel, path: str, given: dict[str, Tensor], a
         rows = unpack_rows(tensor.data, tensor.type, tensor.shape[1])
         tensor = replace(tensor, type=unpacked_type(tensor.type), data=rows)
     pairs = model.config.head_dim if architecture in _ROTATED_IN_PAIRS and path.endswith(("q_proj", "k_proj")) else 0
-    weight = nn.Parameter(tensor.data, requires_grad=False)
-    if isinstance(old, nn.Embedding):
-        scale = float(getattr(old, "scalar_embed_scale", 1.0))
-        new: nn.Module = PackedEmbedding(weight, tensor.type, tensor.shape[1], scale=scale, padding_idx=old.padding_idx)
-    else:
-        bias = given.get(f"{path}.bias") if getattr(old, "bias", None) is not None else None
-        values = None if bias is None else _vector(bias)
-        if values is not None and pairs:
-            values = values[from_pairs(len(values), pairs)]
-        new = PackedLinear(weight, tensor.type, tensor.shape[1], values, paired_rows=pairs, fine=path == "lm_head")
-    model.set_submodule(path, new.train(False))
+    bias = given.get(f"{path}.bias") if getattr(old, "bias", None) is not None else None
+    values = None if bias is None else _vector(bias)
+    if values is not None and pairs:
+        values = values[from_pairs(len(values), pairs)]
+    weight, fine = nn.Parameter(tensor.data, requires_grad=False), path == "lm_head"
+    place_packed(model, path, weight, tensor.type, values, columns=tensor.shape[1], paired_rows=pairs, fine=fine)
 
 
 def _place_vector(model: PreTrainedModel, name: str, tensor: Tensor, architecture: str) -> None:
@@ -313,20 +311,6 @@ def _place_vector(model: PreTrainedModel, name: str, tensor: Tensor, architectur
 
 def _vector(tensor: Tensor) -> torch.Tensor:
     return dequantise(tensor.data, tensor.type).reshape(-1).clone()
-
-
-def _make_buffers(model: PreTrainedModel) -> None:
-    """Make what a model computes itself, which on the device meta has no values."""
-    decoder = model.get_decoder()
-    decoder.rotary_emb = type(decoder.rotary_emb)(config=model.config)
-    left = [
-        name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.device.type == "meta"
-    ]
-    if left:
-        raise ModelError(
-            f"model {type(model).__name__}: {some_of(sorted(left))} cannot be made from a GGUF file",
-            hint="give the model directory it was made from",
-        )
 
 
 def _tokenizer(file: GgufFile) -> Any:

@@ -8,48 +8,48 @@ thread.
 from __future__ import annotations
 
 import json
-import struct
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from kvswap.disk.folders import user_path
-from kvswap.errors import ConfigError, MemoryBudgetError, ModelError
+from kvswap.errors import ConfigError, ModelError
 from kvswap.memory.available import available_bytes
+from kvswap.models.checkpoint import WHERE, Checkpoint, quantisation
+from kvswap.models.checkpoint_files import stored_bytes
+from kvswap.models.fitting import WeightNeeds, check_that_it_fits
 from kvswap.models.gguf import BUNDLED, bundled_file, bundled_model, check_architecture, converted
 from kvswap.models.gguf_model import check_metadata, check_shapes, load_packed, runs_as_it_is, unpacked_bytes
 from kvswap.models.hub import has_cached, look_like_path, problem_with
-from kvswap.models.loading_info import check_weights, unused_weights
 from kvswap.models.mapped import watch
+from kvswap.models.packed_checkpoint import AS_IT_IS, PACKINGS, load_packed_checkpoint
 from kvswap.native.library import available
 from kvswap.native.processor import has_bfloat16
-from kvswap.units import format_bytes
 from kvswap.weights.gguf_file import GgufFile
 from kvswap.weights.modules import unpack_modules
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-WEIGHTS = ("auto", "float")
-
-_WHERE = f"give a local model directory, a .gguf file, a hub id such as org/model, or {BUNDLED}"
-_CODE_OF_ITS_OWN = "trust_remote_code"  # the errors of transformers name the option that would run it
-_WRONG_VALUES = (ValueError, KeyError, TypeError, AttributeError, RuntimeError, struct.error)
-_DAMAGED = (ImportError, OSError, SafetensorError, *_WRONG_VALUES)
+WEIGHTS = ("auto", "float", *PACKINGS)
 
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """A model and its tokenizer; ``name`` is what the user called it, ``file`` what its weights are mapped from."""
+    """A model and its tokenizer.
+
+    ``name`` is what the user called it, ``weights`` which weights were asked for, ``file`` what they are mapped from.
+    """
 
     model: PreTrainedModel
     tokenizer: Any
     name: str
     file: GgufFile | None = None
+    weights: str = "auto"
 
     def check_weights(self) -> None:
         """Raise ModelError where the file that the weights are mapped from was changed."""
@@ -82,7 +82,8 @@ def load_model(
         ``"auto"``: the checkpoint's, but float32 on a CPU without bfloat16 instructions when that has 16 bits.
     weights
         ``"auto"``: as the file has them. A GGUF file is multiplied packed where its architecture and type are known.
-        ``"float"``: a GGUF file is converted to float32 once, into the cache folder.
+        ``"float"``: a GGUF file is converted to float32 once, into the cache folder. ``"q8"``, ``"q4"``: the matrices
+        of a checkpoint are packed once, to Q8_0 or Q4_0, into a file in the cache folder; on a CPU, in float32.
     mmap
         False copies the weights into anonymous memory.
     on_notice
@@ -96,13 +97,15 @@ def load_model(
         raise ConfigError(f"dtype: got {dtype!r}", hint=f"use one of {', '.join(DTYPES)}")
     if weights not in WEIGHTS:
         raise ConfigError(f"weights: got {weights!r}", hint=f"use one of {', '.join(WEIGHTS)}")
-    notice = on_notice or (lambda text: None)
+    notice = _each_once(on_notice or (lambda text: None))
     file = _gguf_file(name)
+    if weights in PACKINGS:
+        _check_packing(name, file, dtype, weights)
     if file is not None:
         check_architecture(file)
         check_metadata(file)
         if _stays_packed(file, dtype, weights, notice):
-            return _load_file(name, file, mmap, notice)
+            return replace(_load_file(name, file, mmap, notice), weights=weights)
         if runs_as_it_is(file):
             check_shapes(file)  # transformers would make a model of whatever sizes the metadata has
     source, local = _source(name, notice)
@@ -111,17 +114,38 @@ def load_model(
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     try:
-        model, tokenizer = _load(name, source, local, dtype, notice)
+        loaded = _load(name, source, local, dtype, weights, mmap, notice)
     finally:
         transformers_logging.set_verbosity(verbosity)
         if progress:
             transformers_logging.enable_progress_bar()
-    model.eval().requires_grad_(False)
+    return _placed(loaded, mmap)
+
+
+def _placed(loaded: LoadedModel, mmap: bool) -> LoadedModel:
+    """A checkpoint's model on its device, its weights copied or watched where they are mapped."""
+    loaded.model.eval().requires_grad_(False)
     if torch.cuda.is_available():
-        model.to("cuda")
+        loaded.model.to("cuda")
     elif not mmap:
-        copy_weights(model)
-    return LoadedModel(model, tokenizer, name)
+        copy_weights(loaded.model)
+        loaded.check_weights()
+        loaded = replace(loaded, file=None)
+    elif loaded.file is not None:
+        watch(loaded.model, loaded.file.mapped)
+    return loaded
+
+
+def _each_once(notice: Callable[[str], None]) -> Callable[[str], None]:
+    """Say nothing twice: a checkpoint that is packed is made into a model more than once."""
+    said = set[str]()
+
+    def once(text: str) -> None:
+        if text not in said:
+            said.add(text)
+            notice(text)
+
+    return once
 
 
 def _gguf_file(name: str) -> GgufFile | None:
@@ -150,7 +174,7 @@ def _stays_packed(file: GgufFile, dtype: str, weights: str, notice: Callable[[st
 
 def _load_file(name: str, file: GgufFile, mmap: bool, notice: Callable[[str], None]) -> LoadedModel:
     """A model whose weights stay packed; on a GPU, where nothing multiplies them, they are unpacked."""
-    _check_that_it_fits(name, file, mmap, notice)
+    check_that_it_fits(name, _packed_needs(file), mmap=mmap, free_bytes=available_bytes(), notice=notice)
     model, tokenizer = load_packed(file, notice)
     model.eval().requires_grad_(False)
     if torch.cuda.is_available():
@@ -166,28 +190,37 @@ def _load_file(name: str, file: GgufFile, mmap: bool, notice: Callable[[str], No
     return LoadedModel(model, tokenizer, name)
 
 
-def _check_that_it_fits(name: str, file: GgufFile, mmap: bool, notice: Callable[[str], None]) -> None:
-    """Raise MemoryBudgetError where a packed model cannot fit; say so where it fits only as far as it is mapped."""
+def _check_packing(name: str, file: GgufFile | None, dtype: str, weights: str) -> None:
+    """Raise ConfigError where weights cannot be packed, whatever the checkpoint is."""
+    if file is not None:
+        raise ConfigError(
+            f"weights {weights}: model {name} is a .gguf file, whose weights are packed already",
+            hint="leave it out, and give a .gguf file of the type that you want",
+        )
+    if dtype not in ("auto", "float32"):
+        raise ConfigError(
+            f"weights {weights} with dtype {dtype}: packed weights compute in float32", hint="leave one of them out"
+        )
+    if torch.cuda.is_available():
+        raise ConfigError(
+            f"weights {weights}: nothing multiplies packed weights on a GPU",
+            hint="leave it out, or hide the GPU with CUDA_VISIBLE_DEVICES=''",
+        )
+    if not available():
+        raise ConfigError(
+            f"weights {weights}: nothing was compiled here that multiplies packed weights",
+            hint="leave it out, or install kvswap again where there is a C compiler",
+        )
+
+
+def _packed_needs(file: GgufFile) -> WeightNeeds:
     unpacked = {each.name: unpacked_bytes(each) for each in file.tensors.values()}
-    anonymous_bytes = sum(unpacked.values())
-    file_bytes = sum(each.data.nbytes for each in file.tensors.values() if not unpacked[each.name])
-    free_bytes, free = (found := available_bytes()), format_bytes(found)
-    if not mmap and anonymous_bytes + file_bytes > free_bytes:
-        raise MemoryBudgetError(
-            f"model {name}: its weights take {format_bytes(anonymous_bytes + file_bytes)}, {free} of memory are free",
-            hint="leave --no-mmap out, close other programs, or take a file of a smaller type",
-        )
-    if anonymous_bytes > free_bytes:
-        raise MemoryBudgetError(
-            f"model {name}: its weights take {format_bytes(anonymous_bytes)} when they are unpacked, "
-            f"{free} of memory are free",
-            hint="close other programs, or take a file of a type that stays packed, such as Q4_K_M or Q8_0",
-        )
-    if anonymous_bytes + file_bytes > free_bytes:
-        notice(
-            f"model {name}: its weights take {format_bytes(anonymous_bytes + file_bytes)} and {free} of memory "
-            "are free, so every token reads some of them from disk again"
-        )
+    return WeightNeeds(
+        file_bytes=sum(each.data.nbytes for each in file.tensors.values() if not unpacked[each.name]),
+        made_bytes=sum(unpacked.values()),
+        why="when they are unpacked",
+        smaller="take a file of a smaller type, such as Q4_K_M or Q8_0",
+    )
 
 
 def quieten() -> None:
@@ -206,12 +239,12 @@ def _source(name: str, notice: Callable[[str], None]) -> tuple[str, bool]:
     if path.is_file():
         return str(converted(path, notice)), True
     if look_like_path(name):
-        raise ModelError(f"model {name}: no such file or directory", hint=_WHERE)
+        raise ModelError(f"model {name}: no such file or directory", hint=WHERE)
     problem = problem_with(name)
     if problem is None:
         return name, False
     if problem.final or not has_cached(name):
-        raise ModelError(f"model {name}: {problem.text}", hint=problem.hint or _WHERE)
+        raise ModelError(f"model {name}: {problem.text}", hint=problem.hint or WHERE)
     notice(f"model {name}: {problem.text}; the copy in the local cache is used")
     return name, True
 
@@ -230,61 +263,39 @@ def _check_folder(path: Path) -> None:
 
 
 def _load(
-    name: str, source: str, local: bool, dtype: str, notice: Callable[[str], None]
-) -> tuple[PreTrainedModel, Any]:
-    options = {"local_files_only": local, "trust_remote_code": False}
-    try:
-        config = AutoConfig.from_pretrained(source, **options)
-        chosen = _choose_dtype(dtype, getattr(config.get_text_config(), "dtype", None) or config.dtype)
-        tokenizer = AutoTokenizer.from_pretrained(source, **options)
-    except _DAMAGED as error:
-        hint = "the directory needs config.json and a tokenizer (tokenizer.json, tokenizer_config.json)"
-        raise _cannot_load(name, "", error, hint) from error
-    try:
-        GenerationConfig.from_pretrained(source, **options)
-    except ValueError as error:  # keys that contradict each other
-        hint = "remove from that file what the message names"
-        raise _cannot_load(name, "generation_config.json: ", error, hint) from error
-    except OSError:
-        pass  # most checkpoints have one, but none needs it
-    try:
-        model, info = _load_weights(source, {"config": config, "dtype": chosen, **options}, notice)
-    except _DAMAGED as error:
-        hint = f"{source} may be damaged or incomplete: fetch it again" if local else _WHERE
-        if (quantised := getattr(config, "quantization_config", None)) is not None:
-            kind = quantised.get("quant_method", "") if isinstance(quantised, dict) else quantised.quant_method
-            hint = f"its weights are quantised ({kind}) and need the packages and devices of that; or take others"
-        raise _cannot_load(name, "its weights cannot be loaded: ", error, hint) from error
-    check_weights(name, info)
-    if (unused := unused_weights(name, info)) is not None:
-        notice(unused)
-    return model, tokenizer
+    name: str, source: str, local: bool, dtype: str, weights: str, mmap: bool, notice: Callable[[str], None]
+) -> LoadedModel:
+    """A checkpoint, as it is or packed."""
+    checkpoint = Checkpoint(name, source, local, notice)
+    config, tokenizer, generation = checkpoint.settings()
+    stated = getattr(config.get_text_config(), "dtype", None) or config.dtype
+    if weights not in PACKINGS:
+        chosen = _choose_dtype(dtype, stated)
+        _check_floats(name, Path(source), chosen, mmap, notice)
+        return LoadedModel(checkpoint.model(config, chosen), tokenizer, name, weights=weights)
+    if (kind := quantisation(config)) is not None:
+        raise ModelError(f"model {name}: its weights are quantised already ({kind})", hint=AS_IT_IS)
+    read = partial(checkpoint.model, config, stated or "auto")
+    model, file = load_packed_checkpoint(name, source, config, weights, read, notice)
+    model.generation_config = generation or GenerationConfig.from_model_config(config)
+    needs = replace(_packed_needs(file), smaller="use --weights q4" if weights == "q8" else "use a smaller model")
+    check_that_it_fits(name, needs, mmap=mmap, free_bytes=available_bytes(), notice=notice)
+    return LoadedModel(model, tokenizer, name, file, weights)
 
 
-def _load_weights(
-    source: str, options: dict[str, Any], notice: Callable[[str], None]
-) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """The model and what transformers says about its tensors. Attention is sdpa, or eager in families without it."""
-    options = {**options, "use_safetensors": True, "output_loading_info": True}
-    try:
-        found = AutoModelForCausalLM.from_pretrained(source, attn_implementation="sdpa", **options)
-    except ValueError as error:
-        if "scaled_dot_product_attention" not in str(error):
-            raise
-        notice("this family has no sdpa attention: its eager attention is used, which needs more memory")
-        found = AutoModelForCausalLM.from_pretrained(source, attn_implementation="eager", **options)
-    return found  # type: ignore[no-any-return]
-
-
-def _cannot_load(name: str, what: str, error: BaseException, hint: str) -> ModelError:
-    text = _first_line(error)
-    if _CODE_OF_ITS_OWN in str(error):
-        text, hint = "it brings Python code of its own, which kvswap never runs", "use a family that transformers has"
-    elif isinstance(error, ImportError) or " install" in text:
-        hint = "install the package that is named, or use a model that does not need it"
-    elif "safetensors" in text and isinstance(error, OSError):
-        hint = "weights are read from .safetensors files only, since other kinds can run code: convert them"
-    return ModelError(f"model {name}: {what}{text}", hint=hint)
+def _check_floats(name: str, folder: Path, dtype: Any, mmap: bool, notice: Callable[[str], None]) -> None:
+    """Raise MemoryBudgetError where the weights of a local folder cannot fit into the memory of this machine."""
+    if torch.cuda.is_available() or not folder.is_dir():
+        return
+    if (found := stored_bytes(folder, dtype if isinstance(dtype, torch.dtype) else None)) is None:
+        return
+    needs = WeightNeeds(
+        file_bytes=found[0],
+        made_bytes=found[1],
+        why=f"when they are converted to {str(dtype).removeprefix('torch.')}",
+        smaller="use --weights q8 or q4",
+    )
+    check_that_it_fits(name, needs, mmap=mmap, free_bytes=available_bytes(), notice=notice)
 
 
 def _choose_dtype(requested: str, stated: Any) -> Any:
@@ -304,8 +315,3 @@ def copy_weights(model: torch.nn.Module) -> None:
         if key not in copies or not tensor.numel():
             copies[key] = tensor.data.clone()
         tensor.data = copies[key]
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0].strip() if lines else type(error).__name__

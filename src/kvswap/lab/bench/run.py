@@ -242,7 +242,7 @@ def _content(loaded: LoadedModel, config: Config, plan: Plan, file: Path) -> dic
     """Read the results file, or begin its content. Raises ConfigError for results of another benchmark."""
     identity = _identity(loaded, config, plan)
     empty = {"format": FORMAT, "identity": identity, "environment": [], "results": [], "records": []}
-    content = read_results(file, empty, kind="a benchmark", older={"config": _settings(Config())})
+    content = read_results(file, empty, kind="a benchmark", older={"config": _settings(Config()), "weights": "auto"})
     _add_variants(loaded, content["identity"], plan.variants, file)
     return content
 
@@ -252,6 +252,7 @@ def _identity(loaded: LoadedModel, config: Config, plan: Plan) -> dict[str, Any]
     return {
         "model": loaded.short_name,
         "dtype": str(loaded.model.dtype).removeprefix("torch."),
+        "weights": loaded.weights,
         "config": _settings(config),
         "new_tokens": plan.new_tokens,
         "repeat": plan.repeat,

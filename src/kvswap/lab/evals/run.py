@@ -105,7 +105,8 @@ def evaluate(
         _check_length(context, context, longest_tokens)
     identity = _identity(loaded, config, source)
     empty = {"format": FORMAT, "identity": identity, "samples": []}
-    records: list[Record] = read_results(file, empty, kind="a results file of kvswap eval")["samples"]
+    content = read_results(file, empty, kind="a results file of kvswap eval", older={"weights": "auto"})
+    records: list[Record] = content["samples"]
     started_s = time.monotonic()
     work = _missing_work(plan, source, records, longest_tokens)
     logger.debug("%d samples to measure, %d records in %s", len(work), len(records), file)
@@ -206,6 +207,7 @@ def _identity(loaded: LoadedModel, config: Config, source: Source) -> dict[str, 
     return {
         "model": loaded.short_name,
         "dtype": str(loaded.model.dtype).removeprefix("torch."),
+        "weights": loaded.weights,
         "config": settings,
         "seed": source.seed,
         "steps": source.steps,
