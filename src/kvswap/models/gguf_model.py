@@ -21,6 +21,7 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 from kvswap.errors import ModelError
 from kvswap.models.empty_model import check_filled, empty_model, place_packed
 from kvswap.models.gguf_rope import rope_scaling
+from kvswap.models.gguf_tokenizer import tokenizer_of
 from kvswap.models.loading_info import count_of, some_of
 from kvswap.native.weight_loops import multiplies
 from kvswap.units import format_bytes
@@ -101,7 +102,7 @@ def load_packed(file: GgufFile, notice: Callable[[str], None]) -> tuple[PreTrain
     model = _empty_model(file, values, notice)
     _fill(model, file, notice)
     model.generation_config = GenerationConfig.from_model_config(model.config)
-    return model, _tokenizer(file)
+    return model, tokenizer_of(file)
 
 
 def _empty_model(file: GgufFile, values: dict[str, Any], notice: Callable[[str], None]) -> PreTrainedModel:
@@ -311,19 +312,3 @@ def _place_vector(model: PreTrainedModel, name: str, tensor: Tensor, architectur
 
 def _vector(tensor: Tensor) -> torch.Tensor:
     return dequantise(tensor.data, tensor.type).reshape(-1).clone()
-
-
-def _tokenizer(file: GgufFile) -> Any:
-    """The tokenizer that the file describes, as transformers reads it."""
-    from transformers.integrations.gguf import convert_gguf_tokenizer, get_gguf_tokenizer
-    from transformers.tokenization_utils_tokenizers import TokenizersBackend
-
-    try:
-        architecture, described, settings = get_gguf_tokenizer(str(file.first_path))
-        backend, more = convert_gguf_tokenizer(architecture, described)
-        return TokenizersBackend(tokenizer_object=backend, **settings, **more)
-    except Exception as error:  # tokenizers raises no other
-        raise ModelError(
-            f"model {file.path}: its tokenizer cannot be read: {error}",
-            hint="give the model directory it was made from",
-        ) from error

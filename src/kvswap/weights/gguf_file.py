@@ -7,6 +7,7 @@ Read only; any thread. The format: https://github.com/ggml-org/ggml/blob/master/
 
 from __future__ import annotations
 
+import hashlib
 import mmap
 import os
 import re
@@ -31,6 +32,7 @@ _MAX_ENTRIES = 1 << 20
 """Most tensors, and most keys, of one file. A damaged number beyond is refused before anything is read for it."""
 _MAX_VALUES, _MAX_STRING_BYTES = 1 << 24, 1 << 24
 """Most values of an array and bytes of a string: a vocabulary has a million values, a chat template 100 KB."""
+_LENGTH = struct.Struct("<Q")
 _MAX_DEPTH = 4
 """Most arrays within arrays: Python's stack is finite."""
 _ALIGNMENT = "general.alignment"
@@ -117,14 +119,15 @@ class MappedFiles:
 class GgufFile:
     """A model's file, or its parts, opened and checked. Raises ModelError for anything that is wrong with it.
 
-    ``metadata`` has the values by key, ``tensors`` the tensors by name.
+    ``metadata`` has the values by key, ``tensors`` the tensors by name. ``header_digest`` is 64 hex digits that change
+    with whatever the first part says before its tensors' bytes.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.metadata: dict[str, Any] = {}
         self.tensors: dict[str, Tensor] = {}
-        self.mapped_bytes = 0
+        self.mapped_bytes, self.header_digest = 0, ""
         self._identities: list[_Identity] = []
         parts = _parts(path)
         self.first_path = parts[0]
@@ -168,10 +171,13 @@ class GgufFile:
             raise ModelError(f"model {path}: {error.strerror}", hint="check the file and its permissions") from error
         self._identities.append(_Identity.of(path, status))
         self.mapped_bytes += len(mapped)
+        reader = _Reader(path, mapped)
         try:
-            return _Reader(path, mapped).read()
+            found = reader.read()
         except (struct.error, UnicodeDecodeError, OverflowError, MemoryError, ValueError) as error:
             raise _damaged(path, "its header ends early or makes no sense") from error
+        self.header_digest = self.header_digest or reader.digest
+        return found
 
 
 class _Reader:
@@ -179,6 +185,11 @@ class _Reader:
 
     def __init__(self, path: Path, mapped: mmap.mmap) -> None:
         self._path, self._mapped, self._at, self._alignment = path, mapped, len(MAGIC), 1
+
+    @property
+    def digest(self) -> str:
+        """Hex digits that change with the header."""
+        return hashlib.sha256(self._mapped[: self._at]).hexdigest()
 
     def read(self) -> tuple[dict[str, Any], list[Tensor]]:
         (version,) = self._take("I")
@@ -228,7 +239,22 @@ class _Reader:
             raise ValueError(f"an array of {count} values")
         if each in _SCALARS:
             return list(self._take(f"{count}{_SCALARS[each]}"))
+        if each == _STRING:
+            return self._strings(count)
         return [self._value(each, depth + 1) for _ in range(count)]
+
+    def _strings(self, count: int) -> list[str]:
+        """``count`` strings. Vocabularies have some hundred thousand, for which ``_string`` would take a second."""
+        mapped, at, size, length_at = self._mapped, self._at, len(self._mapped), _LENGTH.unpack_from
+        found: list[str] = []
+        for _ in range(count):
+            (length,) = length_at(mapped, at)
+            start, at = at + 8, at + 8 + length
+            if length > _MAX_STRING_BYTES or at > size:
+                raise ValueError(f"a string of {length} bytes")
+            found.append(str(mapped[start:at], "utf-8"))
+        self._at = at
+        return found
 
     def _info(self) -> tuple[str, tuple[int, ...], int, int]:
         name = self._string()
