@@ -85,7 +85,8 @@ def measure(
     give_back()
     with kvswap.attach(model, config, tokenizer=tokenizer) as cache:  # calibrates; warms up libraries, also for reads
         feed(cache, ids[:-steps])
-        feed(cache, ids[-steps : 1 - steps])
+        for token in ids[-steps:]:
+            feed(cache, [token])
     give_back()
     before = rss_anon_bytes()
     with kvswap.attach(model, config, tokenizer=tokenizer) as cache:
