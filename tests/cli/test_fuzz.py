@@ -29,6 +29,7 @@ FILES = st.sampled_from(
 )
 TEXTS = st.text(st.characters(exclude_characters="/\0"), max_size=12).filter(lambda text: ".." not in text)
 VALUES = st.one_of(WORDS, NUMBERS, SIZES, FILES, TEXTS)
+WEIGHTS = st.sampled_from(["auto", "float", "q8", "q4", "Q4_K", ""])
 
 SHARED = {
     "--model": st.just("model"),
@@ -46,6 +47,8 @@ SHARED = {
     "--write-limit": SIZES | VALUES,
     "--encrypt": None,
     "--no-mmap": None,
+    "--no-verify": None,
+    "--weights": WEIGHTS,
     "--check-quality": None,
     "-v": None,
 }
@@ -68,6 +71,8 @@ OPTIONS = {
         "--json": FILES | WORDS,
         "--plot": FILES | st.just("a.png"),
         "--config": FILES,
+        "--weights": WEIGHTS,
+        "--no-mmap": None,
     },
     "bench": {
         "--model": st.just("model"),
@@ -82,6 +87,8 @@ OPTIONS = {
         "--label": TEXTS,
         "--json": FILES | WORDS,
         "--config": FILES,
+        "--weights": WEIGHTS,
+        "--no-mmap": None,
     },
     "tune": {
         "--model": st.just("model"),
@@ -91,6 +98,16 @@ OPTIONS = {
         "--out": FILES | WORDS,
         "--profile": FILES,
         "--tables": FILES,
+        "--weights": WEIGHTS,
+        "--no-mmap": None,
+    },
+    "profile": {
+        "--model": st.just("model"),
+        "--kv-dir": st.sampled_from(["kv", "a.txt", "~no-such-user/x"]),
+        "--json": FILES | WORDS,
+        "--plot": FILES | st.just("a.png"),
+        "--weights": WEIGHTS,
+        "--no-mmap": None,
     },
     "sessions": {
         word: None
@@ -106,6 +123,7 @@ OPTIONS = {
             "export",
             "import",
             "--json",
+            "--quarantine",
             "-v",
         )
     }
@@ -117,6 +135,7 @@ REQUIRED = {
     "eval": ("--model", "--json"),
     "bench": ("--model", "--json"),
     "tune": ("--model", "--kv-memory", "--context", "--out"),
+    "profile": ("--model",),
     "sessions": (),
 }
 

@@ -210,6 +210,16 @@ def test_prune_removes_leftovers_alone(tale, sessions) -> None:
     assert sessions("prune")[1] == "nothing to remove\n"
 
 
+def test_prune_removes_the_quarantine_where_asked(tale, sessions) -> None:
+    damage_group(tale, layer=1)
+    assert sessions("repair", "tale")[0] == 0
+    assert "nothing" in sessions("prune")[1] and "quarantine: " in sessions("list")[1]
+    code, out, _ = sessions("prune", "--quarantine")
+    assert code == 0 and "quarantined" in out
+    assert "quarantine: " not in sessions("list")[1] and not list((tale.parent / ".damaged").glob("*"))
+    assert sessions("check", "tale")[0] == 0
+
+
 def test_encrypted_session_from_creation_to_import(ask, sessions, kv_dir, tmp_path, monkeypatch, capfd) -> None:
     import keyring
 

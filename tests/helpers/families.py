@@ -136,6 +136,20 @@ OTHER_FAMILIES: dict[str, tuple[str, dict[str, Any], str]] = {
         {"rope_parameters": {**_PLAIN_ROPE, "rope_type": "dynamic", "factor": 4.0}},
         "NTK",
     ),
+    "llama (longrope)": (
+        "llama",
+        {
+            "rope_parameters": {
+                **_PLAIN_ROPE,
+                "rope_type": "longrope",
+                "factor": 4.0,
+                "short_factor": [1.0] * 8,
+                "long_factor": [2.0] * 8,
+                "original_max_position_embeddings": 64,
+            }
+        },
+        "longrope scaling",
+    ),
 }
 
 

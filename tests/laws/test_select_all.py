@@ -16,7 +16,16 @@ from kvswap.core.compiled_step import CompiledDecode
 from kvswap.models.loading import load_model
 from kvswap.native import step_loops
 from kvswap.native.library import available
-from tests.helpers.families import FAMILIES, forced_logits, full_cache, given, tiny_model, tokens
+from tests.helpers.families import (
+    FAMILIES,
+    OTHER_FAMILIES,
+    forced_logits,
+    full_cache,
+    given,
+    other_model,
+    tiny_model,
+    tokens,
+)
 from tests.helpers.folders import save_tiny
 from tests.helpers.packed import packable_model, write_model
 
@@ -136,9 +145,12 @@ def test_any_geometry(group_tokens, recent_tokens, select_all):
         assert_equal(forced_logits(model, ids, forced, cache), reference, cache)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+TAKEN = [*FAMILIES, *(name for name, (_, _, refusal) in OTHER_FAMILIES.items() if not refusal)]
+
+
+@pytest.mark.parametrize("family", TAKEN)
 def test_second_turn_is_exact_against_the_stored_context(family, select_all):
-    model = tiny_model(family)
+    model = tiny_model(family) if family in FAMILIES else other_model(family)
     turns = [tokens(1, 1100), tokens(1, 600, seed=2), tokens(1, 3, seed=3)]
     forced = tokens(1, 9, seed=1)
     reference = full_cache(model)

@@ -18,12 +18,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kvswap.errors import InputError, SessionError
 from kvswap.sessions import catalog
 from kvswap.sessions.check import check
 from kvswap.sessions.commits import SessionStore
 from kvswap.sessions.encryption import KEY_VARIABLE
-from kvswap.sessions.export_import import export_session, import_session
 from kvswap.sessions.quota import Limits, Quota
 from kvswap.sessions.sharing import find_prefix
 from tests.sessions.test_fuzz import commit_groups, make
@@ -112,14 +110,6 @@ def make_room(path: Path) -> None:
 
 def find(path: Path) -> None:
     find_prefix([path], list(range(1000)), lambda manifest: True)
-
-
-def export(path: Path) -> None:
-    target = path.parent.parent / f"{time.monotonic_ns()}.kvswap"
-    with SessionStore.open(path, write=False) as store, contextlib.suppress(InputError, SessionError):
-        export_session(store, target)
-        import_session(target, path.with_name("imported"))
-        catalog.remove(path.with_name("imported"))
 
 
 @pytest.mark.parametrize("encrypt", [False, True])

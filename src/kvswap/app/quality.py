@@ -133,12 +133,11 @@ class _ExactView(LayerMajorCache):
 
     def attention(self, given: AttentionInput) -> torch.Tensor:
         """Compute exact attention of one token, and record how much of its mass the selection had attended to."""
-        if given.special:
-            raise UnsupportedError("checking quality with softcap or attention sinks", hint="leave --check-quality out")
         order, query = given.part.order, given.query
         assert order is not None
         state, attended = self._state, torch.from_numpy(self._attended(order))
-        whole, chosen = (TiledAttention(query[0], state.shape.kv_heads, state.shape.scaling) for _ in range(2))
+        shape = state.shape
+        whole, chosen = (TiledAttention(query[0], shape.kv_heads, shape.scaling, given.softcap) for _ in range(2))
         for start, tile_keys, tile_values in stored_tiles(state, order, 0, self.padded_tokens):
             whole.add(tile_keys, tile_values)
             inside = attended[start : start + tile_keys.shape[1]].to(tile_keys.device)
@@ -147,7 +146,7 @@ class _ExactView(LayerMajorCache):
         for each in (whole, chosen):
             each.add(given.keys[0], given.values[0])
         self.kept.append(float((chosen.log_total - whole.log_total).exp().mean()))
-        return whole.result()[None].to(query.dtype)
+        return whole.result(given.sinks)[None].to(query.dtype)
 
     def _attended(self, order: int) -> np.ndarray[Any, np.dtype[np.bool_]]:
         """Which tokens before the last one the last step attended to: bool ``[T - 1]``."""

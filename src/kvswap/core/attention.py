@@ -73,11 +73,13 @@ class TiledAttention:
         ``[H_q, q, d]`` of one sequence.
     kv_heads
         H_kv; query head h uses head ``h // (H_q / H_kv)``.
+    softcap
+        Logits are held within this by a tangent, as in Gemma 2; 0: they are not.
     """
 
-    def __init__(self, query: torch.Tensor, kv_heads: int, scaling: float) -> None:
+    def __init__(self, query: torch.Tensor, kv_heads: int, scaling: float, softcap: float = 0.0) -> None:
         heads, tokens, head_dim = query.shape
-        self._shape = (heads, tokens)
+        self._shape, self._softcap = (heads, tokens), softcap
         self._query = (query.float() * scaling).reshape(kv_heads, -1, head_dim)
         rows = self._query.shape[1]
         self._peak = query.new_full((kv_heads, rows, 1), float("-inf"), dtype=torch.float32)
@@ -87,6 +89,8 @@ class TiledAttention:
     def add(self, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None = None) -> None:
         """Attend to one tile: K, V ``[H_kv, n, d]``; ``mask`` is boolean ``[q, n]``, False where not to attend."""
         logits = self._query @ keys.float().transpose(1, 2)
+        if self._softcap:
+            logits.div_(self._softcap).tanh_().mul_(self._softcap)
         if mask is not None:
             logits = logits.unflatten(1, (-1, self._shape[1])).masked_fill(~mask, float("-inf")).flatten(1, 2)
         peak = torch.maximum(self._peak, logits.amax(dim=-1, keepdim=True))
@@ -101,8 +105,10 @@ class TiledAttention:
     def add_groups(self, slots: torch.Tensor, shape: tuple[int, int, int, int]) -> None:
         """Attend to a tile as it is stored: ``slots`` ``[n, slot_elements]`` are groups of ``shape`` with padding.
 
-        For few queries, where ``loops.attends_here``.
+        For few queries, where ``loops.attends_here``, and without a softcap.
         """
+        if self._softcap:
+            raise ValueError("compiled attention has no softcap")
         if self._output is None:
             self._output = torch.zeros_like(self._query)
         query = self._query = self._query.contiguous()
@@ -113,8 +119,15 @@ class TiledAttention:
         """Logarithm of the sum of exponentials of all logits so far, ``[H_q, q]`` float32."""
         return (self._peak + self._total.log()).reshape(self._shape)
 
-    def result(self) -> torch.Tensor:
-        """Attention output ``[q, H_q, d]`` float32."""
+    def result(self, sinks: torch.Tensor | None = None) -> torch.Tensor:
+        """Attention output ``[q, H_q, d]`` float32.
+
+        ``sinks`` ``[H_q]`` are logits that take a share of the attention and add nothing, as in gpt-oss.
+        """
         if self._output is None:
             raise ValueError("no tile was added")
-        return (self._output / self._total).reshape(*self._shape, -1).transpose(0, 1)
+        total = self._total
+        if sinks is not None:
+            logits = sinks.float()[:, None].expand(self._shape).reshape(self._peak.shape)
+            total = total + (logits - self._peak).exp()
+        return (self._output / total).reshape(*self._shape, -1).transpose(0, 1)

@@ -187,9 +187,7 @@ class KVSwapCache(LayerMajorCache):
         if self._prefill is None:
             return self._decode.attention(order, query, attend)
         if self._prefill.appending:
-            if given.special:
-                raise UnsupportedError("appending with softcap or attention sinks", hint="start with the whole prompt")
-            return self._prefill.attend(order, query, given.mask)
+            return self._prefill.attend(order, query, softcap=given.softcap, sinks=given.sinks)
         return attend(given.keys, given.values, given.mask)
 
     def adopt(self, source: FullCache) -> None:

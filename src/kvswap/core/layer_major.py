@@ -52,6 +52,17 @@ class AttentionInput:
         """Whether attention is more than softmax(QK)V here, so that only the model's own function can do it."""
         return any(self.arguments.get(name) is not None for name in ("softcap", "s_aux", "position_bias"))
 
+    @property
+    def softcap(self) -> float:
+        """What logits are held within (Gemma 2); 0: nothing."""
+        return float(self.arguments.get("softcap") or 0.0)
+
+    @property
+    def sinks(self) -> torch.Tensor | None:
+        """Logits ``[H_q]`` that take a share of the attention and add nothing (gpt-oss)."""
+        sinks: torch.Tensor | None = self.arguments.get("s_aux")
+        return sinks
+
     def stock_output(self) -> torch.Tensor:
         """What the model's own function gives, ``[B, q, H_q, d]``."""
         module, mask = self.part.attention, self.mask

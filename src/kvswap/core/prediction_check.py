@@ -132,6 +132,8 @@ class _Trial(LayerMajorCache):
             self._refuse(part, f"has keys {tuple(keys.shape[1::2])} and values {tuple(values.shape[1::2])}")
         if given.mask is not None:
             self._refuse(part, "makes a mask of its own")
+        if given.arguments.get("position_bias") is not None:
+            self._refuse(part, "adds a bias by position to its attention")
         scaling = given.arguments.get("scaling") or self.parts.scaling
         if scaling != self.parts.scaling:
             self._refuse(part, f"scales by {scaling} instead of {self.parts.scaling}")

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kvswap.core.attention import TiledAttention, chunk_attention
+from kvswap.core.attention import TiledAttention
 from kvswap.core.batch_state import BatchState, not_finite
 from kvswap.core.stored import StoredGroups, stored_tiles
 from kvswap.errors import StorageError
@@ -111,12 +111,14 @@ class Prefill:
         self._filled = stop
         return self._kv[0, :, :, :stop], self._kv[1, :, :, :stop]
 
-    def attend(self, layer: int, query: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-        """Exact attention of a chunk: ``[B, H_q, q, d]`` to ``[B, q, H_q, d]``."""
-        keys, values = self._kv[0, :, :, : self._filled], self._kv[1, :, :, : self._filled]
-        if not self.appending:
-            return chunk_attention(query, keys, values, mask, self.state.shape.scaling)
-        output = torch.stack([self._attend_stored(layer, b, query[b]) for b in range(len(query))])
+    def attend(
+        self, layer: int, query: torch.Tensor, *, softcap: float = 0.0, sinks: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Exact attention of a chunk that is appended: ``[B, H_q, q, d]`` to ``[B, q, H_q, d]``.
+
+        ``softcap`` and ``sinks`` are those of ``TiledAttention``.
+        """
+        output = torch.stack([self._attend_stored(layer, b, query[b], softcap, sinks) for b in range(len(query))])
         if not math.isfinite(float(output.sum())):
             raise not_finite(layer, "keys, values or queries are not finite, so nothing can be appended")
         return output.to(query.dtype)
@@ -153,11 +155,15 @@ class Prefill:
             self._begun.popitem()[1].close()
         self._memory.close()
 
-    def _attend_stored(self, layer: int, sequence: int, query: torch.Tensor) -> torch.Tensor:
+    def _attend_stored(
+        self, layer: int, sequence: int, query: torch.Tensor, softcap: float, sinks: torch.Tensor | None
+    ) -> torch.Tensor:
         state, reader = self.state, self._begin(layer, sequence)
-        attention = TiledAttention(query, state.shape.kv_heads, state.shape.scaling)
-        packed = self._kv.shape[3] <= FEW_QUERIES and loops.attends_here(
-            state.pool.dtypes[layer], state.window.group_tokens, state.shape.device
+        attention = TiledAttention(query, state.shape.kv_heads, state.shape.scaling, softcap)
+        packed = (
+            not softcap
+            and self._kv.shape[3] <= FEW_QUERIES
+            and loops.attends_here(state.pool.dtypes[layer], state.window.group_tokens, state.shape.device)
         )
         while packed and (slots := reader.next_slots()) is not None:
             self._begin_next(layer, sequence, reader)
@@ -172,7 +178,7 @@ class Prefill:
         for start in range(0, stop, STREAM_TILE_TOKENS):
             cut = slice(start, min(start + STREAM_TILE_TOKENS, stop))
             attention.add(self._kv[0, sequence, :, cut], self._kv[1, sequence, :, cut], causal[:, cut])
-        return attention.result()
+        return attention.result(sinks)
 
     def _begin(self, layer: int, sequence: int) -> StoredGroups:
         """What is stored of a layer and sequence; its first reads are on their way."""

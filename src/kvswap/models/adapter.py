@@ -228,11 +228,16 @@ def _rotary(
 def _check_rope(name: str, decoder: Any) -> None:
     """Refuse RoPE whose frequencies depend on what was asked before: stored keys would not fit later queries."""
     found = getattr(getattr(decoder, "rotary_emb", None), "rope_type", None)
-    if "dynamic" in (found.values() if isinstance(found, dict) else [found]):
+    changing = {"dynamic": "dynamic NTK", "longrope": "longrope"}
+    if kind := next((changing[each] for each in _each(found) if each in changing), None):
         raise ModelError(
-            f"{name}: dynamic NTK scaling of RoPE changes with the length of the context, and stored keys do not",
+            f"{name}: {kind} scaling of RoPE changes with the length of the context, and stored keys do not",
             hint='use another rope_type in config.json, such as "yarn" or "linear"',
         )
+
+
+def _each(kinds: Any) -> list[Any]:
+    return list(kinds.values()) if isinstance(kinds, dict) else [kinds]
 
 
 def _rope_width(decoder: Any, layer_type: str, head_dim: int) -> int:

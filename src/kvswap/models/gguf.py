@@ -178,9 +178,9 @@ def _convert(file: Path, folder: Path, notice: Callable[[str], None]) -> Path:
 
 def _write(file: Path, folder: Path) -> None:
     try:
-        config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
+        config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False)
         _add_rope_scaling(config, file)
-        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False)
         model, info = AutoModelForCausalLM.from_pretrained(
             file.parent, gguf_file=file.name, config=config, dtype=torch.float32, output_loading_info=True
         )
