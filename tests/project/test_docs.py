@@ -196,7 +196,11 @@ def test_every_page_is_in_the_navigation() -> None:
 
 
 def test_pictures_need_nothing_from_elsewhere() -> None:
-    pages = {"decode-step.svg": "how-it-works.md", "peers-smollm2.svg": "benchmarks.md"}
+    pages = {
+        "decode-step.svg": "how-it-works.md",
+        "peers-qwen05.svg": "benchmarks.md",
+        "peers-smollm2.svg": "benchmarks.md",
+    }
     names_of_formats = {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}
     pictures = sorted((DOCS / "images").glob("*.svg"))
     assert [picture.name for picture in pictures] == sorted(pages)
