@@ -7,6 +7,7 @@ import time
 import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +19,8 @@ from kvswap.config import Config
 from kvswap.core.attach import attach
 from kvswap.errors import ModelError
 from kvswap.lab.rivals.registry import find
+from kvswap.models.loading import load_model
+from kvswap.native.library import available
 from tests.helpers.families import (
     FAMILIES,
     OTHER_FAMILIES,
@@ -27,6 +30,7 @@ from tests.helpers.families import (
     tiny_model,
     tokens,
 )
+from tests.helpers.packed import write_model
 
 
 def attached_logits(model: Any, config: Config, ids: torch.Tensor, forced: torch.Tensor) -> torch.Tensor:
@@ -245,3 +249,14 @@ def test_a_wrapper_that_looks_into_its_masks_is_refused_at_attach(select_all: Co
     with pytest.raises(ModelError, match=r"cannot run under kvswap: .*Mask"), attach(model, select_all):
         pass
     assert "forward" not in model.get_decoder().layers[0].__dict__
+
+
+@pytest.mark.skipif(not available(), reason="nothing was compiled here")
+def test_a_model_that_is_mapped_from_a_file_is_checked_once(
+    tmp_path: Path, select_all: Config, checks: list[int]
+) -> None:
+    loaded = load_model(str(write_model(tmp_path / "tiny.gguf", tiny_model("llama", vocab_size=300))))
+    for _ in range(2):
+        with attach(loaded.model, select_all):
+            pass
+    assert len(checks) == 1

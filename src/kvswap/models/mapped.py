@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from kvswap.weights.gguf_file import MappedFiles
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)  # without slots, so that ``core/model_state.py`` can tell that it is still the same
 class _Watch:
     """The hook of a decoder."""
 

@@ -61,17 +61,18 @@ class PackedLinear(nn.Module):
         self.in_features, self.out_features, self.kind = in_features, len(weight), kind
         self.weight = weight
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
-        self._matrix: Matrix | None = None
+        self._matrix = self._described() if weight_loops.multiplies(kind) else None
         self._exact, self._unpacked = False, cast(torch.Tensor | None, None)
 
     @property
     def matrix(self) -> Matrix:
         """Where the weights lie, for compiled code."""
         if self._matrix is None or self._matrix.data != self.weight.data_ptr():
-            self._matrix = weight_loops.matrix_of(
-                self.weight, self.kind, self.in_features, self.paired_rows, fine=self.fine
-            )
+            self._matrix = self._described()
         return self._matrix
+
+    def _described(self) -> Matrix:
+        return weight_loops.matrix_of(self.weight, self.kind, self.in_features, self.paired_rows, fine=self.fine)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``[..., in_features]`` to ``[..., out_features]``, in the dtype of ``x``."""
