@@ -176,7 +176,10 @@ def test_threads_and_finalizers_show_no_traceback(home, monkeypatch, capfd) -> N
 
 def shell(script: str) -> subprocess.CompletedProcess[bytes]:
     words = f"{sys.executable} -W error -m kvswap"
-    return subprocess.run(["bash", "-c", script.replace("KVSWAP", words)], capture_output=True, check=False, timeout=60)
+    buffered = {**os.environ, "PYTHONUNBUFFERED": ""}  # as users have it: what is not written yet fails at the end
+    return subprocess.run(
+        ["bash", "-c", script.replace("KVSWAP", words)], capture_output=True, check=False, timeout=60, env=buffered
+    )
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")

@@ -95,4 +95,4 @@ def test_after_many_kills_the_last_commit_is_there(server, home, tmp_path, refer
 
 @pytest.mark.slow
 def test_after_many_kills_the_last_commit_of_an_encrypted_session_is_there(server, home, tmp_path, reference) -> None:
-    run_trials(server, home, tmp_path, reference, 100, encrypt=lambda number: True)
+    run_trials(server, home, tmp_path, reference, 300, encrypt=lambda number: True)

@@ -20,7 +20,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 import click
 
@@ -145,10 +145,11 @@ def main() -> NoReturn:
 
     install(_show_error, sys.argv[1:])
     code = run_command(sys.argv[1:])
-    try:
-        sys.stdout.flush()
-    except OSError:
-        code = max(code, _fail_to_write())
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            code = max(code, _let_go(stream))
     sys.exit(code)
 
 
@@ -157,7 +158,7 @@ def run_command(arguments: list[str]) -> int:
     try:
         return _run(arguments)
     except BrokenPipeError:  # whoever read stdout has ended
-        return _fail_to_write()
+        return _let_go(sys.stdout)
     except Exception as error:  # noqa: BLE001 - whatever it is, the user gets a line that says what to do
         return _fail(_unexpected(error, arguments), 1)
 
@@ -206,10 +207,10 @@ def _show_error(message: str) -> None:
         click.echo(f"error: {printable(' '.join(message.split()))}", err=True)
 
 
-def _fail_to_write() -> int:
-    """Leave what stdout still holds, because nobody can take it: Python would try again at its end, and complain."""
+def _let_go(stream: TextIO) -> int:
+    """Leave what a stream still holds, because nobody can take it: Python would try again at its end, and complain."""
     with contextlib.suppress(OSError, ValueError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     return 1
 
 
