@@ -222,3 +222,18 @@ def test_view_of_a_slab_is_numpy() -> None:
     assert slab.array.dtype == np.uint8
     assert slab.array.ctypes.data == slab.address
     slab.close()
+
+
+@pytest.mark.skipif(not hasattr(os, "O_TMPFILE"), reason="a system without files that never had a name")
+def test_a_nameless_file_never_had_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or a kill between its creation and its removal leaves it behind."""
+    try:
+        os.close(os.open(tmp_path, os.O_RDWR | os.O_TMPFILE))
+    except OSError:
+        pytest.skip("a file system without files that never had a name")
+    monkeypatch.setattr(os, "unlink", lambda *_: pytest.fail("it had a name"))
+    fd = open_unlinked(tmp_path, 4096, direct=False)
+    try:
+        assert os.fstat(fd).st_size == 4096 and os.fstat(fd).st_nlink == 0 and os.listdir(tmp_path) == []
+    finally:
+        os.close(fd)

@@ -31,6 +31,8 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _UNSUPPORTED = (errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOLCK, errno.EINVAL)
 _DENIED = (errno.EPERM, errno.EACCES, errno.EROFS)
 # glibc falls back to writing a byte per block, which a direct descriptor answers with EINVAL.
+_NO_NAMELESS = (errno.EISDIR, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOENT, errno.ENOSYS)
+"""Errors of systems and file systems without files that never had a name, and some that the other way says better."""
 _NO_FALLOCATE = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
 _MOUNTINFO = Path("/proc/self/mountinfo")
 
@@ -210,6 +212,12 @@ def _reserve(fd: int, old_bytes: int, size_bytes: int) -> None:
 
 
 def _create_unlinked(folder: Path, flags: int) -> int:
+    if hasattr(os, "O_TMPFILE"):  # never has a name, which a kill could leave behind
+        try:
+            return os.open(folder, flags | os.O_TMPFILE | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            if error.errno not in _NO_NAMELESS:
+                raise
     name = folder / f".kv-{secrets.token_hex(12)}"
     try:
         fd = os.open(name, flags | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
