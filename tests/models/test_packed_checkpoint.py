@@ -248,7 +248,8 @@ def test_long_packing_reports_progress(folder, monkeypatch):
 
 def test_kinds_of_weights_are_told_apart(tmp_path):
     for hidden in (64, 48):  # with 48, attention has the same numbers in all three
-        name = save(tmp_path / str(hidden), tiny_model("llama", vocab_size=259, hidden_size=hidden))
+        sizes = {"hidden_size": hidden, "head_dim": hidden // 4}
+        name = save(tmp_path / str(hidden), tiny_model("llama", vocab_size=259, **sizes))
         parts = [inspect(load_model(name, weights=weights).model) for weights in ("auto", "q8", "q4")]
         assert len({attention_fingerprint(each) for each in parts}) == 3
         assert len({weights_hash(each) for each in parts}) == 3
