@@ -11,7 +11,7 @@ from kvswap.config import Config
 from kvswap.core.attach import attach, attach_each
 from kvswap.errors import UnsupportedError
 from kvswap.lab.rivals.registry import find, with_methods
-from tests.helpers.families import forced_logits, given, tiny_model, tokens
+from tests.helpers.families import FAMILIES, forced_logits, given, other_model, tiny_model, tokens
 
 PROMPT = 700
 
@@ -21,9 +21,10 @@ def step(model, cache, token):
         return model(input_ids=token[:, None], use_cache=True, **given(model, cache)).logits[0, -1]
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3"])
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gemma 2 (softcap)"])
 def test_kl_of_the_first_step_is_that_of_full_attention(family, tmp_path):
-    model, ids, token = tiny_model(family), tokens(1, PROMPT), tokens(1, 1, seed=1)[:, 0]
+    model = tiny_model(family) if family in FAMILIES else other_model(family)
+    ids, token = tokens(1, PROMPT), tokens(1, 1, seed=1)[:, 0]
     config = Config(kv_dir=str(tmp_path), select_tokens=60, recent_tokens=16, store_dtype="float32")
     with attach_each(model, with_methods([("full", config), ("kvswap", config)])) as (full, ours):
         forced_logits(model, ids, ids[:, :0], full)
@@ -38,11 +39,14 @@ def test_kl_of_the_first_step_is_that_of_full_attention(family, tmp_path):
     assert meter.stats.checks == 1 and meter.stats.mass_kept == meter.stats.mass_kept_least == kept
 
 
-def test_everything_selected_is_everything_kept(tmp_path):
-    model, ids, token = tiny_model("qwen3"), tokens(1, PROMPT), tokens(1, 1, seed=1)[:, 0]
+@pytest.mark.parametrize("family", ["qwen3", "gemma 2 (softcap)", "gpt-oss (sinks)"])
+def test_everything_selected_is_everything_kept(family, tmp_path):
+    model = tiny_model(family) if family in FAMILIES else other_model(family)
+    ids, token = tokens(1, PROMPT), tokens(1, 1, seed=1)[:, 0]
     with attach(model, Config(kv_dir=str(tmp_path), select_tokens=2000, store_dtype="float32")) as cache:
         forced_logits(model, ids, ids[:, :0], cache)
         meter = QualityMeter(model, cache)
+        meter.remember()
         kept, kl = meter.check(int(token[0]), step(model, cache, token))
     assert kept == pytest.approx(1, abs=1e-5) and kl == pytest.approx(0, abs=1e-6)
 

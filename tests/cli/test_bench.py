@@ -88,8 +88,9 @@ def test_results_are_of_one_kind_of_weights(base, tmp_path, capfd):
     file.write_text(json.dumps(content))
     assert run_command([*base, "--methods", "window"]) == 0
     assert run_command(words) == 2
-    assert run_command([*base, "--peers", "llama.cpp", "--weights", "q8"]) == 2
-    assert "--peers with --weights" in capfd.readouterr().err
+    for option in (["--weights", "q8"], ["--no-mmap"], ["--dtype", "bfloat16"]):
+        assert run_command([*base, "--peers", "llama.cpp", *option]) == 2
+        assert "--peers with --dtype, --weights or --no-mmap" in capfd.readouterr().err
 
 
 def test_interrupted_and_continued(base, tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ import torch
 
 from kvswap.core import compiled_layers
 from kvswap.core.attach import attach
+from kvswap.core.compiled_run import CompiledRun
 from kvswap.errors import DamagedError, DiskError, ModelError, UnsupportedError
 from kvswap.native import step_loops
 from tests.core.test_compiled_step import COMPILED, config, model_of
@@ -22,8 +23,7 @@ MEMORY = {"everything in memory": "32MiB", "most groups on disk": "1200KiB"}
 
 def at_once(cache) -> bool:
     """Whether the last step went through all layers in one call."""
-    whole = getattr(cache.decode, "_whole", None)
-    return whole is not None and whole.groups(0) is not None
+    return isinstance(cache.decode, CompiledRun) and cache.decode.at_once
 
 
 def steps(model, settings, batch=1, ids=None, forced=None):
@@ -93,11 +93,15 @@ def test_padded_batches_and_short_contexts_go_at_once_too(tmp_path, cache_home, 
     assert torch.equal(*found)
 
 
-def test_a_model_that_changes_hidden_states_between_layers_goes_layer_by_layer(tmp_path, cache_home):
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_model_that_changes_hidden_states_between_layers_goes_layer_by_layer(in_place, tmp_path, cache_home):
     model = tiny_model("llama")
     kind = type(model.model.layers[0])
-    moves = {"__call__": lambda self, hidden, **kwargs: kind.__call__(self, hidden + 0.01, **kwargs)}
-    model.model.layers[1].__class__ = type("Moves", (kind,), moves)
+
+    def moves(self, hidden, **kwargs):
+        return kind.__call__(self, hidden.add_(0.01) if in_place else hidden + 0.01, **kwargs)
+
+    model.model.layers[1].__class__ = type("Moves", (kind,), {"__call__": moves})
     plain, _, _, _ = steps(model, config(tmp_path, compiled_step="off"))
     compiled, _, whole, _ = steps(model, config(tmp_path))
     assert not whole
@@ -142,12 +146,18 @@ def test_hidden_states_of_all_layers_are_those_of_modules(tmp_path, cache_home):
     torch.testing.assert_close(*found, rtol=0, atol=1e-5)
 
 
-def test_another_tensor_than_was_given_on_is_an_error(tmp_path, cache_home):
+@pytest.mark.parametrize("change", [lambda hidden: hidden + 0.01, lambda hidden: hidden.add_(0.01)])
+def test_hidden_states_that_change_after_all_are_an_error(change, tmp_path, cache_home):
+    """What was tried at attach is looked at in every step, since all layers have been computed by then."""
     model = tiny_model("llama")
+    kind = type(model.model.layers[0])
     with attach(model, config(tmp_path), tokenizer=Letters()) as cache:
         forced_logits(model, tokens(1, 500), tokens(1, 2), cache)
+        assert at_once(cache)
+        moves = {"__call__": lambda self, hidden, **kwargs: kind.__call__(self, change(hidden), **kwargs)}
+        model.model.layers[1].__class__ = type("Moves", (kind,), moves)
         with pytest.raises(ModelError, match="changed between layers"):
-            cache.decode._whole.passed(torch.zeros(1, 1, 64))
+            forced_logits(model, tokens(1, 1), tokens(1, 1), cache)
 
 
 def test_a_failed_read_is_an_error_and_the_cache_says_so_afterwards(tmp_path, cache_home, monkeypatch):
@@ -165,6 +175,32 @@ def test_a_failed_read_is_an_error_and_the_cache_says_so_afterwards(tmp_path, ca
             forced_logits(model, tokens(1, 4, seed=5)[:, :1], tokens(1, 8, seed=4), cache)
         monkeypatch.setattr(backend, "wait", wait)
         with pytest.raises(UnsupportedError, match="broke off"):
+            forced_logits(model, tokens(1, 1), tokens(1, 1), cache)
+
+
+@pytest.mark.parametrize("change", ["slots", "ends", "tail", "offset", "hidden", "count"])
+def test_what_lies_outside_is_refused(change, tmp_path, cache_home, monkeypatch):
+    """By compiled code, or in front of it: a mistake of ours must not reach other memory."""
+    model = tiny_model("llama")
+    with attach(model, config(tmp_path), tokenizer=Letters()) as cache:
+        forced_logits(model, tokens(1, 500), tokens(1, 2), cache)
+        run = cache.decode._run
+        begin, describe = run.begin, run.describe
+
+        def wrong_begin(hidden, *given, **named):
+            for name in {"ends", "tail", "offset"} & {change}:
+                named[name] = named[name] + 10_000
+            begin(hidden[..., :-1] if change == "hidden" else hidden, *given, **named)
+
+        def wrong_describe(number, count, sketch, slots):
+            few = step_loops.Slots(slots.data, 1, slots.slot_bytes, slots.type, slots.group_tokens)
+            kept.append(few)
+            describe(number, 10_000 if change == "count" else count, sketch, few if change == "slots" else slots)
+
+        kept = []
+        monkeypatch.setattr(run, "begin", wrong_begin)
+        monkeypatch.setattr(run, "describe", wrong_describe)
+        with pytest.raises(ValueError, match=r"do not exist|hidden states|room for"):
             forced_logits(model, tokens(1, 1), tokens(1, 1), cache)
 
 

@@ -79,7 +79,7 @@ OTHER_FAMILIES: dict[str, tuple[str, dict[str, Any], str]] = {
     "cwm": ("cwm", {**_SLIDING, "bos_token_id": 1, "eos_token_id": 2}, ""),
     "ernie 4.5": ("ernie4_5", {}, ""),
     "gemma": ("gemma", {}, ""),
-    "gemma 2 (softcap)": ("gemma2", _SLIDING, ""),
+    "gemma 2 (softcap)": ("gemma2", {**_SLIDING, "attn_logit_softcapping": 0.003}, ""),
     "glm": ("glm", {}, ""),
     "glm 4": ("glm4", {}, ""),
     "glm 4 moe (partial rope)": (
@@ -161,9 +161,11 @@ def other_model(name: str) -> PreTrainedModel:
     model: PreTrainedModel = transformers.AutoModelForCausalLM.from_config(
         transformers.AutoConfig.for_model(kind, **size)
     ).eval()
-    for parameter in model.parameters():
+    for name, parameter in model.named_parameters():
         if parameter.dim() == 1:  # zero or one at birth, which hides mistakes
             parameter.data += 0.3 * torch.randn_like(parameter)
+        if name.endswith("sinks"):  # or they take next to nothing beside hundreds of tokens
+            parameter.data += 4.0
     return model
 
 

@@ -18,7 +18,12 @@ from tests.helpers.kernel_calls import NATIVE
 
 ROOT = Path(__file__).parents[2]
 LIBRARIES = ("libasan.so", "libubsan.so", "libstdc++.so")
-CHECKED = ["tests/native", "tests/core/test_compiled_step.py", "tests/laws/test_select_all.py"]
+CHECKED = [
+    "tests/native",
+    "tests/core/test_compiled_step.py",
+    "tests/core/test_compiled_run.py",
+    "tests/laws/test_select_all.py",
+]
 OPTIONS = ["-O1", "-g", "-fPIC", "-shared", "-Wno-psabi", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 WHICH = "import kvswap.native.library as found; print(found.library()._name)"
 

@@ -219,8 +219,10 @@ def _check_peers(*, dtype: str, weights: str, no_mmap: bool) -> None:
     """Raise ConfigError for options about weights: every program runs the file as it is."""
     from kvswap.errors import ConfigError
 
-    if weights != "auto" or no_mmap:
-        raise ConfigError("--peers with --weights or --no-mmap", hint="leave them out: the file runs as it is, mapped")
+    if (dtype, weights, no_mmap) != ("auto", "auto", False):
+        raise ConfigError(
+            "--peers with --dtype, --weights or --no-mmap", hint="leave them out: the file runs as it is, mapped"
+        )
 
 
 def _compare(

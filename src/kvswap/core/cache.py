@@ -24,6 +24,7 @@ from kvswap.core.batch_state import BatchState, Shape, open_state
 from kvswap.core.binding import Binding
 from kvswap.core.cache_stats import CacheStats
 from kvswap.core.compiled_layers import CompiledLayers
+from kvswap.core.compiled_run import CompiledRun
 from kvswap.core.compiled_step import CompiledDecode
 from kvswap.core.decode import Decode
 from kvswap.core.layer_major import AttentionInput, FullCache, LayerForward, LayerMajorCache, Progress, offloaded_layers
@@ -89,7 +90,7 @@ class KVSwapCache(LayerMajorCache):
         self._decode_type: type[Decode] = method.decode or Decode
         self._open_decode: Callable[[BatchState, ModelParts], Decode] = self._decode_type
         if compiled is not None and compiled.layers and self._decode_type is Decode and method.slots is None:
-            self._open_decode = partial(CompiledDecode, found=compiled)
+            self._open_decode = partial(CompiledRun if compiled.joined else CompiledDecode, found=compiled)
 
     # ---- a forward
 

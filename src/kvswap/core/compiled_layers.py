@@ -258,13 +258,15 @@ class _Proof(LayerMajorCache):
         super().__init__(parts, implementation, layers, chunk_tokens=512, on_progress=None)
         self._found = found
         self._plain = found.joined = True
-        self._before: tuple[torch.Tensor, dict[str, Any]] | None = None
+        self._before: tuple[torch.Tensor, int, dict[str, Any]] | None = None
 
     def run_layer(self, part: LayerParts, forward: LayerForward, hidden: torch.Tensor, kwargs: dict[str, Any]) -> Any:
         """Run one layer in both ways, and go on with the result of its modules."""
         layer = self._found.layers.get(part.index)
-        if self._before is not None and not (hidden is self._before[0] and _same(kwargs, self._before[1])):
-            self._found.joined = False
+        if self._before is not None:
+            output, version, arguments = self._before
+            same = hidden is output and hidden._version == version and _same(kwargs, arguments)
+            self._found.joined = self._found.joined and same
         if layer is not None:
             self._plain = True
             expected = forward(hidden, **{**kwargs, "attention_mask": None})
@@ -277,7 +279,7 @@ class _Proof(LayerMajorCache):
             kwargs["kvswap_call"].attended = True  # by nobody: it is not looked at
         if part.index == len(self.parts.layers) - 1:
             raise Through
-        self._before = hidden, kwargs
+        self._before = hidden, hidden._version, kwargs
         return hidden
 
     def attention(self, given: AttentionInput) -> torch.Tensor:

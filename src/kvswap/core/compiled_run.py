@@ -2,70 +2,97 @@
 
 The call of the first layer computes all layers (``native/run.c``), and the model passes its result through the others.
 Python is only needed where groups have to be read: it starts the reads of the next layer and waits for those of this
-one, with the same functions as a single layer's path in ``core/compiled_step.py``, which makes one. One thread.
+one, as ``CompiledDecode`` does for a single layer. Used by the cache, in the thread that runs the model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from kvswap.core.batch_state import not_finite
-from kvswap.core.decode import real_entries
+from kvswap.core.batch_state import BatchState, not_finite
+from kvswap.core.compiled_layers import CompiledLayers
+from kvswap.core.compiled_step import CompiledDecode
+from kvswap.core.decode import Fetch, real_entries
 from kvswap.errors import ModelError
-from kvswap.memory.lookup import Found
-from kvswap.models.adapter import ModelParts
-from kvswap.native import array_loops
+from kvswap.models.adapter import LayerParts, ModelParts
 from kvswap.native.arrays import BoolArray, IntArray
 from kvswap.native.run_loops import NOT_FINITE, READS, Run
 from kvswap.native.step_loops import Layer
 from kvswap.selection.window import Step
 
-if TYPE_CHECKING:
-    from kvswap.core.compiled_step import CompiledDecode
 
+class CompiledRun(CompiledDecode):
+    """Decode steps through all layers at once. ``found`` are ``joined``.
 
-class CompiledRun:
-    """The steps of one ``CompiledDecode`` through all layers at once."""
+    A step goes layer by layer where a layer cannot be chosen for in compiled calls, where a module was replaced, and
+    where somebody has put another forward before that of kvswap.
+    """
 
-    def __init__(self, decode: CompiledDecode, parts: ModelParts, layers: dict[int, Layer]) -> None:
-        state, window = decode.state, decode.state.window
-        self._decode, self._type = decode, type(parts.model).__name__
+    def __init__(self, state: BatchState, parts: ModelParts, found: CompiledLayers) -> None:
+        super().__init__(state, parts, found)
+        self._type = type(parts.model).__name__
         self._modules = [part.module.__dict__ for part in parts.layers]
         self._forwards = self._found_forwards()
-        self._orders = range(len(layers))
         self._run = Run(
-            list(layers.values()),
-            decode.first_pinned,
-            decode.scratch,
+            list(found.layers.values()),
+            self.first_pinned,
+            self.scratch,
             most=max(state.select_groups),
-            sinks=window.sink_groups,
-            ring=window.ring_groups,
+            sinks=state.window.sink_groups,
+            ring=state.window.ring_groups,
         )
-        self._output: torch.Tensor | None = None
-        self._step: Step | None = None
+        self._passed: tuple[torch.Tensor, int, Step] | None = None  # the output, its version, and the step it is of
+
+    @property
+    def at_once(self) -> bool:
+        """Whether the latest step went through all layers in one call."""
+        return self._passed is not None
 
     def begin_step(self) -> None:
-        """Forget the last step's output."""
-        self._output = None
+        """Start a step; see the base class."""
+        super().begin_step()
+        self._passed = None
 
-    def run(self, hidden: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor | None:
-        """The output ``[B, 1, E]`` of all layers for the first one's input, or None where they have to go one by one.
+    def run(self, part: LayerParts, layer: Layer, hidden: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
+        """The output ``[B, 1, E]`` of ``part``: of the first layer that of the last one, which the others pass on."""
+        if part.index == 0 and self._found_forwards() == self._forwards and self._describe():
+            return self._go_through(hidden.contiguous().clone(), kwargs["position_embeddings"])
+        if self._passed is None:
+            return super().run(part, layer, hidden, kwargs)
+        output, version, _ = self._passed
+        if hidden is not output or hidden._version != version:  # tried at attach; the layers after it are computed now
+            raise ModelError(
+                f"{self._type}: hidden states are changed between layers", hint="set compiled_step to off for that"
+            )
+        return hidden
 
-        Raises DamagedError, DiskError.
-        """
-        decode, step = self._decode, self._decode.step
+    def chosen(self, order: int) -> tuple[IntArray, BoolArray | None]:
+        """What a layer chose in its last step; see the base class."""
+        if self._passed is None:
+            return super().chosen(order)
+        groups = self._run.groups_of(order)
+        return groups, real_entries(groups, self._passed[2])
+
+    def _describe(self) -> bool:
+        """Say how each layer chooses in this step. False where one of them cannot be chosen for in compiled calls."""
+        for order in range(self.state.shape.layers):
+            choice = self.choice(order)
+            if choice is None:
+                return False
+            self._run.describe(order, choice.count, choice.codes, self.slots_of(order))
+        return True
+
+    def _go_through(self, output: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        """All layers, from their input to their output in ``output``. Raises DamagedError, DiskError."""
+        state, step, run, pool, trace = self.state, self.step, self._run, self.state.pool, self.state.trace
         assert step is not None
-        if self._found_forwards() != self._forwards or not self._describe(step):
-            return None
-        state, run, pool, output = decode.state, self._run, decode.state.pool, hidden.clone()
-        decode.use_rope(rope)
+        self.use_rope(rope)
         run.begin(
             output,
-            decode.found_in(),
-            decode.pinned(step),
+            self.found_in(),
+            self.pinned(step),
             group_tokens=state.window.group_tokens,
             first=state.window.sink_groups,
             ends=step.ends,
@@ -74,77 +101,32 @@ class CompiledRun:
             staging_slots=(pool.staging_slot(0), pool.staging_slot(1)),
             staging_addresses=(pool.staging_address(0), pool.staging_address(1)),
         )
-        self._go_through(step)
-        self._output, self._step = output, step
-        return output
-
-    def passed(self, hidden: torch.Tensor) -> torch.Tensor | None:
-        """What a later layer gives: its input, where the first layer computed them all, else None."""
-        if self._output is None:
-            return None
-        if hidden is not self._output:  # tried at attach; here it is too late, the next layers have been computed
-            raise ModelError(
-                f"{self._type}: hidden states are changed between layers", hint="set compiled_step to off for that"
-            )
-        return hidden
-
-    def groups(self, order: int) -> tuple[IntArray, BoolArray | None] | None:
-        """What layer ``order`` chose in the last step; None where that went layer by layer."""
-        if self._output is None or self._step is None:
-            return None
-        batch = self._run.batch
-        groups = self._run.groups[order, : batch * self._run.layers[order].count].reshape(batch, -1)
-        return groups, real_entries(groups, self._step)
-
-    def _describe(self, step: Step) -> bool:
-        """Say how the layers choose in this step. False where one of them cannot be chosen for in compiled calls."""
-        decode, select = self._decode, self._decode.state.select_groups
-        for order in self._orders:
-            codes = None
-            if step.most_candidates > select[order] > 0:
-                codes = decode.codes(order)
-                if codes is None:
-                    return False
-            self._run.describe(order, min(select[order], step.most_candidates), codes, decode.slots_of(order))
-        return True
-
-    def _go_through(self, step: Step) -> None:
-        decode, run, trace = self._decode, self._run, self._decode.state.trace
-        started, keep = 0, _nothing
+        started, arrived = 0, None
         while (done := run.go_on()) == READS:
             trace.lap()
-            keep()
-            for number in range(max(started, run.at), min(run.at + 2, len(self._orders))):
+            self._keep_arrived(arrived)
+            for number in range(max(started, run.at), min(run.at + 2, state.shape.layers)):
                 if run.reads(number):
-                    groups, out = run.found(number)
-                    found = Found(*array_loops.found(out, run.reads(number), run.batch, groups.shape[1]))
-                    decode.start(number, number % 2, found, groups, real_entries(groups, step))
+                    self.start_planned(number, number % 2, run.layers[number].count, run.reads(number), run.out(number))
                 started = number + 1
-            keep = self._arrive(run.at) if run.reads(run.at) else _nothing
+            arrived = (run.at, self.arrive(run.at)) if run.reads(run.at) else None
+            trace.lap("slots_s")
         if done == NOT_FINITE:
             raise not_finite(run.chosen, "keys or the query are not finite, so no group can be chosen")
         trace.lap()
-        keep()
+        self._keep_arrived(arrived)
         trace.selected_groups += run.selected
         trace.reused_groups += run.selected
-        predict_s, slots_s = run.times_s
-        trace.predict_s += predict_s
-        trace.slots_s += slots_s
+        trace.predict_s += run.predict_s
+        trace.slots_s += run.slots_s
+        self._passed = output, output._version, step
+        return output
 
-    def _arrive(self, order: int) -> Callable[[], None]:
-        """Wait for the reads of a layer. What is returned keeps its groups, once it has attended to them."""
-        fetch = self._decode.arrive(order)
-        self._decode.state.trace.lap("slots_s")
-
-        def keep() -> None:
-            self._decode.keep(order, fetch)
-
-        return keep
+    def _keep_arrived(self, arrived: tuple[int, Fetch] | None) -> None:
+        """Keep what a layer has read, now that it has attended to it. The lap ends."""
+        if arrived is not None:
+            self.keep(*arrived)
 
     def _found_forwards(self) -> list[Any]:
         """The layers' forwards. They are those of ``model_patch``, unless somebody has put another one before it."""
         return [each.get("forward") for each in self._modules]
-
-
-def _nothing() -> None:
-    """Keep nothing."""

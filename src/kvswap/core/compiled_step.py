@@ -3,32 +3,39 @@
 ``CompiledDecode`` is ``Decode`` with two differences. The groups of a layer that can be compiled
 (``core/compiled_layers.py``) are chosen and looked up in one call. And such a layer runs in two: ``begin`` computes
 query, key and value, and ``finish`` attends to groups where they lie in slots and computes the rest of the layer.
-Python between the calls starts the reads and handles errors. Where all layers of a model are like that, one call goes
-through all of them (``core/compiled_run.py``). Other layers go through their modules, as in ``Decode``, which is the
-specification. Used by the cache, in the thread that runs the model.
+Python between the calls starts the reads and handles errors. Other layers go through their modules, as in ``Decode``,
+which is the specification. Used by the cache, in the thread that runs the model.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from kvswap.core.batch_state import BatchState, not_finite
 from kvswap.core.compiled_layers import CompiledLayers
-from kvswap.core.compiled_run import CompiledRun
 from kvswap.core.decode import Decode, real_entries
 from kvswap.core.query_prediction import QueryPredictor
 from kvswap.memory.lookup import Found
 from kvswap.models.adapter import LayerParts, ModelParts
 from kvswap.native import array_loops
-from kvswap.native.arrays import BoolArray, IntArray
+from kvswap.native.arrays import IntArray
 from kvswap.native.step_loops import TYPES, Layer, Pinned, Pool, Scratch, Sketch, Slots
 from kvswap.selection.kvswap import score
 from kvswap.selection.transform_sketch import TransformSketch
 from kvswap.selection.window import Step
 
 Rope = tuple[torch.Tensor, torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """``count`` groups are chosen by ``codes``; without codes these are all that may be chosen."""
+
+    count: int
+    codes: Sketch | None
 
 
 class CompiledDecode(Decode):
@@ -44,25 +51,18 @@ class CompiledDecode(Decode):
         self._found_in: Pool | None = None
         self._pinned_of: tuple[Step, Pinned] | None = None
         self._ropes: dict[int, tuple[Rope, Rope]] = {}
-        self._whole = CompiledRun(self, parts, found.layers) if found.joined and self._own_choice else None
 
     def begin_step(self) -> None:
         """Start a step. Where a module was replaced since the last one, this and all later steps go through modules."""
         super().begin_step()
         self._ropes.clear()
         self._slots.clear()
-        if self._whole is not None:
-            self._whole.begin_step()
         if not self._found.unchanged():
-            self._layers, self._whole = {}, None
+            self._layers = {}
 
     def layer(self, part: LayerParts) -> Layer | None:
         """The compiled layer, or None where ``part`` goes through its modules."""
         return self._layers.get(part.index)
-
-    def chosen(self, order: int) -> tuple[IntArray, BoolArray | None]:
-        """What a layer chose in its last step; see the base class."""
-        return (self._whole and self._whole.groups(order)) or super().chosen(order)
 
     def predict(self, layer: Layer, hidden: torch.Tensor, rope: Rope) -> torch.Tensor:
         """The query ``[B, H_q, d]`` that ``layer`` is predicted to have from ``hidden`` ``[B, 1, E]``."""
@@ -73,9 +73,8 @@ class CompiledDecode(Decode):
         """Start the reads for ``target``; see the base class. One call plans them, where the choice is kvswap's own."""
         layer, order, step, state = self._layers.get(target.index), target.order, self.step, self.state
         assert order is not None and step is not None
-        chooses, count = self.needs_query(order), min(state.select_groups[order], step.most_candidates)
-        codes = self.codes(order) if chooses else None
-        if layer is None or count == 0 or not self._own_choice or (chooses and codes is None):
+        choice = None if layer is None else self.choice(order)
+        if layer is None or choice is None or choice.count == 0:
             super().fetch_for(target, part, hidden, kwargs)
             return
         state.trace.lap()
@@ -84,35 +83,34 @@ class CompiledDecode(Decode):
         fetched = self.scratch.fetch(
             layer,
             hidden.contiguous(),
-            codes,
+            choice.codes,
             self.found_in(),
             order=order,
             group_tokens=state.window.group_tokens,
             first=state.window.sink_groups,
             ends=step.ends,
-            count=count,
+            count=choice.count,
             staging_slot=state.pool.staging_slot(half),
             staging_address=state.pool.staging_address(half),
         )
         state.trace.lap("predict_s")
         if fetched is None:
             raise not_finite(order, "keys or the query are not finite, so no group can be chosen")
-        (reads, out), size = fetched, state.batch * count
-        groups = out[:size].reshape(state.batch, count)
-        found = Found(*array_loops.found(out[size:], reads, state.batch, count))
+        self.start_planned(order, half, choice.count, *fetched)
+
+    def start_planned(self, order: int, half: int, count: int, reads: int, out: IntArray) -> None:
+        """Start the reads that ``Scratch.fetch`` planned for ``count`` groups of each sequence. A lap has begun."""
+        batch, step = self.state.batch, self.step
+        assert step is not None
+        groups = out[: batch * count].reshape(batch, count)
+        found = Found(*array_loops.found(out[batch * count :], reads, batch, count))
         self.start(order, half, found, groups, real_entries(groups, step))
 
     def run(self, part: LayerParts, layer: Layer, hidden: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
         """The output ``[B, 1, E]`` of ``part`` for the newest tokens ``hidden``; their K, V go to the rolling tail."""
         state, step, scratch, order = self.state, self.step, self.scratch, part.order
         assert step is not None and order is not None
-        hidden = hidden.contiguous()
-        if self._whole is not None:
-            rope = kwargs["position_embeddings"]
-            output = self._whole.run(hidden, rope) if part.index == 0 else self._whole.passed(hidden)
-            if output is not None:
-                return output
-        slots, first_pinned = self.slots_of(order), self.first_pinned[order]
+        hidden, slots, first_pinned = hidden.contiguous(), self.slots_of(order), self.first_pinned[order]
         self.enter(part, hidden, kwargs)
         self.use_rope(kwargs["position_embeddings"])
         scratch.begin(layer, hidden, slots, first_pinned + step.tail, step.offset)
@@ -124,10 +122,18 @@ class CompiledDecode(Decode):
         self.keep(order, fetch)
         return output
 
-    def codes(self, order: int) -> Sketch | None:
-        """What layer ``order`` is chosen for by, or None where compiled calls cannot."""
-        sketch = self.state.sketches[order]
-        return sketch.compiled(self.state.window.group_tokens) if isinstance(sketch, TransformSketch) else None
+    def choice(self, order: int) -> Choice | None:
+        """How a layer chooses in this step; None where compiled calls cannot choose for it."""
+        state, step = self.state, self.step
+        assert step is not None
+        if not self._own_choice:
+            return None
+        count = min(state.select_groups[order], step.most_candidates)
+        if not self.needs_query(order):
+            return Choice(count, None)
+        sketch = state.sketches[order]
+        codes = sketch.compiled(state.window.group_tokens) if isinstance(sketch, TransformSketch) else None
+        return None if codes is None else Choice(count, codes)
 
     def found_in(self) -> Pool:
         """The pool of slots, whose arrays are others after it grew or shrank."""

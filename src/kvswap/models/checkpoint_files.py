@@ -9,7 +9,7 @@ import hashlib
 import json
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -76,11 +76,16 @@ def checkpoint_identity(source: str, config: Any) -> str:
             status = path.stat()
             digest.update(f"{path.name} {status.st_size} {status.st_mtime_ns}".encode())
             with path.open("rb") as data:
-                for number in range(_SAMPLES):
-                    data.seek(max(0, status.st_size - _SAMPLE_BYTES) * number // (_SAMPLES - 1))
-                    digest.update(data.read(_SAMPLE_BYTES))
+                add_samples(digest, data, status.st_size)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(
             f"model {source}: its weights cannot be read: {error}", hint="the directory needs .safetensors files"
         ) from error
     return digest.hexdigest()[:16]
+
+
+def add_samples(digest: Any, data: IO[bytes], size_bytes: int) -> None:
+    """Add samples over the whole length of a file to a digest. Raises OSError."""
+    for number in range(_SAMPLES):
+        data.seek(max(0, size_bytes - _SAMPLE_BYTES) * number // (_SAMPLES - 1))
+        digest.update(data.read(_SAMPLE_BYTES))

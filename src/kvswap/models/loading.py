@@ -105,7 +105,7 @@ def load_model(
         check_architecture(file)
         check_metadata(file)
         if _stays_packed(file, dtype, weights, notice):
-            return replace(_load_file(name, file, mmap, notice), weights=weights)
+            return _load_file(name, file, weights, mmap, notice)
         if runs_as_it_is(file):
             check_shapes(file)  # transformers would make a model of whatever sizes the metadata has
     source, local = _source(name, notice)
@@ -123,17 +123,17 @@ def load_model(
 
 
 def _placed(loaded: LoadedModel, mmap: bool) -> LoadedModel:
-    """A checkpoint's model on its device, its weights copied or watched where they are mapped."""
-    loaded.model.eval().requires_grad_(False)
+    """A model on its device, ready to compute; its weights are copied, or watched where they are mapped from a file."""
+    model = loaded.model.eval().requires_grad_(False)
     if torch.cuda.is_available():
-        loaded.model.to("cuda")
+        model.to("cuda")
     elif not mmap:
-        copy_weights(loaded.model)
-        loaded.check_weights()
-        loaded = replace(loaded, file=None)
+        copy_weights(model)
     elif loaded.file is not None:
-        watch(loaded.model, loaded.file.mapped)
-    return loaded
+        watch(model, loaded.file.mapped)
+        return loaded
+    loaded.check_weights()
+    return replace(loaded, file=None)
 
 
 def _each_once(notice: Callable[[str], None]) -> Callable[[str], None]:
@@ -172,22 +172,15 @@ def _stays_packed(file: GgufFile, dtype: str, weights: str, notice: Callable[[st
     return True
 
 
-def _load_file(name: str, file: GgufFile, mmap: bool, notice: Callable[[str], None]) -> LoadedModel:
+def _load_file(name: str, file: GgufFile, weights: str, mmap: bool, notice: Callable[[str], None]) -> LoadedModel:
     """A model whose weights stay packed; on a GPU, where nothing multiplies them, they are unpacked."""
     check_that_it_fits(name, _packed_needs(file), mmap=mmap, free_bytes=available_bytes(), notice=notice)
     model, tokenizer = load_packed(file, notice)
-    model.eval().requires_grad_(False)
     if torch.cuda.is_available():
         notice(f"model {name}: its weights are unpacked to bfloat16 for the GPU")
         unpack_modules(model, torch.bfloat16)
-        model.to("cuda", torch.bfloat16)
-    elif not mmap:
-        copy_weights(model)
-    else:
-        watch(model, file.mapped)
-        return LoadedModel(model, tokenizer, name, file)
-    file.check_unchanged()
-    return LoadedModel(model, tokenizer, name)
+        model.to(torch.bfloat16)
+    return _placed(LoadedModel(model, tokenizer, name, file, weights), mmap)
 
 
 def _check_packing(name: str, file: GgufFile | None, dtype: str, weights: str) -> None:

@@ -100,8 +100,8 @@ def load_packed_checkpoint(
         _pack(name, path, plan, read, lambda: empty_model(config, lambda text: None), notice)
         file = GgufFile(path)
     fill(model, file, plan)
-    # Part of ``attention_fingerprint``: what was measured of these weights is not of others, even where attention has
-    # none of whole blocks.
+    # ``attention_fingerprint`` includes it: results of these weights do not hold for others, also where no matrix of
+    # attention could be packed.
     model.config.get_text_config().weights_packed_to = weights
     return model, file
 
@@ -121,7 +121,7 @@ def plan_packing(name: str, model: PreTrainedModel, weights: str) -> Plan:
     state, parameters = model.state_dict(), {each for each, _ in model.named_parameters(remove_duplicate=False)}
     for each in sorted(set(state) - parameters):  # buffers that the checkpoint has
         if not state[each].is_floating_point():
-            raise ModelError(f"model {name}: {each} is no number with a point, so it cannot be kept", hint=AS_IT_IS)
+            raise ModelError(f"model {name}: {each} does not hold floats, so it cannot be packed", hint=AS_IT_IS)
         plan[each] = Planned(_F32, _file_shape(tuple(state[each].shape)))
     return plan
 

@@ -52,6 +52,12 @@ class _Run(ctypes.Structure):
         ("selected", c_int64),
         *((name, c_double) for name in ("predict_s", "slots_s")),
     )
+    at: int
+    chosen: int
+    selected: int
+    predict_s: float
+    slots_s: float
+    reads: ctypes.Array[c_int64]
 
 
 class Run:
@@ -71,17 +77,17 @@ class Run:
         batch, count, compiled = scratch.batch, len(layers), threaded_library()
         self.batch, self.most, self._width = batch, most, sinks + ring
         self.layers = (RunLayer * count)()
-        self.groups: IntArray = np.zeros((count, batch * max(1, most)), np.int64)
-        self.out: IntArray = np.zeros((2, 11 * batch * most + 3), np.int64)
+        self._groups: IntArray = np.zeros((count, batch * max(1, most)), np.int64)
+        self._out: IntArray = np.zeros((2, 11 * batch * most + 3), np.int64)
         self._index = np.zeros(batch * (sinks + most + ring), np.int64)
         self._real, self._newest = np.zeros(2 * self._index.size, np.uint8), np.zeros(batch, np.int64)
         self._scratch, self._described = scratch, layers
         self._pinned = [np.ascontiguousarray(each) for each in pinned]
         for order, (each, layer, slots) in enumerate(zip(self.layers, layers, self._pinned, strict=True)):
             each.layer, each.pinned = ctypes.addressof(layer), address_of(slots, (batch,))
-            each.order, each.groups = order, self.groups[order].ctypes.data
+            each.order, each.groups = order, self._groups[order].ctypes.data
         self._run = _Run(layers=ctypes.addressof(self.layers), count=count)
-        self._run.out[:] = [each.ctypes.data for each in self.out]
+        self._run.out[:] = [each.ctypes.data for each in self._out]
         self._run.index, self._run.newest = self._index.ctypes.data, self._newest.ctypes.data
         self._run.real = self._real.ctypes.data
         self._at, self._step = ctypes.addressof(self._run), ctypes.addressof(scratch.step)
@@ -127,7 +133,7 @@ class Run:
         run.ends, run.tail, run.offset = (address_of(each, shape) for each in (ends, tail, offset))
         run.staging_slot[:], run.staging_address[:] = staging_slots, staging_addresses
         run.at = run.begun = run.chosen = run.selected = 0
-        run.reads[:] = 0, 0
+        run.reads[:] = [0, 0]
         run.predict_s = run.slots_s = 0.0
         floats = self._floats(self._at, self._step)
         if floats > self._choosing.numel():
@@ -147,33 +153,37 @@ class Run:
     @property
     def at(self) -> int:
         """The layer to go on with."""
-        at: int = self._run.at
-        return at
+        return self._run.at
 
     @property
     def chosen(self) -> int:
         """The layer that groups were chosen for last."""
-        chosen: int = self._run.chosen
-        return chosen
+        return self._run.chosen
 
     @property
     def selected(self) -> int:
         """Groups of the layers that read nothing."""
-        selected: int = self._run.selected
-        return selected
+        return self._run.selected
 
     @property
-    def times_s(self) -> tuple[float, float]:
-        """What choosing and looking up took, and putting together what is attended to."""
-        return self._run.predict_s, self._run.slots_s
+    def predict_s(self) -> float:
+        """What choosing groups and looking them up took."""
+        return self._run.predict_s
+
+    @property
+    def slots_s(self) -> float:
+        """What putting together the slots of all groups took."""
+        return self._run.slots_s
 
     def reads(self, number: int) -> int:
         """How many reads layer ``number`` has, the one to go on with or the next."""
-        reads: int = self._run.reads[number % 2]
-        return reads
+        return int(self._run.reads[number % 2])
 
-    def found(self, number: int) -> tuple[IntArray, IntArray]:
-        """Groups ``[B, n]`` of that layer, and what ``kvswap_find`` gave for them, of which a copy is made."""
-        size = self.batch * self.layers[number].count
-        out = self.out[number % 2, : 11 * size + 3].copy()
-        return out[:size].reshape(self.batch, -1), out[size:]
+    def out(self, number: int) -> IntArray:
+        """What was planned for that layer, as ``Scratch.fetch`` gives it; a copy."""
+        return self._out[number % 2, : 11 * self.batch * self.layers[number].count + 3].copy()
+
+    def groups_of(self, number: int) -> IntArray:
+        """Groups ``[B, n]`` that a layer chose in the last step; a copy."""
+        count = self.layers[number].count
+        return self._groups[number, : self.batch * count].reshape(self.batch, count).copy()

@@ -38,9 +38,10 @@ def markdown_lines(content: Row) -> list[str]:
     versions: dict[str, str] = {}
     for row in content["results"]:
         versions |= row["versions"]
+    turns = f"medians of {identity['repeat']} turns" if identity["repeat"] > 1 else "one turn"
     about = (
-        f"Model file {identity['model']}; {identity['threads']} threads for each program; medians of "
-        f"{identity['repeat']} turns of {identity['new_tokens']} steps. {machine['cpu']}, {machine['cores']} cores. "
+        f"Model file {identity['model']}; {identity['threads']} threads for each program; {turns} of "
+        f"{identity['new_tokens']} steps. {machine['cpu']}, {machine['cores']} cores. "
         f"{', '.join(f'{name} {version}' for name, version in versions.items())}."
     )
     return ["", *lines, "", about, ""]
