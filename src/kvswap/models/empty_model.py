@@ -1,7 +1,7 @@
 """Models of transformers that are made without memory for their weights, to be filled with those of a packed file.
 
-``gguf_model`` and ``packed_checkpoint`` make and fill them. One thread: while a model is made, the way in which modules
-of PyTorch take parameters is another one.
+``gguf_model`` and ``packed_checkpoint`` make and fill them. One thread: while a model is made, PyTorch's
+``Module.register_parameter`` is replaced for all modules.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Models whose weights are mapped from a file: whether it is still that file is looked at before they are read.
+"""Models whose weights are mapped from a file: before weights are read, kvswap checks that the file is unchanged.
 
-The system ends a process that reads a page which its file no longer has. ``watch`` makes every forward of a model look
-first, at the cost of one call to the system a file, so a file that was cut off or written over is an error between two
-steps. ``check_files`` does so where weights are read outside a forward. One thread.
+The system ends a process that reads a page which its file no longer has. With ``watch``, every forward of a model
+checks first. This costs one call to the system for each file, and a file that was cut off or written over is an error
+between two steps. ``check_files`` checks where weights are read outside a forward. One thread.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ class _Watch:
 
 
 def watch(model: PreTrainedModel, files: MappedFiles) -> None:
-    """Raise ModelError in every forward from now on where one of ``files`` was changed."""
+    """Have every forward from now on raise ModelError if one of ``files`` was changed."""
     model.get_decoder().register_forward_pre_hook(_Watch(files))
 
 
 def check_files(model: PreTrainedModel) -> None:
-    """Raise ModelError where a file that ``model`` is watched for was changed; nothing for other models."""
+    """Raise ModelError if a file that ``watch`` was called with was changed. Other models pass."""
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
     for hook in getattr(decoder, "_forward_pre_hooks", {}).values():
         if isinstance(hook, _Watch):

@@ -119,8 +119,8 @@ class MappedFiles:
 class GgufFile:
     """A model's file, or its parts, opened and checked. Raises ModelError for anything that is wrong with it.
 
-    ``metadata`` has the values by key, ``tensors`` the tensors by name. ``header_digest`` is 64 hex digits that change
-    with whatever the first part says before its tensors' bytes.
+    ``metadata`` has the values by key, ``tensors`` the tensors by name. ``header_digest`` is a hash of the first part's
+    header, 64 hex digits.
     """
 
     def __init__(self, path: Path) -> None:
