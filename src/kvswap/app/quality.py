@@ -146,7 +146,7 @@ class _ExactView(LayerMajorCache):
         for each in (whole, chosen):
             each.add(given.keys[0], given.values[0])
         self.kept.append(float((chosen.log_total - whole.log_total).exp().mean()))
-        return whole.result(given.sinks)[None].to(query.dtype)
+        return whole.result(given.sink_logits)[None].to(query.dtype)
 
     def _attended(self, order: int) -> np.ndarray[Any, np.dtype[np.bool_]]:
         """Which tokens before the last one the last step attended to: bool ``[T - 1]``."""

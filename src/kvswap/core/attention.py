@@ -119,15 +119,15 @@ class TiledAttention:
         """Logarithm of the sum of exponentials of all logits so far, ``[H_q, q]`` float32."""
         return (self._peak + self._total.log()).reshape(self._shape)
 
-    def result(self, sinks: torch.Tensor | None = None) -> torch.Tensor:
+    def result(self, sink_logits: torch.Tensor | None = None) -> torch.Tensor:
         """Attention output ``[q, H_q, d]`` float32.
 
-        ``sinks`` ``[H_q]`` are logits that take a share of the attention and add nothing, as in gpt-oss.
+        ``sink_logits`` ``[H_q]`` are logits that take a share of the attention and add nothing, as in gpt-oss.
         """
         if self._output is None:
             raise ValueError("no tile was added")
         total = self._total
-        if sinks is not None:
-            logits = sinks.float()[:, None].expand(self._shape).reshape(self._peak.shape)
+        if sink_logits is not None:
+            logits = sink_logits.float()[:, None].expand(self._shape).reshape(self._peak.shape)
             total = total + (logits - self._peak).exp()
         return (self._output / total).reshape(*self._shape, -1).transpose(0, 1)

@@ -188,7 +188,7 @@ class KVSwapCache(LayerMajorCache):
         if self._prefill is None:
             return self._decode.attention(order, query, attend)
         if self._prefill.appending:
-            return self._prefill.attend(order, query, softcap=given.softcap, sinks=given.sinks)
+            return self._prefill.attend(order, query, softcap=given.softcap, sink_logits=given.sink_logits)
         return attend(given.keys, given.values, given.mask)
 
     def adopt(self, source: FullCache) -> None:

@@ -58,10 +58,10 @@ class AttentionInput:
         return float(self.arguments.get("softcap") or 0.0)
 
     @property
-    def sinks(self) -> torch.Tensor | None:
+    def sink_logits(self) -> torch.Tensor | None:
         """Logits ``[H_q]`` that take a share of the attention and add nothing (gpt-oss)."""
-        sinks: torch.Tensor | None = self.arguments.get("s_aux")
-        return sinks
+        found: torch.Tensor | None = self.arguments.get("s_aux")
+        return found
 
     def stock_output(self) -> torch.Tensor:
         """What the model's own function gives, ``[B, q, H_q, d]``."""

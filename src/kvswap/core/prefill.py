@@ -112,13 +112,13 @@ class Prefill:
         return self._kv[0, :, :, :stop], self._kv[1, :, :, :stop]
 
     def attend(
-        self, layer: int, query: torch.Tensor, *, softcap: float = 0.0, sinks: torch.Tensor | None = None
+        self, layer: int, query: torch.Tensor, *, softcap: float = 0.0, sink_logits: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Exact attention of a chunk that is appended: ``[B, H_q, q, d]`` to ``[B, q, H_q, d]``.
 
-        ``softcap`` and ``sinks`` are those of ``TiledAttention``.
+        ``softcap`` and ``sink_logits`` are those of ``TiledAttention``.
         """
-        output = torch.stack([self._attend_stored(layer, b, query[b], softcap, sinks) for b in range(len(query))])
+        output = torch.stack([self._attend_stored(layer, b, query[b], softcap, sink_logits) for b in range(len(query))])
         if not math.isfinite(float(output.sum())):
             raise not_finite(layer, "keys, values or queries are not finite, so nothing can be appended")
         return output.to(query.dtype)
@@ -156,7 +156,7 @@ class Prefill:
         self._memory.close()
 
     def _attend_stored(
-        self, layer: int, sequence: int, query: torch.Tensor, softcap: float, sinks: torch.Tensor | None
+        self, layer: int, sequence: int, query: torch.Tensor, softcap: float, sink_logits: torch.Tensor | None
     ) -> torch.Tensor:
         state, reader = self.state, self._begin(layer, sequence)
         attention = TiledAttention(query, state.shape.kv_heads, state.shape.scaling, softcap)
@@ -178,7 +178,7 @@ class Prefill:
         for start in range(0, stop, STREAM_TILE_TOKENS):
             cut = slice(start, min(start + STREAM_TILE_TOKENS, stop))
             attention.add(self._kv[0, sequence, :, cut], self._kv[1, sequence, :, cut], causal[:, cut])
-        return attention.result(sinks)
+        return attention.result(sink_logits)
 
     def _begin(self, layer: int, sequence: int) -> StoredGroups:
         """What is stored of a layer and sequence; its first reads are on their way."""
