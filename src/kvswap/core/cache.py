@@ -7,7 +7,6 @@ prefix of the input.
 
 from __future__ import annotations
 
-import copy
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -31,6 +30,7 @@ from kvswap.core.layer_major import AttentionInput, FullCache, LayerForward, Lay
 from kvswap.core.load_or_recompute import Rates
 from kvswap.core.prefill import Prefill
 from kvswap.core.prompt_memory import check_free_memory, prompt_needs
+from kvswap.core.window_layer import WindowLayer
 from kvswap.disk.backend import ReadBackend
 from kvswap.errors import UnsupportedError
 from kvswap.memory.budget import PROMPT_PARTS
@@ -90,7 +90,8 @@ class KVSwapCache(LayerMajorCache):
         self._decode_type: type[Decode] = method.decode or Decode
         self._open_decode: Callable[[BatchState, ModelParts], Decode] = self._decode_type
         if compiled is not None and compiled.layers and self._decode_type is Decode and method.slots is None:
-            self._open_decode = partial(CompiledRun if compiled.joined else CompiledDecode, found=compiled)
+            kind, held = CompiledRun if compiled.joined else CompiledDecode, self.layers
+            self._open_decode = partial(kind, found=compiled, held=held)
 
     # ---- a forward
 
@@ -206,7 +207,7 @@ class KVSwapCache(LayerMajorCache):
         for part in self.parts.layers:
             layer = source.layers[part.index]
             if part.order is None:
-                self.layers[part.index] = copy.copy(layer)  # its tensors are replaced, never written to
+                self.layers[part.index].take_over(layer)
             else:
                 prefill.extend(part.order, layer.keys, layer.values)
                 prefill.finish(part.order)
@@ -377,5 +378,4 @@ class KVSwapCache(LayerMajorCache):
 
 
 def _bytes_in(layers: Sequence[Any]) -> int:
-    tensors = (t for layer in layers for t in (getattr(layer, "keys", None), getattr(layer, "values", None)))
-    return sum(t.nbytes for t in tensors if t is not None)
+    return sum(layer.size_bytes for layer in layers if isinstance(layer, WindowLayer))

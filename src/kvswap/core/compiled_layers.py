@@ -65,7 +65,7 @@ class CompiledLayers:
     """The layers of one model that take a token in compiled calls, by index. ``keeps`` is what they point to.
 
     ``joined`` tells that these are all, and that the model gives each of them the output of the one before, and the
-    same arguments.
+    same arguments, but for the RoPE of its type.
     """
 
     layers: dict[int, Layer] = field(default_factory=dict)
@@ -85,7 +85,9 @@ def describe(parts: ModelParts) -> CompiledLayers:
     found = CompiledLayers()
     if not step_loops.available() or parts.device.type != "cpu" or parts.dtype not in BOUNDS:
         return found
-    for part in parts.offloaded:
+    for part in parts.layers:
+        if part.order is None and part.layer_type != "sliding_attention":
+            continue
         try:
             found.layers[part.index] = _Description(part, parts, found).layer
         except _NotKnownError as error:
@@ -116,12 +118,12 @@ class _Description:
         after = module.post_attention_layernorm
         self.layer = Layer(
             hidden=attention.q_proj.in_features,
-            heads=parts.query_heads,
-            kv_heads=parts.kv_heads,
-            head_dim=parts.head_dim,
+            heads=attention.q_proj.out_features // attention.head_dim,
+            kv_heads=attention.k_proj.out_features // attention.head_dim,
+            head_dim=attention.head_dim,
             inner=mlp.gate_proj.out_features,
             activation=_activation(mlp.act_fn, parts.dtype),
-            scaling=parts.scaling,
+            scaling=attention.scaling,
             input=self._norm(module.input_layernorm),
             q_norm=self._norm(getattr(attention, "q_norm", None)),
             k_norm=self._norm(getattr(attention, "k_norm", None)),
@@ -259,14 +261,12 @@ class _Proof(LayerMajorCache):
         self._found = found
         self._plain = found.joined = True
         self._before: tuple[torch.Tensor, int, dict[str, Any]] | None = None
+        self._ropes: dict[str, Any] = {}  # by type of layer
 
     def run_layer(self, part: LayerParts, forward: LayerForward, hidden: torch.Tensor, kwargs: dict[str, Any]) -> Any:
         """Run one layer in both ways, and go on with the result of its modules."""
         layer = self._found.layers.get(part.index)
-        if self._before is not None:
-            output, version, arguments = self._before
-            same = hidden is output and hidden._version == version and _same(kwargs, arguments)
-            self._found.joined = self._found.joined and same
+        self._found.joined = self._found.joined and self._is_handed_on(part, hidden, kwargs)
         if layer is not None:
             self._plain = True
             expected = forward(hidden, **{**kwargs, "attention_mask": None})
@@ -286,6 +286,27 @@ class _Proof(LayerMajorCache):
         """The model's own attention, if it is nothing but softmax(QK)V."""
         self._plain = not given.special
         return super().attention(given)
+
+    def attention_in_memory(self, given: AttentionInput) -> torch.Tensor:
+        """The same for a layer that stays in memory."""
+        self._plain = not given.special
+        return super().attention_in_memory(given)
+
+    def _is_handed_on(self, part: LayerParts, hidden: torch.Tensor, kwargs: dict[str, Any]) -> bool:
+        """Whether ``part`` gets what the layer before gave, with the same arguments, and the RoPE of its type."""
+        rope, first = kwargs["position_embeddings"], not self._ropes
+        if part.layer_type not in self._ropes:
+            self._ropes[part.layer_type] = rope
+            if not first:
+                expected = self.parts.rotary(hidden, kwargs["position_ids"], part.layer_type)
+                return self._is_next(hidden, kwargs) and all(map(torch.equal, rope, expected))
+        return self._is_next(hidden, kwargs) and _is_one(rope, self._ropes[part.layer_type])
+
+    def _is_next(self, hidden: torch.Tensor, kwargs: dict[str, Any]) -> bool:
+        if self._before is None:
+            return True
+        output, version, arguments = self._before
+        return hidden is output and hidden._version == version and _same(kwargs, arguments)
 
     def _difference(
         self, part: LayerParts, layer: Layer, hidden: torch.Tensor, expected: torch.Tensor, kwargs: dict[str, Any]
@@ -319,8 +340,8 @@ class _Proof(LayerMajorCache):
 
 
 def _same(arguments: dict[str, Any], others: dict[str, Any]) -> bool:
-    """Whether two layers get the same, but for masks, which compiled calls do not need, and what kvswap passes on."""
-    names = (set(arguments) | set(others)) - {"attention_mask", "kvswap_call"}
+    """Whether two layers get the same, but for masks, which compiled calls do not need, RoPE, and what kvswap adds."""
+    names = (set(arguments) | set(others)) - {"attention_mask", "kvswap_call", "position_embeddings"}
     return all(_is_one(arguments.get(name), others.get(name)) for name in names)
 
 

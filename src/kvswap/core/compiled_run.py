@@ -7,6 +7,7 @@ one, as ``CompiledDecode`` does for a single layer. Used by the cache, in the th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -30,13 +31,15 @@ class CompiledRun(CompiledDecode):
     where somebody has put another forward before that of kvswap.
     """
 
-    def __init__(self, state: BatchState, parts: ModelParts, found: CompiledLayers) -> None:
-        super().__init__(state, parts, found)
-        self._type = type(parts.model).__name__
+    def __init__(self, state: BatchState, parts: ModelParts, found: CompiledLayers, held: Sequence[Any]) -> None:
+        super().__init__(state, parts, found, held)
+        self._type, self._parts = type(parts.model).__name__, parts.layers
+        self._orders = [part.order for part in parts.layers]
         self._modules = [part.module.__dict__ for part in parts.layers]
         self._forwards = self._found_forwards()
         self._run = Run(
-            list(found.layers.values()),
+            [found.layers[part.index] for part in parts.layers],
+            self._orders,
             self.first_pinned,
             self.scratch,
             most=max(state.select_groups),
@@ -57,8 +60,8 @@ class CompiledRun(CompiledDecode):
 
     def run(self, part: LayerParts, layer: Layer, hidden: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
         """The output ``[B, 1, E]`` of ``part``: of the first layer that of the last one, which the others pass on."""
-        if part.index == 0 and self._found_forwards() == self._forwards and self._describe():
-            return self._go_through(hidden.contiguous().clone(), kwargs["position_embeddings"])
+        if part.index == 0 and self._found_forwards() == self._forwards and self._describe(hidden, kwargs):
+            return self._go_through(hidden.contiguous().clone())
         if self._passed is None:
             return super().run(part, layer, hidden, kwargs)
         output, version, _ = self._passed
@@ -72,23 +75,28 @@ class CompiledRun(CompiledDecode):
         """What a layer chose in its last step; see the base class."""
         if self._passed is None:
             return super().chosen(order)
-        groups = self._run.groups_of(order)
+        groups = self._run.groups_of(self._orders.index(order))
         return groups, real_entries(groups, self._passed[2])
 
-    def _describe(self) -> bool:
-        """Say how each layer chooses in this step. False where one of them cannot be chosen for in compiled calls."""
-        for order in range(self.state.shape.layers):
-            choice = self.choice(order)
+    def _describe(self, hidden: torch.Tensor, kwargs: dict[str, Any]) -> bool:
+        """Say what each layer does in this step. False where one of them cannot be chosen for in compiled calls."""
+        run, first = self._run, self._parts[0]
+        for part in self._parts:
+            run.use_rope(part.index, self.floats(self._predictor.rope(part, first, hidden, kwargs)))
+            if part.order is None:
+                window, slots = self.window_of(part)
+                run.describe_window(part.index, window.struct, slots)
+                continue
+            choice = self.choice(part.order)
             if choice is None:
                 return False
-            self._run.describe(order, choice.count, choice.codes, self.slots_of(order))
+            run.describe(part.index, choice.count, choice.codes, self.slots_of(part.order))
         return True
 
-    def _go_through(self, output: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    def _go_through(self, output: torch.Tensor) -> torch.Tensor:
         """All layers, from their input to their output in ``output``. Raises DamagedError, DiskError."""
         state, step, run, pool, trace = self.state, self.step, self._run, self.state.pool, self.state.trace
         assert step is not None
-        self.use_rope(rope)
         run.begin(
             output,
             self.found_in(),
@@ -101,20 +109,25 @@ class CompiledRun(CompiledDecode):
             staging_slots=(pool.staging_slot(0), pool.staging_slot(1)),
             staging_addresses=(pool.staging_address(0), pool.staging_address(1)),
         )
-        started, arrived = 0, None
+        started, arrived, orders = 0, None, self._orders
         while (done := run.go_on()) == READS:
             trace.lap()
             self._keep_arrived(arrived)
-            for number in range(max(started, run.at), min(run.at + 2, state.shape.layers)):
-                if run.reads(number):
-                    self.start_planned(number, number % 2, run.layers[number].count, run.reads(number), run.out(number))
+            for number in range(max(started, run.at), min(run.at + 2, len(orders))):
+                order, reads = orders[number], run.reads(number)
+                if reads and order is not None:
+                    self.start_planned(order, number % 2, run.layers[number].count, reads, run.out(number))
                 started = number + 1
-            arrived = (run.at, self.arrive(run.at)) if run.reads(run.at) else None
+            here = orders[run.at]
+            arrived = (here, self.arrive(here)) if here is not None and run.reads(run.at) else None
             trace.lap("slots_s")
         if done == NOT_FINITE:
-            raise not_finite(run.chosen, "keys or the query are not finite, so no group can be chosen")
+            raise not_finite(orders[run.chosen] or 0, "keys or the query are not finite, so no group can be chosen")
         trace.lap()
         self._keep_arrived(arrived)
+        for part in self._parts:
+            if part.order is None:
+                self._held[part.index].advance()
         trace.selected_groups += run.selected
         trace.reused_groups += run.selected
         trace.predict_s += run.predict_s

@@ -9,6 +9,7 @@ which is the specification. Used by the cache, in the thread that runs the model
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ from kvswap.core.batch_state import BatchState, not_finite
 from kvswap.core.compiled_layers import CompiledLayers
 from kvswap.core.decode import Decode, real_entries
 from kvswap.core.query_prediction import QueryPredictor
+from kvswap.core.window_layer import WindowStep
 from kvswap.memory.lookup import Found
 from kvswap.models.adapter import LayerParts, ModelParts
 from kvswap.native import array_loops
@@ -39,11 +41,14 @@ class Choice:
 
 
 class CompiledDecode(Decode):
-    """Decode steps of ``found`` layers in compiled calls, of all others by their modules."""
+    """Decode steps of ``found`` layers in compiled calls, of all others by their modules.
 
-    def __init__(self, state: BatchState, parts: ModelParts, found: CompiledLayers) -> None:
+    ``held`` is what the cache holds of each layer of the model: of those with a sliding window, the window.
+    """
+
+    def __init__(self, state: BatchState, parts: ModelParts, found: CompiledLayers, held: Sequence[Any]) -> None:
         super().__init__(state, parts)
-        self._found, self._layers = found, found.layers
+        self._found, self._layers, self._held = found, found.layers, held
         self.scratch = Scratch(list(found.layers.values()), state.batch, parts.dtype)
         self._predictor: CompiledPredictor = CompiledPredictor(parts, self)
         self._own_choice = state.method.score is score and state.pool.compiled_lookup
@@ -51,12 +56,14 @@ class CompiledDecode(Decode):
         self._found_in: Pool | None = None
         self._pinned_of: tuple[Step, Pinned] | None = None
         self._ropes: dict[int, tuple[Rope, Rope]] = {}
+        self._windows: dict[int, WindowStep] = {}  # by their length
 
     def begin_step(self) -> None:
         """Start a step. Where a module was replaced since the last one, this and all later steps go through modules."""
         super().begin_step()
         self._ropes.clear()
         self._slots.clear()
+        self._windows.clear()
         if not self._found.unchanged():
             self._layers = {}
 
@@ -109,10 +116,13 @@ class CompiledDecode(Decode):
     def run(self, part: LayerParts, layer: Layer, hidden: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
         """The output ``[B, 1, E]`` of ``part`` for the newest tokens ``hidden``; their K, V go to the rolling tail."""
         state, step, scratch, order = self.state, self.step, self.scratch, part.order
-        assert step is not None and order is not None
-        hidden, slots, first_pinned = hidden.contiguous(), self.slots_of(order), self.first_pinned[order]
+        assert step is not None
+        hidden = hidden.contiguous()
         self.enter(part, hidden, kwargs)
-        self.use_rope(kwargs["position_embeddings"])
+        scratch.use_rope(*self.floats(kwargs["position_embeddings"]), layer.head_dim)
+        if order is None:
+            return self._run_window(part, layer, hidden)
+        slots, first_pinned = self.slots_of(order), self.first_pinned[order]
         scratch.begin(layer, hidden, slots, first_pinned + step.tail, step.offset)
         fetch = self.arrive(order)
         index, valid = scratch.attended(self.pinned(step), first_pinned, fetch.found.slots, fetch.valid)
@@ -121,6 +131,23 @@ class CompiledDecode(Decode):
         state.trace.lap()
         self.keep(order, fetch)
         return output
+
+    def _run_window(self, part: LayerParts, layer: Layer, hidden: torch.Tensor) -> torch.Tensor:
+        """The same for a layer that keeps a sliding window in memory."""
+        window, slots = self.window_of(part)
+        self.scratch.begin(layer, hidden, slots, window.newest, window.offset)
+        output = self.scratch.finish(layer, hidden, slots, window.index, window.valid, window.last)
+        self._held[part.index].advance()
+        return output
+
+    def window_of(self, part: LayerParts) -> tuple[WindowStep, Slots]:
+        """Where a layer with a sliding window puts and finds tokens in this step, and its slots."""
+        held, tokens = self._held[part.index], self.state.tokens
+        length = held.sliding_window
+        if length not in self._windows:
+            self._windows[length] = WindowStep(length, tokens)
+        window = self._windows[length]
+        return window, held.slots(window, held.cumulative_length - tokens)
 
     def choice(self, order: int) -> Choice | None:
         """How a layer chooses in this step; None where compiled calls cannot choose for it."""
@@ -167,9 +194,9 @@ class CompiledDecode(Decode):
 
     def use_rope(self, rope: Rope) -> None:
         """Use cos and sin ``[B or 1, 1, d]`` for the next calls."""
-        self.scratch.use_rope(*self._floats(rope), self.state.shape.head_dim)
+        self.scratch.use_rope(*self.floats(rope), self.state.shape.head_dim)
 
-    def _floats(self, rope: Rope) -> Rope:
+    def floats(self, rope: Rope) -> Rope:
         """cos and sin as float32, converted once in a step."""
         if rope[0].dtype == torch.float32:
             return rope

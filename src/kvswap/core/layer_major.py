@@ -21,6 +21,7 @@ from kvswap.config import Config
 from kvswap.core.attention import chunk_attention
 from kvswap.core.cache_stats import CacheStats, Trace
 from kvswap.core.prefill import chunk_spans, run_layer
+from kvswap.core.window_layer import WindowLayer
 from kvswap.errors import UnsupportedError
 from kvswap.models.adapter import LayerParts, ModelParts
 from kvswap.models.masks import DeferredMask, resolve
@@ -202,6 +203,10 @@ class LayerMajorCache(Cache):
             return chunk_attention(given.query, given.keys, given.values, given.mask, self.parts.scaling)
         return given.stock_output()
 
+    def attention_in_memory(self, given: AttentionInput) -> torch.Tensor:
+        """Attention of a layer that stays in memory, shaped alike."""
+        return given.stock_output()
+
     def _prefill_layer(
         self, part: LayerParts, forward: LayerForward, hidden: torch.Tensor, kwargs: dict[str, Any]
     ) -> Any:
@@ -318,11 +323,14 @@ class OffloadedLayer(CacheLayerMixin):
 
 
 def offloaded_layers(parts: ModelParts, owner: LayerOwner) -> list[Any]:
-    """An ``OffloadedLayer`` for every full-attention layer, transformers' own in-memory layer for the others."""
-    return [
-        OffloadedLayer(owner, part.order) if part.order is not None else stock
-        for part, stock in zip(parts.layers, stock_layers(parts), strict=True)
-    ]
+    """An ``OffloadedLayer`` for every full-attention layer, one like that of transformers for the others."""
+    layers = list[Any]()
+    for part, stock, kwargs in zip(parts.layers, stock_layers(parts), parts.layer_kwargs, strict=True):
+        if part.order is not None:
+            layers.append(OffloadedLayer(owner, part.order))
+        else:
+            layers.append(WindowLayer(**kwargs) if part.layer_type == "sliding_attention" else stock)
+    return layers
 
 
 def stock_layers(parts: ModelParts) -> list[Any]:

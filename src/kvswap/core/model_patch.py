@@ -96,9 +96,9 @@ class Attachment:
         if cache is None:
             mask = resolve(kwargs.pop("attention_mask", None), self.implementation)
             return forward(hidden_states, attention_mask=mask, **kwargs)
-        ours = _Call(cache, part) if part.order is not None else None
+        ours = _Call(cache, part) if part.attention is not None else None
         output = cache.call_layer(part, forward, hidden_states, {**kwargs, "kvswap_call": ours})
-        if ours is not None and not ours.attended:
+        if part.order is not None and ours is not None and not ours.attended:
             raise ModelError(
                 f"{type(self.parts.model).__name__}: layer {part.index} hands no keyword arguments to attention",
                 hint="this family is not supported",
@@ -127,4 +127,5 @@ def _attention(
         output: tuple[torch.Tensor, None] = stock(module, query, key, value, attention_mask, **kwargs)
         return output
     call.attended = True
-    return call.cache.attention(AttentionInput(call.part, stock, query, key, value, attention_mask, kwargs)), None
+    given = AttentionInput(call.part, stock, query, key, value, attention_mask, kwargs)
+    return (call.cache.attention_in_memory if call.part.order is None else call.cache.attention)(given), None

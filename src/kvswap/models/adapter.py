@@ -265,7 +265,7 @@ def _layers(name: str, decoder: Any, kinds: list[str]) -> tuple[LayerParts, ...]
         if offload and rope is None:
             raise ModelError(f"{name}: its family has no apply_rotary_pos_emb", hint="only RoPE models are supported")
         fused = None
-        if offload and rope and attention is not None:
+        if rope and attention is not None and (offload or kind == "sliding_attention"):
             same = rope, kind, attention.head_dim
             if same not in fused_ropes:
                 fused_ropes[same] = fused_rope(rope, attention.head_dim, _rope_width(decoder, kind, attention.head_dim))

@@ -116,7 +116,7 @@ static int64_t two_levels(const Layer *layer, const Step *step, const Sketch *sk
  * all groups, by the query that `layer` is predicted to have.
  *
  * hidden  [batch, E], input of this layer or the one before
- * ends    [batch]: groups that are coded, at most
+ * ends    [batch]: groups that are coded, at most; a sequence where it is at most `first` has nothing to choose from
  * scratch kvswap_choose_floats
  *
  * Returns 1; 0 where a score is not a number, so that nothing can be chosen; -1 where arguments have no sense. */
@@ -126,7 +126,7 @@ static int64_t choose(const Layer *layer, const Step *step, const void *hidden, 
     Memory memory;
     if (needed == 0 || needed > floats || first < 0 || count < 1) return -1;
     for (int64_t b = 0; b < batch; b++)
-        if (ends[b] < 0 || ends[b] > sketch->tokens[b] / group_tokens) return -1;
+        if (ends[b] < 0 || (ends[b] > first && ends[b] > sketch->tokens[b] / group_tokens)) return -1;
     divide(layer, step, sketch, group_tokens, scratch, &memory);
     if (!kvswap_step_query(layer, step, hidden, memory.query)) return -1;
     const int64_t rank = sketch->rows * (8 / sketch->bits), tokens = most(sketch->tokens, batch);

@@ -6,12 +6,24 @@
 
 #include "step.h"
 
+/* Where layers with one length of window put and find tokens in a step: the newest one at `offset` of slot `newest`, both
+ * [batch]; `index` [batch, width], `valid` and `last` are index, valid and offset of kvswap_attend. */
+typedef struct {
+    const int64_t *newest, *offset, *index;
+    const uint8_t *valid;
+    int64_t width;
+    const int64_t *last;
+} Window;
+
 /* One layer of a run.
  *
  * sketch  to choose `count` groups by; NULL: all of `count` groups
  * pinned  [batch] its first pinned slots
  * order   its number among the layers on disk
  * groups  [batch, count] what it attends to beside sinks and newest groups is written here
+ * window  of a layer that keeps a sliding window in memory, in `slots` of its own: then `count` is 0, and `sketch`, `pinned`,
+ *         `order` and `groups` have no sense; else NULL
+ * cosine, sine, rope_stride  as in Step, of this layer
  */
 typedef struct {
     const Layer *layer;
@@ -20,6 +32,9 @@ typedef struct {
     const int64_t *pinned;
     int64_t order, count;
     int64_t *groups;
+    const Window *window;
+    const float *cosine, *sine;
+    int64_t rope_stride;
 } RunLayer;
 
 /* A run.
@@ -75,15 +90,26 @@ EXPORT int64_t kvswap_run_floats(const Run *run, const Step *step) {
     return floats;
 }
 
+/* The step as layer n takes it. */
+static Step step_of(const Run *run, const Step *step, int64_t n) {
+    const RunLayer *layer = run->layers + n;
+    Step own = *step;
+    own.cosine = layer->cosine;
+    own.sine = layer->sine;
+    own.rope_stride = layer->rope_stride;
+    return own;
+}
+
 /* Choose and look up the groups of layer n. */
 static int64_t fetch(Run *run, const Step *step, int64_t n) {
     const RunLayer *to = run->layers + n;
+    const Step own = step_of(run, step, n);
     const int64_t half = n % 2, size = step->batch * to->count;
     const double begun_s = now_s();
     run->chosen = n;
     run->reads[half] = 0;
     if (to->count == 0) return READS;
-    const int64_t reads = kvswap_step_fetch(to->layer, step, run->hidden, to->sketch, run->group_tokens, run->first,
+    const int64_t reads = kvswap_step_fetch(to->layer, &own, run->hidden, to->sketch, run->group_tokens, run->first,
                                             run->ends, to->count, run->choosing, run->floats, run->pool, to->order,
                                             run->staging_slot[half], run->staging_address[half], run->out[half]);
     run->predict_s += now_s() - begun_s;
@@ -97,13 +123,21 @@ static int64_t fetch(Run *run, const Step *step, int64_t n) {
 /* Query, K and V of layer n. */
 static int64_t begin(Run *run, const Step *step, int64_t n) {
     const RunLayer *here = run->layers + n;
-    for (int64_t b = 0; b < step->batch; b++) run->newest[b] = here->pinned[b] + run->tail[b];
-    return kvswap_step_begin(here->layer, step, run->hidden, here->slots, run->newest, run->offset) ? READS : WRONG;
+    const Window *window = here->window;
+    const Step own = step_of(run, step, n);
+    if (!window)
+        for (int64_t b = 0; b < step->batch; b++) run->newest[b] = here->pinned[b] + run->tail[b];
+    return kvswap_step_begin(here->layer, &own, run->hidden, here->slots, window ? window->newest : run->newest,
+                             window ? window->offset : run->offset) ? READS : WRONG;
 }
 
 /* The output of layer n, whose groups are in their slots. */
 static int64_t finish(Run *run, const Step *step, int64_t n) {
     const RunLayer *here = run->layers + n;
+    const Window *window = here->window;
+    if (window)
+        return kvswap_step_finish(here->layer, step, here->slots, window->index, window->valid, window->width, window->last,
+                                  run->hidden) ? READS : WRONG;
     const int64_t size = step->batch * here->count, width = run->pinned->sink_count + here->count + run->pinned->ring_count;
     uint8_t *real = run->real, *chosen_real = run->real + step->batch * width;
     const double begun_s = now_s();

@@ -21,18 +21,33 @@ _Pair = c_int64 * 2
 _Addresses = c_void_p * 2
 
 
+class Window(ctypes.Structure):
+    """Where layers with one length of sliding window put and find tokens in a step."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("newest", "offset", "index", "valid")),
+        ("width", c_int64),
+        ("last", c_void_p),
+    )
+
+
 class RunLayer(ctypes.Structure):
     """One layer of a run."""
 
     _fields_ = (
         *((name, c_void_p) for name in ("layer", "sketch", "slots", "pinned")),
         *((name, c_int64) for name in ("order", "count")),
-        ("groups", c_void_p),
+        *((name, c_void_p) for name in ("groups", "window", "cosine", "sine")),
+        ("rope_stride", c_int64),
     )
     layer: int
     sketch: int | None
     slots: int
     count: int
+    window: int | None
+    cosine: int
+    sine: int
+    rope_stride: int
 
 
 class _Run(ctypes.Structure):
@@ -65,14 +80,24 @@ class Run:
 
     Parameters
     ----------
+    orders
+        Each layer's number among those on disk; None where it keeps a sliding window in memory.
     pinned
-        Each layer's first pinned slots, ``[B]``.
+        The first pinned slots, ``[B]``, of each layer on disk.
     sinks, ring
         How many groups a layer attends to beside those that are chosen.
     """
 
     def __init__(
-        self, layers: list[Layer], pinned: list[IntArray], scratch: Scratch, *, most: int, sinks: int, ring: int
+        self,
+        layers: list[Layer],
+        orders: list[int | None],
+        pinned: list[IntArray],
+        scratch: Scratch,
+        *,
+        most: int,
+        sinks: int,
+        ring: int,
     ) -> None:
         batch, count, compiled = scratch.batch, len(layers), threaded_library()
         self.batch, self.most, self._width = batch, most, sinks + ring
@@ -83,9 +108,10 @@ class Run:
         self._real, self._newest = np.zeros(2 * self._index.size, np.uint8), np.zeros(batch, np.int64)
         self._scratch, self._described = scratch, layers
         self._pinned = [np.ascontiguousarray(each) for each in pinned]
-        for order, (each, layer, slots) in enumerate(zip(self.layers, layers, self._pinned, strict=True)):
-            each.layer, each.pinned = ctypes.addressof(layer), address_of(slots, (batch,))
-            each.order, each.groups = order, self._groups[order].ctypes.data
+        for number, (each, layer, order) in enumerate(zip(self.layers, layers, orders, strict=True)):
+            each.layer, each.groups = ctypes.addressof(layer), self._groups[number].ctypes.data
+            if order is not None:
+                each.order, each.pinned = order, address_of(self._pinned[order], (batch,))
         self._run = _Run(layers=ctypes.addressof(self.layers), count=count)
         self._run.out[:] = [each.ctypes.data for each in self._out]
         self._run.index, self._run.newest = self._index.ctypes.data, self._newest.ctypes.data
@@ -102,6 +128,16 @@ class Run:
         each = self.layers[number]
         each.count, each.slots = count, ctypes.addressof(slots)
         each.sketch = None if sketch is None else ctypes.addressof(sketch)
+
+    def describe_window(self, number: int, window: Window, slots: Slots) -> None:
+        """Have layer ``number`` attend to its sliding window in ``slots`` in the next step."""
+        each = self.layers[number]
+        each.window, each.slots = ctypes.addressof(window), ctypes.addressof(slots)
+
+    def use_rope(self, number: int, rope: tuple[torch.Tensor, torch.Tensor]) -> None:
+        """Use cos and sin ``[B or 1, 1, d]`` float32 for layer ``number`` in the next step."""
+        each = self.layers[number]
+        each.cosine, each.sine, each.rope_stride = self._scratch.rope_at(*rope, self._described[number].head_dim)
 
     def begin(
         self,

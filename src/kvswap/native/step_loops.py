@@ -151,14 +151,18 @@ class Scratch:
         """Use RoPE by cos and sin ``[B or 1, 1, d]`` float32 from now on."""
         if self._rope is not None and self._rope[0] is cos and self._rope[1] is sin:
             return
+        step = self.step
+        step.cosine, step.sine, step.rope_stride = self.rope_at(cos, sin, head_dim)
+        self._rope = cos, sin
+
+    def rope_at(self, cos: torch.Tensor, sin: torch.Tensor, head_dim: int) -> tuple[int, int, int]:
+        """Addresses of cos and sin ``[B or 1, 1, d]`` float32, and elements from one sequence to the next."""
         rows = len(cos)
         if cos.dtype != torch.float32 or sin.dtype != torch.float32 or rows not in (1, self.batch):
             raise ValueError(f"cos {tuple(cos.shape)} {cos.dtype} and sin {sin.dtype} for {self.batch} sequences")
         if not cos.shape == sin.shape == (rows, 1, head_dim) or not (cos.is_contiguous() and sin.is_contiguous()):
             raise ValueError(f"cos {tuple(cos.shape)} and sin {tuple(sin.shape)} for heads of {head_dim} elements")
-        self._rope = cos, sin
-        self.step.cosine, self.step.sine = cos.data_ptr(), sin.data_ptr()
-        self.step.rope_stride = head_dim if rows > 1 else 0
+        return cos.data_ptr(), sin.data_ptr(), head_dim if rows > 1 else 0
 
     def query(self, layer: Layer, hidden: torch.Tensor) -> torch.Tensor:
         """The query ``[B, H_q, d]`` that ``layer`` is predicted to have."""
