@@ -76,9 +76,9 @@ def test_packed_weights_as_well(family, prompt_tokens, select_all, tmp_path):
     if select_all.compiled_step == "auto":
         # Another order of sums may round an input to the next of its 255 levels. K, V of that token stay different, so
         # what counts is how often steps that agree are followed by one that does not.
-        agrees = off < 1e-5
+        agrees = off < 1e-4
         assert off.max() < 5e-3 and int(agrees.sum()) >= len(off) // 4
-        assert int((agrees[:-1] & ~agrees[1:]).sum()) <= len(off) // 8
+        assert int((agrees[:-1] & ~agrees[1:]).sum()) <= len(off) // 5
     elif family == "gemma3" and prompt_tokens > 512:
         # the same, from sliding layers
         assert off.max() < 1e-3 and int((off > 1e-5).sum()) <= 3
