@@ -4,7 +4,8 @@ A read in the ring has a row in the table ``reads``; the number of the row is it
 table ``tickets``, which counts its reads in the ring and the bytes of those that are complete. What to do about a read
 that failed, and about reads for which there is no room, is the business of ``uring_backend``.
 
-``CompiledRing`` does the work in C. ``Ring`` does it in NumPy where nothing was compiled, and has all that both share.
+``CompiledRing`` does the work in C. ``Ring`` does it in NumPy where nothing was compiled. It also has what both share:
+the memory, tickets, draining and closing.
 Not locked: one thread at a time.
 
 Memory order in NumPy. Submission: the kernel reads our entries and our tail inside ``io_uring_enter``, called by the
