@@ -19,7 +19,7 @@ from kvswap.disk import ReadBackend, Slab
 from kvswap.disk.file_backend import FileBackend
 from kvswap.disk.uring_backend import UringBackend
 from kvswap.errors import DiskReadError
-from tests.helpers.backends import NAMES, UNIT, content, make, submit, write_all
+from tests.helpers.backends import NAMES, RINGS, UNIT, content, make, submit, write_all
 
 FILE_BYTES = 64 * UNIT
 
@@ -71,9 +71,10 @@ def test_random_extents_are_byte_equal(
     slab.close()
 
 
-def test_by_default_no_read_of_a_batch_waits_for_another(tmp_path: Path, slab: Slab) -> None:
+@pytest.mark.parametrize("name", RINGS)
+def test_by_default_no_read_of_a_batch_waits_for_another(name: str, tmp_path: Path, slab: Slab) -> None:
     """Eight sequences ask for some 150 reads a layer, and two layers are on their way: all are with the kernel."""
-    backend = make("uring", tmp_path, depth=Config().read_depth)
+    backend = make(name, tmp_path, depth=Config().read_depth)
     assert isinstance(backend, UringBackend)
     file = backend.open(FILE_BYTES)
     write_all(backend, file, content(FILE_BYTES))
@@ -175,6 +176,15 @@ def test_close_drains_and_may_be_repeated(backend: ReadBackend, slab: Slab) -> N
     slab.array[:UNIT] = 7
     assert (slab.array[:UNIT] == 7).all()
     backend.close()
+
+
+@pytest.mark.parametrize("name", RINGS)
+def test_no_ticket_outlives_its_ring(name: str, tmp_path: Path, slab: Slab) -> None:
+    backend = make(name, tmp_path)
+    ticket = submit(backend, [(backend.open(UNIT), 0, UNIT, slab.address)])
+    backend.close()
+    with pytest.raises(ValueError, match="unknown"):
+        backend.wait(ticket)
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "memory"])

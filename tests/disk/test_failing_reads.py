@@ -19,12 +19,13 @@ import pytest
 from kvswap.disk import Faults, MemoryBackend, ReadBackend, Slab
 from kvswap.disk.file_backend import FileBackend
 from kvswap.disk.uring_backend import UringBackend
-from kvswap.disk.uring_ring import Ring
+from kvswap.disk.uring_ring import CompiledRing, FailedRead, Ring
 from kvswap.errors import DiskReadError
-from tests.helpers.backends import UNIT, content, make, submit, write_all
+from tests.helpers.backends import RINGS, UNIT, content, make, submit, write_all
 
 POISON = 0xDD
-REAL = ("uring", "threads", "buffered")
+Collect = Callable[[Ring, int], tuple[int, list[FailedRead]]]
+REAL = (*RINGS, "threads", "buffered")
 
 
 @pytest.fixture
@@ -130,23 +131,27 @@ def test_threads_raise_in_the_end(tmp_path: Path, slab: Slab, monkeypatch: pytes
 
 
 def strike(monkeypatch: pytest.MonkeyPatch, strikes: int, result: int) -> None:
-    """Let the next completions of every ring carry ``result`` instead of their own."""
-    real, left = Ring.take, [strikes]
+    """Let the next completions of every ring carry ``result`` instead of their own, in the shared memory."""
+    left = [strikes]
+    for kind in (Ring, CompiledRing):
 
-    def take(self: Ring) -> object:
-        done = real(self)
-        if done is not None:
-            hit = min(left[0], len(done[1]))
-            done[1][:hit] = result
-            left[0] -= hit
-        return done
+        def collect(self: Ring, wait_for: int, real: Collect = kind.collect) -> tuple[int, list[FailedRead]]:
+            code = self.enter(wait_for) if wait_for else 0
+            if code:
+                return code, []
+            for place in range(int(self._cq_head[0]), int(self._cq_tail[0])):  # far from where counters come round
+                if left[0]:
+                    self._results[place % len(self._results)] = result
+                    left[0] -= 1
+            return real(self, 0)
 
-    monkeypatch.setattr(Ring, "take", take)
+        monkeypatch.setattr(kind, "collect", collect)
 
 
+@pytest.mark.parametrize("name", RINGS)
 @pytest.mark.parametrize("result", [-errno.EIO, -errno.EAGAIN, 0, 1024, 100])
-def test_uring_retries(result: int, tmp_path: Path, slab: Slab, monkeypatch: pytest.MonkeyPatch) -> None:
-    backend = make("uring", tmp_path, depth=4)
+def test_uring_retries(result: int, name: str, tmp_path: Path, slab: Slab, monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = make(name, tmp_path, depth=4)
     file = filled(backend)
     strike(monkeypatch, 3, result)
     rows = [(file, unit * UNIT, UNIT, slab.address + unit * UNIT) for unit in range(16)]
@@ -159,10 +164,11 @@ def test_uring_retries(result: int, tmp_path: Path, slab: Slab, monkeypatch: pyt
     backend.close()
 
 
+@pytest.mark.parametrize("name", RINGS)
 def test_uring_raises_in_the_end_for_that_ticket_only(
-    tmp_path: Path, slab: Slab, monkeypatch: pytest.MonkeyPatch
+    name: str, tmp_path: Path, slab: Slab, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    backend = make("uring", tmp_path, depth=4)
+    backend = make(name, tmp_path, depth=4)
     file = filled(backend)
     strike(monkeypatch, 4, -errno.EIO)
     bad = submit(backend, [(file, UNIT, UNIT, slab.address)])
@@ -173,9 +179,10 @@ def test_uring_raises_in_the_end_for_that_ticket_only(
     backend.close()
 
 
-def test_uring_kernel_error_leaves_the_other_ticket_whole(tmp_path: Path, slab: Slab) -> None:
+@pytest.mark.parametrize("name", RINGS)
+def test_uring_kernel_error_leaves_the_other_ticket_whole(name: str, tmp_path: Path, slab: Slab) -> None:
     """A target that may not be written: EFAULT from the kernel itself."""
-    backend = make("uring", tmp_path)
+    backend = make(name, tmp_path)
     file = filled(backend)
     with mmap.mmap(-1, UNIT, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, prot=mmap.PROT_READ) as closed:
         address = int(np.frombuffer(closed, dtype=np.uint8).ctypes.data)
@@ -215,7 +222,7 @@ def test_end_of_file_inside_a_sector(tmp_path: Path, slab: Slab) -> None:
         backend.close()
 
 
-@pytest.mark.parametrize("name", ["uring", "threads"])
+@pytest.mark.parametrize("name", [*RINGS, "threads"])
 def test_interrupted_wait_drains(name: str, tmp_path: Path, slab: Slab, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C in the middle of a wait: nothing is in flight when it arrives, and the backend goes on."""
     backend = make(name, tmp_path, depth=4)
@@ -225,8 +232,7 @@ def test_interrupted_wait_drains(name: str, tmp_path: Path, slab: Slab, monkeypa
     if name == "threads":
         monkeypatch.setattr(os, "preadv", slow_preadv)
     tickets = [submit(backend, rows), submit(backend, elsewhere)]
-    if name == "uring":
-        assert isinstance(backend, UringBackend)
+    if isinstance(backend, UringBackend):
         monkeypatch.setattr(backend, "_collect", InterruptOnce(backend._collect))
     else:
         time.sleep(0.01)  # the workers are inside their first reads now
@@ -234,7 +240,7 @@ def test_interrupted_wait_drains(name: str, tmp_path: Path, slab: Slab, monkeypa
     with pytest.raises(KeyboardInterrupt):
         backend.wait(tickets[0])
     slab.array[: 16 * UNIT] = POISON
-    if name == "uring":
+    if isinstance(backend, UringBackend):
         with pytest.raises(DiskReadError, match="given up"):
             backend.wait(tickets[1])
     else:
@@ -269,9 +275,12 @@ class InterruptOnce:
         return lambda *args: self(instance, *args)
 
 
-def test_second_interrupt_while_draining(tmp_path: Path, slab: Slab, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", RINGS)
+def test_second_interrupt_while_draining(
+    name: str, tmp_path: Path, slab: Slab, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Ctrl-C twice: the next call finishes what the first drain could not, and no wait hangs."""
-    backend = make("uring", tmp_path, depth=4)
+    backend = make(name, tmp_path, depth=4)
     assert isinstance(backend, UringBackend)
     file = filled(backend)
     rows = [(file, unit * UNIT, UNIT, slab.address + unit * UNIT) for unit in range(16)]
@@ -288,7 +297,29 @@ def test_second_interrupt_while_draining(tmp_path: Path, slab: Slab, monkeypatch
     backend.close()
 
 
-@pytest.mark.parametrize("name", ["uring", "threads"])
+@pytest.mark.parametrize("name", RINGS)
+def test_failed_read_is_not_forgotten_in_an_interrupt(
+    name: str, tmp_path: Path, slab: Slab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C when the ring has reported a failed read and nobody has seen to it: its ticket fails."""
+    backend = make(name, tmp_path, depth=4)
+    assert isinstance(backend, UringBackend)
+    file = filled(backend)
+    bad = submit(backend, [(file, 0, UNIT, slab.address)])
+    good = submit(backend, [(file, UNIT, UNIT, slab.address + UNIT)])
+    time.sleep(0.02)
+    strike(monkeypatch, 1, -errno.EIO)
+    monkeypatch.setattr(backend, "_send_again", InterruptOnce(backend._send_again))
+    with pytest.raises(KeyboardInterrupt):
+        backend.wait(good)
+    with pytest.raises(DiskReadError, match="given up"):
+        backend.wait(bad)
+    monkeypatch.undo()
+    backend.wait(submit(backend, [(file, 0, UNIT, slab.address)]))
+    backend.close()
+
+
+@pytest.mark.parametrize("name", [*RINGS, "threads"])
 def test_interrupted_submit_drains(name: str, tmp_path: Path, slab: Slab, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C inside submit: the caller has no ticket, so nothing may be in flight."""
     backend = make(name, tmp_path, depth=4)
@@ -296,7 +327,7 @@ def test_interrupted_submit_drains(name: str, tmp_path: Path, slab: Slab, monkey
     rows = [(file, unit * UNIT, UNIT, slab.address + unit * UNIT) for unit in range(16)]
     with monkeypatch.context() as patch:
         if isinstance(backend, UringBackend):
-            patch.setattr(backend, "_enter", InterruptOnce(backend._enter))
+            patch.setattr(backend, "_check", InterruptOnce(backend._check))
         else:
             patch.setattr(backend, "_queue", InterruptingQueue())
         with pytest.raises(KeyboardInterrupt):
@@ -313,9 +344,10 @@ class InterruptingQueue:
         raise KeyboardInterrupt
 
 
-def test_uring_survives_signals(tmp_path: Path, slab: Slab) -> None:
+@pytest.mark.parametrize("name", RINGS)
+def test_uring_survives_signals(name: str, tmp_path: Path, slab: Slab) -> None:
     """A timer signal every millisecond: system calls are interrupted, no read is lost."""
-    backend = make("uring", tmp_path, depth=4)
+    backend = make(name, tmp_path, depth=4)
     file = filled(backend)
     previous = signal.signal(signal.SIGALRM, lambda number, frame: None)
     signal.setitimer(signal.ITIMER_REAL, 0.001, 0.001)
@@ -331,19 +363,38 @@ def test_uring_survives_signals(tmp_path: Path, slab: Slab) -> None:
     backend.close()
 
 
+@pytest.mark.parametrize("name", RINGS)
 @pytest.mark.parametrize("code", [errno.EAGAIN, errno.EBADF])
-def test_uring_enter_errors(code: int, tmp_path: Path, slab: Slab, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_uring_enter_errors(code: int, name: str, tmp_path: Path, slab: Slab, monkeypatch: pytest.MonkeyPatch) -> None:
     """A busy kernel is asked again; a ring that does not work is an error, and nothing stays in flight."""
-    backend = make("uring", tmp_path)
+    backend = make(name, tmp_path)
     assert isinstance(backend, UringBackend)
     file = filled(backend)
-    real, left = backend._ring.enter, [2 if code == errno.EAGAIN else 1]
+    ring, left = backend._ring, [2 if code == errno.EAGAIN else 1]
+    submit_now, collect_now = ring.submit, ring.collect
 
-    def enter(wait_for: int) -> int:
+    def without_kernel(call: Callable[..., Any], *arguments: object) -> Any:
         left[0] -= 1
-        return code if left[0] >= 0 else real(wait_for)
+        fd, ring.memory.fd = ring.memory.fd, -1
+        try:
+            return call(*arguments)
+        finally:
+            ring.memory.fd = fd
 
-    monkeypatch.setattr(backend._ring, "enter", enter)
+    def submit_refused(*arguments: Any) -> int:
+        if not left[0]:
+            return submit_now(*arguments)
+        assert without_kernel(submit_now, *arguments) == errno.EBADF
+        return code
+
+    def collect_refused(wait_for: int) -> tuple[int, list[FailedRead]]:
+        if not (left[0] and wait_for):
+            return collect_now(wait_for)
+        assert without_kernel(collect_now, wait_for) == (errno.EBADF, [])
+        return code, []
+
+    monkeypatch.setattr(ring, "submit", submit_refused)
+    monkeypatch.setattr(ring, "collect", collect_refused)
     if code == errno.EAGAIN:
         backend.wait(submit(backend, [(file, 0, UNIT, slab.address)]))
         assert np.array_equal(slab.array[:UNIT], content(16 * UNIT)[:UNIT])
@@ -351,6 +402,7 @@ def test_uring_enter_errors(code: int, tmp_path: Path, slab: Slab, monkeypatch: 
         with pytest.raises(DiskReadError, match="io_uring_enter"):
             submit(backend, [(file, 0, UNIT, slab.address)])
         backend.wait(submit(backend, [(file, 0, UNIT, slab.address)]))
+    assert left == [0]
     monkeypatch.undo()
     backend.close()
 

@@ -8,22 +8,29 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from kvswap.disk import MemoryBackend, ReadBackend, Slab, create_backend
+from kvswap.disk import MemoryBackend, ReadBackend, Slab, create_backend, uring_backend
+from kvswap.disk.uring_ring import Ring
 from tests.helpers.system import has_direct_io, has_io_uring
 
 UNIT = 4096
-NAMES = ("uring", "threads", "buffered", "memory")
+RINGS = ("uring", "uring in numpy")
+"""The ring as it is chosen, in C where that was compiled, and the one that stands in for it."""
+NAMES = (*RINGS, "threads", "buffered", "memory")
 
 
 def make(name: str, folder: Path, depth: int = 8) -> ReadBackend:
     """A backend, or skip where this machine cannot have it."""
     if name == "memory":
         return MemoryBackend()
-    if name in ("uring", "threads"):
+    if name in (*RINGS, "threads"):
         if not has_direct_io(folder):
             pytest.skip("no direct I/O here")
-        if name == "uring" and not has_io_uring():
+        if name in RINGS and not has_io_uring():
             pytest.skip("no io_uring here")
+    if name == "uring in numpy":
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(uring_backend, "create_ring", Ring)
+            return create_backend("uring", folder, depth, on_notice=lambda text: None)
     return create_backend(name, folder, depth, on_notice=lambda text: None)
 
 

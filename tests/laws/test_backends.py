@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from kvswap.config import Config
+from kvswap.config import BACKENDS, Config
 from kvswap.core.attach import attach
 from kvswap.native import array_loops, loops
-from tests.helpers.backends import NAMES, make
+from tests.helpers.backends import make
 from tests.helpers.families import FAMILIES, forced_logits, least_memory, tiny_model, tokens
 
 PROMPT_TOKENS, STEPS = 700, 60
@@ -32,7 +32,7 @@ def selecting(folder: Path, **changes: object) -> Config:
     return Config(**{"select_tokens": 120, "recent_tokens": 16, "kv_memory": "auto", "kv_dir": str(folder), **changes})
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "memory"])
+@pytest.mark.parametrize("name", [name for name in BACKENDS if name not in ("auto", "memory")])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_all_backends_give_the_same_logits(family: str, name: str, tmp_path: Path) -> None:
     make(name, tmp_path).close()  # skips where this machine cannot have it

@@ -18,6 +18,7 @@ from kvswap.native.library import required_library
 from kvswap.weights.gguf_file import TYPES
 from tests.helpers.kernel_calls import Argument, Call, Scratch, Struct, as_floats, build_program, run_calls
 from tests.helpers.packed import COMPILED, random_rows
+from tests.helpers.ring_calls import ring_calls
 from tests.helpers.step_calls import step_calls
 
 pytestmark = [
@@ -207,7 +208,7 @@ def query_calls() -> Iterator[Call]:
 def all_calls(kinds: Iterable[int]) -> list[Call]:
     """Calls of everything, those that have kinds with each of them; two lists with as many kinds belong together."""
     forced = [call for kind in kinds for calls in (weight_calls, scoring_calls) for call in calls(kind)]
-    return [*forced, *rounding_calls(), *slot_calls(), *table_calls(), *query_calls(), *step_calls()]
+    return [*forced, *rounding_calls(), *slot_calls(), *table_calls(), *query_calls(), *step_calls(), *ring_calls()]
 
 
 def differences(call: Call, expected: list[np.ndarray], found: list[np.ndarray]) -> Iterator[str]:
@@ -256,5 +257,5 @@ def test_another_build_gives_the_same(name: str, tmp_path: Path) -> None:
     assert needed <= there, f"kinds {sorted(there)}"
     names = {name for call in calls for name in call.names}
     assert names >= {"packed_linear", "attend_groups", "find", "put_tokens"}
-    assert names >= {"step_query", "step_fetch", "attended", "step_begin", "step_finish"}
+    assert names >= {"step_query", "step_fetch", "attended", "step_begin", "step_finish", "ring_submit", "ring_collect"}
     assert len(TYPES) >= len(COMPILED)

@@ -23,6 +23,8 @@ CHECKED = [
     "tests/core/test_compiled_step.py",
     "tests/core/test_compiled_run.py",
     "tests/core/test_window_layer.py",
+    "tests/disk/test_rings.py",
+    "tests/disk/test_failing_reads.py",
     "tests/laws/test_select_all.py",
 ]
 OPTIONS = ["-O1", "-g", "-fPIC", "-shared", "-Wno-psabi", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]

@@ -10,7 +10,7 @@
 #include "products.h"
 #include "workers.h"
 
-#define VERSION 16   /* of the functions' arguments; library.py must have the same */
+#define VERSION 17   /* of the functions' arguments; library.py must have the same */
 #define AHEAD 8      /* tiles */
 #define BLOCK 64     /* scores that are passed over together where none is among the best */
 #define NOTHING 20.f /* logits this far below one that was seen count as none: e^-20 of its weight */

@@ -7,7 +7,7 @@ import importlib.util
 import logging
 from functools import lru_cache
 
-VERSION = 16
+VERSION = 17
 """Version of the functions' arguments; ``kernels.c`` must have the same."""
 
 log = logging.getLogger("kvswap")
@@ -39,6 +39,8 @@ _SIGNATURES: dict[str, tuple[tuple[type, ...], type | None]] = {
     "step_run": ((_P, _P), _I),
     "step_begin": ((_P, _P, _P, _P, _P, _P), _I),
     "step_finish": ((_P, _P, _P, _P, _P, _I, _P, _P), _I),
+    "ring_submit": ((_P, _I, _I, _I), _I),
+    "ring_collect": ((_P, _I), _I),
     "row_bytes": ((_I, _I), _I),
     "activation_kind": ((_I,), _I),
     "activation_bytes": ((_I, _I), _I),
