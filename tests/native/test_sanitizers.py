@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -43,7 +44,14 @@ def sanitized(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("sanitized")
     shutil.copytree(ROOT / "src" / "kvswap", folder / "kvswap", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     target = folder / "kvswap" / "native" / Path(found._name).name
-    subprocess.run(["gcc", *OPTIONS, "-o", target, *sorted(NATIVE.glob("*.c")), "-lm"], check=True)
+
+    def compiled(source: Path) -> Path:
+        subprocess.run(["gcc", *OPTIONS, "-c", source, "-o", made := folder / f"{source.stem}.o"], check=True)
+        return made
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        made = list(pool.map(compiled, sorted(NATIVE.glob("*.c"))))
+    subprocess.run(["gcc", *OPTIONS, "-o", target, *made, "-lm"], check=True)
     environment = {**os.environ, "PYTHONPATH": f"{folder}{os.pathsep}{ROOT}", "LD_PRELOAD": " ".join(paths)}
     environment["ASAN_OPTIONS"] = "detect_leaks=0"  # of Python and PyTorch
     assert subprocess.check_output([sys.executable, "-c", WHICH], env=environment, text=True).strip() == str(target)
@@ -51,6 +59,7 @@ def sanitized(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_tests_of_compiled_code_pass_under_sanitizers(sanitized: dict[str, str]) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *CHECKED]
     done = subprocess.run(command, cwd=ROOT, env=sanitized, capture_output=True, text=True, check=False)
