@@ -2,7 +2,7 @@
 
     python benchmarks/real_size.py --file FILE.gguf --context 8192,16384,32768 --prepare
     python benchmarks/real_size.py --file FILE.gguf --context 8192,16384 --json out.json
-    python benchmarks/real_size.py --file FILE.gguf --context 32768 --only kvswap --json out.json
+    python benchmarks/real_size.py --file FILE.gguf --context 32768 --only=kvswap --json out.json
 
 Only speed and memory mean something here: random weights write random text, and each step attends to other tokens than
 the step before. So kvswap reads more for each token than it does with text.
