@@ -7,8 +7,8 @@ A page names results files between two comments, and what stands between them is
 
 ``deciding`` shows kvswap in the three numbers that decide whether to use it. ``single`` shows only its rows with one
 sequence, for runs on the plain disk. ``beside`` shows every method of one file in the same numbers. ``peers`` shows
-other programs beside kvswap. The full tables (``bench``, ``scale``, ``resume``, ``quality``) are those of
-``kvswap.lab.tables``.
+other programs beside kvswap, ``real`` the same at the size of Llama-3.1-8B. The full tables (``bench``, ``scale``,
+``resume``, ``quality``) are those of ``kvswap.lab.tables``.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from kvswap.units import format_bytes
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-SHORT_MARK = re.compile(r"(<!-- (deciding|single|beside|peers): ([^>]+?) -->\n).*?(<!-- end -->)", re.DOTALL)
+SHORT_MARK = re.compile(r"(<!-- (deciding|single|beside|peers|real): ([^>]+?) -->\n).*?(<!-- end -->)", re.DOTALL)
 MODELS = {"smollm2": "SmolLM2-135M", "smollm2-135m": "SmolLM2-135M", "qwen05": "Qwen2.5-Coder-0.5B"}
 
 Row = dict[str, Any]
@@ -51,6 +51,8 @@ def update_page(page: str, results: Path) -> str:
         files = [json.loads((results / name).read_text(encoding="utf-8")) for name in match[3].split()]
         if match[2] == "peers":
             lines = markdown_lines(files[0])[1:-1]
+        elif match[2] == "real":
+            lines = real_size_lines(files[0])
         elif match[2] == "beside":
             lines = beside_lines(files[0])
         else:
@@ -91,6 +93,26 @@ def beside_lines(content: Row) -> list[str]:
     return _table([*names, "method", "memory", "speed, full attention = 1", "same next token", "KL"], cells)
 
 
+def real_size_lines(content: Row) -> list[str]:
+    """Results of ``real_size.py``: without a memory limit first, then by context."""
+    cells, versions = [], dict[str, str]()
+    rows = sorted(content["results"], key=lambda row: (row["memory_limit_bytes"] or 0, row["context"], row["program"]))
+    for row in rows:
+        versions |= row.get("versions", {})
+        limit = format_bytes(row["memory_limit_bytes"]) if row["memory_limit_bytes"] else "none"
+        rate = f"{row['decode_tokens_per_s']:.2f}" if "decode_tokens_per_s" in row else row["outcome"]
+        first = f"{row['resume_s'] + row['first_step_s']:.1f} s" if row.get("first_step_s") else ""
+        held = [format_bytes(row[key]) if key in row else "" for key in ("anonymous_bytes", "mapped_bytes")]
+        cells.append([limit, f"{row['context']:,}", row["program"], rate, *held, first])
+    names = ["memory limit", "context", "program", "decode, tokens/s", "anonymous memory", "mapped memory"]
+    identity, machine = content["identity"], content["environment"]["machine"]
+    about = (
+        f"{identity['threads']} threads for each program; medians of all steps. {machine['cpu']}, {machine['cores']} "
+        f"cores. {', '.join(f'{name} {version}' for name, version in versions.items())}."
+    )
+    return [*_table([*names, "first token"], cells), "", about]
+
+
 def _memory(row: Row) -> list[str]:
     full_bytes, held_bytes = row["kv_full_bytes"], row["kv_memory_peak_bytes"]
     return [format_bytes(full_bytes), f"{format_bytes(held_bytes)} (1/{full_bytes / held_bytes:.1f})"]
@@ -101,7 +123,7 @@ def _numbers(row: Row) -> list[str]:
 
 
 def _table(names: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    left = ("model", "disk", "method")
+    left = ("model", "disk", "method", "program")
     marks = "|".join("---" if name in left else "--:" for name in names)
     return ["| " + " | ".join(names) + " |", f"|{marks}|", *("| " + " | ".join(row) + " |" for row in rows)]
 

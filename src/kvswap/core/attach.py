@@ -21,6 +21,7 @@ from kvswap.core.binding import Binding
 from kvswap.core.cache import KVSwapCache
 from kvswap.core.calibration import calibrate
 from kvswap.core.compiled_layers import CompiledLayers, compiled_layers
+from kvswap.core.kept_bases import kept_bases
 from kvswap.core.layer_major import FullCache, InMemory, LayerMajorCache, Progress, ordinary_tensors
 from kvswap.core.model_patch import Attachment
 from kvswap.core.prediction_check import check_once
@@ -186,6 +187,7 @@ class _Opener:
             head_dim=parts.head_dim,
             device=parts.device,
             rotate=partial(_rotate, parts),
+            bases=partial(kept_bases, parts),
             statistics=self._statistics(config) if self._method.calibrated and stored is None else None,
         )
         if stored is not None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,8 +71,7 @@ def calibrate(
     ``run(ids, cache)`` takes token ids ``[1, T]`` through the attached model. Where the cache folder cannot be written,
     ``on_notice`` gets a sentence about it, and the next run measures again.
     """
-    identity = {"model": attention_fingerprint(parts), "version": VERSION, "tokens": str(CALIBRATION_TOKENS)}
-    found = _stored(identity)
+    found = _stored(_identity(parts))
     if found is not None:
         return [found[part.index] for part in parts.offloaded]
     limit = int(getattr(parts.config, "max_position_embeddings", SEQUENCE_TOKENS))
@@ -88,12 +87,17 @@ def calibrate(
 
         cache = CalibrationCache(parts, implementation, covariances, chunk_tokens=chunk_tokens, on_progress=report)
         run(torch.tensor([ids[start:stop]], device=parts.device), cache)
-    problem = _store({part.index: covariances[part.order or 0] for part in parts.offloaded}, identity)
+    problem = store_statistics(parts, covariances)
     if problem:
         log.debug("calibration is not kept: %s", problem)
         if on_notice is not None:
             on_notice(f"the calibration cannot be stored, so the next run measures it again: {problem}")
     return covariances
+
+
+def _identity(parts: ModelParts) -> dict[str, str]:
+    """What statistics belong to."""
+    return {"model": attention_fingerprint(parts), "version": VERSION, "tokens": str(CALIBRATION_TOKENS)}
 
 
 def _path(identity: dict[str, str]) -> Path:
@@ -113,13 +117,14 @@ def _stored(identity: dict[str, str]) -> dict[int, KeyCovariance] | None:
     return found
 
 
-def _store(statistics: dict[int, KeyCovariance], identity: dict[str, str]) -> str:
-    """Keep statistics in the cache folder; why that cannot be, or nothing."""
+def store_statistics(parts: ModelParts, statistics: Sequence[KeyCovariance]) -> str:
+    """Keep one entry for each offloaded layer in the cache folder; why that cannot be, or nothing."""
+    identity, by_index = _identity(parts), {part.index: statistics[part.order or 0] for part in parts.offloaded}
     try:
         path = _path(identity)
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(path) as file:  # two processes may calibrate at once
-            save_statistics(file.name, statistics, identity)
+            save_statistics(file.name, by_index, identity)
     except StorageError as error:
         return str(error)
     except (OSError, SafetensorError) as error:

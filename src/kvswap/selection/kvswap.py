@@ -39,7 +39,7 @@ def makers(facts: KeyFacts, config: Config) -> list[SketchMaker]:
             f"sketch_rank {rank} of {bits} bits: more than the {elements} elements of a key, or no whole bytes",
             hint=f"use a multiple of {8 // bits} up to {elements}",
         )
-    bases = (transform_basis(each, rank, bits) for each in facts.statistics)
+    bases = facts.bases(facts.statistics, rank, bits, transform_basis)
     return [code_maker(facts, basis, bits, config.group_tokens) for basis in bases]
 
 

@@ -7,7 +7,7 @@ replace the decode path or the slots; kvswap's own path never enters those hooks
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -16,10 +16,11 @@ import torch
 from numpy.typing import NDArray
 
 from kvswap.config import Config
-from kvswap.selection.basis import KeyCovariance
+from kvswap.selection.basis import Basis, KeyCovariance
 from kvswap.selection.window import Window
 
 Rotate = Callable[[torch.Tensor, torch.Tensor, bool], torch.Tensor]
+MakeBasis = Callable[[KeyCovariance, int, int], Basis]
 
 
 class Sketch(Protocol):
@@ -53,12 +54,18 @@ class SketchMaker:
     sequence_bytes: int = 0
 
 
+def made_bases(statistics: Sequence[KeyCovariance], rank: int, bits: int, make: MakeBasis) -> list[Basis]:
+    """``make(statistics, rank, bits)`` of each layer."""
+    return [make(each, rank, bits) for each in statistics]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KeyFacts:
     """What a method can know of a model's keys when it makes its sketches.
 
     ``statistics`` has one covariance for each offloaded layer, or is None without a calibration.
     ``rotate(keys, positions, inverse)`` applies the model's RoPE to keys ``[H_kv, n, d]``, or its inverse.
+    ``bases`` gives what ``made_bases`` gives; ``core`` keeps it.
     """
 
     layers: int
@@ -68,6 +75,7 @@ class KeyFacts:
     device: torch.device
     statistics: list[KeyCovariance] | None
     rotate: Rotate
+    bases: Callable[[Sequence[KeyCovariance], int, int, MakeBasis], list[Basis]] = made_bases
 
     @property
     def elements(self) -> int:

@@ -33,6 +33,16 @@ class LlamaCpp:
         self._top()
         return {"prefill_s": time.perf_counter() - start_s}
 
+    def resume(self, context: str) -> dict[str, float]:
+        """Load the state of a sequence from the file ``context``, in place of a prompt. Raises ModelError."""
+        start_s = time.perf_counter()
+        room, tokens = self._api.llama_n_ctx(self._context), ctypes.c_size_t()
+        ids = (self._api.llama_token * room)()
+        size_bytes = self._api.llama_state_seq_load_file(self._context, context.encode(), 0, ids, room, tokens)
+        if not size_bytes:
+            raise ModelError(f"llama.cpp cannot load the state {context}", hint="make it anew, with this version")
+        return {"resume_s": time.perf_counter() - start_s}
+
     def steps(self, tokens: Sequence[int]) -> dict[str, list[Any]]:
         """Take tokens one by one."""
         step_s, top = [], []

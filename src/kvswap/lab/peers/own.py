@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +17,7 @@ from kvswap.lab.bench.interleaved import timed_call
 from kvswap.lab.bench.run import encode
 from kvswap.lab.evals.evaluation_text import evaluation_text
 from kvswap.models.loading import LoadedModel, load_model, quieten
+from kvswap.sessions.session import Session
 
 
 class KVSwap:
@@ -39,10 +42,21 @@ class KVSwap:
         self._cache = self._attachment.__enter__()
         return {"prefill_s": timed_call(self._loaded.model, torch.tensor([list(tokens)]), self._cache)[1]}
 
+    def resume(self, context: str) -> dict[str, float]:
+        """Open the session named ``context`` in place of a prompt. Its sketch is read with the first step."""
+        start_s = time.perf_counter()
+        self._attachment = Session.open(context, self._loaded, self._config)
+        self._cache = self._attachment.cache
+        return {"resume_s": time.perf_counter() - start_s}
+
     def steps(self, tokens: Sequence[int]) -> dict[str, list[Any]]:
         """Take tokens one by one."""
         calls = [timed_call(self._loaded.model, torch.tensor([[token]]), self._cache) for token in tokens]
         return {"step_s": [took_s for _, took_s in calls], "top": [int(row.argmax()) for row, _ in calls]}
+
+    def stats(self) -> dict[str, Any]:
+        """What the cache has counted."""
+        return dataclasses.asdict(self._cache.stats)
 
     def versions(self) -> dict[str, str]:
         """Versions of kvswap and of what computes for it."""

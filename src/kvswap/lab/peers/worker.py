@@ -31,6 +31,9 @@ class Program(Protocol):
     def prefill(self, tokens: Sequence[int]) -> Answer:
         """Take a prompt into the context: ``prefill_s`` is seconds until the logits of its last token are there."""
 
+    def resume(self, context: str) -> Answer:
+        """Take a stored context in place of a prompt: ``resume_s`` is the seconds of that."""
+
     def steps(self, tokens: Sequence[int]) -> Answer:
         """Take tokens one by one: ``step_s`` is the seconds of each, ``top`` the most likely token after it."""
 
