@@ -11,6 +11,7 @@
 #include "workers.h"
 
 #define VERSION 17   /* of the functions' arguments; library.py must have the same */
+#define PARTS 4      /* of the tiles to score, for each worker: cores are not equally fast, nor free all the time */
 #define AHEAD 8      /* tiles */
 #define BLOCK 64     /* scores that are passed over together where none is among the best */
 #define NOTHING 20.f /* logits this far below one that was seen count as none: e^-20 of its weight */
@@ -223,7 +224,7 @@ EXPORT int64_t kvswap_group_mass(const uint8_t *codes, int64_t sequence_bytes, i
     int64_t longest = 0;
     for (int64_t b = 0; b < batch; b++) longest = tokens[b] > longest ? tokens[b] : longest;
     const int64_t tiles = (longest + TILE - 1) / TILE, each = heads * tiles * (TILE / group_tokens + 1);
-    const int64_t parts = batch < workers ? (workers + batch - 1) / batch : 1;
+    const int64_t parts = workers > 1 ? (PARTS * workers + batch - 1) / batch : 1;
     const Scoring all = {codes, sequence_bytes, tile_bytes, rows, bits, query, scales, heads, tokens, group_tokens, which,
                          mass, groups, kvswap_products(kind), parts, scratch + workers * size, each, scratch, size};
     if (all.products == NULL) return 0;
