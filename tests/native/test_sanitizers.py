@@ -59,7 +59,6 @@ def sanitized(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(3600)
 def test_tests_of_compiled_code_pass_under_sanitizers(sanitized: dict[str, str]) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *CHECKED]
     done = subprocess.run(command, cwd=ROOT, env=sanitized, capture_output=True, text=True, check=False)
