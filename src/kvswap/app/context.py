@@ -114,6 +114,19 @@ class Context:
         self._read_pieces(self.session, ids, conversation)
         self.session.commit_prompt(ids, conversation)
 
+    def numbers(self, stored_tokens: int) -> dict[str, Any]:
+        """What ``RunStats`` says about the session, in which ``stored_tokens`` of a prompt were."""
+        session, choice = self.session, self.choice
+        return {
+            "session": session.name if session else None,
+            "resumed_tokens": stored_tokens if session else 0,
+            "computed_again": choice.recompute,
+            "load_expected_s": choice.load_s,
+            "recompute_expected_s": choice.recompute_s,
+            "session_written_bytes": session.store.manifest.written_bytes if session else 0,
+            "sessions_written_bytes": session.written_bytes.total_bytes if session else 0,
+        }
+
     def rollback(self) -> None:
         """Go back to the last commit of the session. Without a session, drop the cache."""
         self.cache = self._piece = None

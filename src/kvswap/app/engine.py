@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
@@ -47,6 +47,7 @@ from kvswap.sessions.catalog import open_or_create_store
 from kvswap.sessions.commits import SessionStore
 from kvswap.sessions.quota import Limits
 from kvswap.sessions.session import Session
+from kvswap.sessions.sharing import common_tokens
 
 _STILL_READING, _READ_ON = "an answer is still being read", "read it to its end or close its iterator first"
 
@@ -162,7 +163,7 @@ class Engine:
         *,
         system: str | None = None,
         **sampling: Any,
-    ) -> Iterator[str]:
+    ) -> Generator[str]:
         """Stream the answer to a question about documents and about what was said before.
 
         Parameters
@@ -197,7 +198,7 @@ class Engine:
         tools: Sequence[dict[str, Any]] | None = None,
         logprobs: Logprobs | None = None,
         **sampling: Any,
-    ) -> Iterator[str]:
+    ) -> Generator[str]:
         """Stream the answer to a whole conversation, which takes the place of the one before.
 
         Only what is new is computed: what both begin with stays.
@@ -218,7 +219,7 @@ class Engine:
 
     def complete(
         self, text: str | Sequence[int], *, logprobs: Logprobs | None = None, **sampling: Any
-    ) -> Iterator[str]:
+    ) -> Generator[str]:
         """Stream what follows a text or token ids, without a chat template. Arguments are as for ``chat``."""
         given = text if isinstance(text, str) else list(text)
         return self._answer(lambda: self._raw_prompt(given), Sampling(**sampling), logprobs)
@@ -227,6 +228,18 @@ class Engine:
     def stats(self) -> RunStats:
         """The numbers of the last answer. While a prompt is read: its tokens, and how many of them were stored."""
         return self._stats
+
+    @property
+    def messages(self) -> list[Message]:
+        """The conversation so far."""
+        return list(self._conversation.messages)
+
+    def shared_tokens(
+        self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] | None = None
+    ) -> tuple[int, int]:
+        """How many tokens these messages and the conversation begin with, and where its last answer begins."""
+        ids, answered = self._conversation.ids, self._conversation.last_prompt_tokens
+        return common_tokens(self._prompt(list(messages), tools).ids, ids), answered
 
     def knows(self, documents: Sequence[Document]) -> bool:
         """Whether the conversation has all of these documents already."""
@@ -286,7 +299,7 @@ class Engine:
 
     def _answer(
         self, make_prompt: Callable[[], Prompt], sampling: Sampling, logprobs: Logprobs | None = None
-    ) -> Iterator[str]:
+    ) -> Generator[str]:
         self._check_free()
         started_s, prompt = time.perf_counter(), make_prompt()
         ids, loaded, context, kept = prompt.ids, self._loaded, self._context, False
@@ -366,22 +379,15 @@ class Engine:
         before: CacheStats,
         after: CacheStats,
     ) -> RunStats:
-        loaded, session, choice = self._loaded, self.session, self._context.choice
-        cache = after.since(before)
+        loaded, cache = self._loaded, after.since(before)
         if isinstance(self.method, InMemory):
             cache["kv_memory_limit_bytes"] = None
         return replace(
             blank_stats(loaded, self.method.name, resolved_config(self.config, loaded.model, after)),
             prompt_tokens=len(ids),
             stored_tokens=stored,
-            session=session.name if session else None,
-            resumed_tokens=stored if session else 0,
             computed_tokens=len(ids) - stored,
-            computed_again=choice.recompute,
-            load_expected_s=choice.load_s,
-            recompute_expected_s=choice.recompute_s,
-            session_written_bytes=session.store.manifest.written_bytes if session else 0,
-            sessions_written_bytes=session.written_bytes.total_bytes if session else 0,
+            **self._context.numbers(stored),
             new_tokens=len(generation.token_ids),
             finish_reason=generation.finish_reason,
             token_ids=generation.token_ids,

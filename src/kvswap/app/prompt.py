@@ -20,7 +20,7 @@ from kvswap.models.chat_template import apply_template, has_template
 PIECE_CHARACTERS = 1 << 14
 """So much text is tokenized at a time while its length is checked."""
 MOST_MARKS = 255
-"""So many ends of earlier answers are remembered."""
+"""So many ends of earlier prompts and answers are remembered."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,8 +163,9 @@ def encode(tokenizer: Any, text: str, *, first: bool) -> list[int]:
 class Conversation:
     """The messages so far, the text that the template made of them, and the token ids of that text.
 
-    ``marks`` are the places where an answer ends: so many characters of ``text`` are so many of ``ids``. A tokenizer
-    would not always make the same ids of that text, so a prompt takes over the ids up to the last mark that it shares.
+    ``marks`` are the places where a prompt or an answer ends: so many characters of ``text`` are so many of ``ids``. A
+    tokenizer would not always make the same ids of that text, so a prompt takes over the ids up to the last mark that
+    it shares.
     """
 
     messages: list[Message] = field(default_factory=list)
@@ -200,7 +201,13 @@ class Conversation:
         kept = shared if shared and prompt.ids[: shared[-1][1]] == self.ids[: shared[-1][1]] else []
         self.ids = prompt.ids + answer_ids
         self.text = prompt.text + _escaped_answer(tokenizer, answer_ids, raw=prompt.raw)
-        self.marks = [*kept[-MOST_MARKS:], (len(self.text), len(self.ids))]
+        ends = [(len(prompt.text), len(prompt.ids)), (len(self.text), len(self.ids))]
+        self.marks = [*(mark for mark in kept[-MOST_MARKS:] if mark[0] < ends[0][0]), *ends]
+
+    @property
+    def last_prompt_tokens(self) -> int:
+        """Token ids up to the last answer."""
+        return self.marks[-2][1] if len(self.marks) > 1 else 0
 
     def to_json(self) -> bytes:
         """Messages, text and marks, and the number of token ids; the ids themselves are stored elsewhere."""

@@ -66,14 +66,20 @@ _SHARED = (
         help="Sample from this share of probability.",
     ),
     click.option(
-        "--top-k", type=int, default=0, metavar="K", help="Sample from the K likeliest tokens.  [default: all]"
+        "--top-k",
+        type=int,
+        default=0,
+        show_default=True,
+        metavar="K",
+        help="Sample from the K likeliest tokens; 0: from all.",
     ),
     click.option(
         "--min-p",
         type=float,
         default=0.0,
+        show_default=True,
         metavar="P",
-        help="Sample from tokens that have at least this share of the likeliest one's probability.  [default: all]",
+        help="Sample from tokens that have at least this share of the likeliest one's probability.",
     ),
     click.option(
         "--stop",
