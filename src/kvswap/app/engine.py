@@ -117,8 +117,7 @@ def load(
 class Engine:
     """One conversation with one model. Close it, or use it in a ``with`` block. Arguments are those of ``load``.
 
-    ``share`` and ``piece_tokens`` are as for ``Context``. The engine closes ``session``, also when the constructor
-    fails.
+    ``share`` and ``piece_tokens`` are as for ``Context``. ``session`` is closed, also when the constructor fails.
     """
 
     def __init__(
@@ -295,7 +294,8 @@ class Engine:
     def _raw_prompt(self, text: str | list[int]) -> Prompt:
         given = [Message("user", text)] if isinstance(text, str) else []
         check_length(self._loaded.tokenizer, given, context_limit(self._loaded.model))
-        return self._conversation.raw_prompt(self._loaded.tokenizer, text)
+        known = text if isinstance(text, str) else check_token_ids(self._loaded.model, text)
+        return self._conversation.raw_prompt(self._loaded.tokenizer, known)
 
     def _answer(
         self, make_prompt: Callable[[], Prompt], sampling: Sampling, logprobs: Logprobs | None = None
@@ -327,8 +327,7 @@ class Engine:
                     self._add_turn(prompt, generation)
                     kept = True
                     stats = self._measure(generation, ids, stored, started_s, before, cache.stats)
-                    quality = meter.stats if meter else None
-                    self._stats = replace(stats, calibration_s=calibration_s, quality=quality)
+                    self._stats = replace(stats, calibration_s=calibration_s, quality=meter.stats if meter else None)
 
     def _fit(self, tokens: int, sampling: Sampling) -> Sampling:
         """Sampling with an answer that fits the model's context. Raises InputError where the prompt does not fit."""

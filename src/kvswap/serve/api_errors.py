@@ -6,6 +6,7 @@ from typing import Any
 
 from kvswap.errors import KVSwapError, StorageError, UserError
 
+TOO_LONG = "context_length_exceeded"
 INVALID, SERVER = "invalid_request_error", "server_error"
 
 
@@ -35,7 +36,7 @@ class ApiError(Exception):
 def too_long(tokens: int, limit: int) -> ApiError:
     """The error for a prompt beyond the model's context."""
     message = f"the prompt has {tokens:,} tokens, and the model's limit is {limit:,}; send less"
-    return ApiError(400, message, param="messages", code="context_length_exceeded")
+    return ApiError(400, message, param="messages", code=TOO_LONG)
 
 
 def as_api_error(error: BaseException) -> ApiError:

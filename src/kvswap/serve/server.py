@@ -9,12 +9,13 @@ from __future__ import annotations
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import uvicorn
 
 from kvswap.errors import ConfigError
-from kvswap.models.adapter import context_limit
+from kvswap.models.adapter import check_token_ids, context_limit
 from kvswap.models.loading import LoadedModel
 from kvswap.serve.answers import Answers, Settings
 from kvswap.serve.app import build
@@ -85,6 +86,7 @@ def create(loaded: LoadedModel, settings: Settings, listening: Listening) -> tup
     worker = Worker(answers.answer, answers.close, max_waiting=listening.max_waiting)
     service = Service(
         tokenizer=loaded.tokenizer,
+        check_ids=partial(check_token_ids, loaded.model),
         name=listening.alias,
         limit_tokens=context_limit(loaded.model),
         max_new_tokens=listening.max_new_tokens,

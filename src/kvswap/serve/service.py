@@ -18,8 +18,9 @@ from starlette.types import Receive, Scope, Send
 
 from kvswap.app.prompt import Conversation, Message, check_encodable, check_length, read_messages
 from kvswap.app.stats import RunStats
+from kvswap.errors import InputError
 from kvswap.models.logprobs import TokenLogprob
-from kvswap.serve.api_errors import ApiError, as_api_error, too_long
+from kvswap.serve.api_errors import TOO_LONG, ApiError, as_api_error, too_long
 from kvswap.serve.jobs import Done, Echo, Event, Failed, Job, Piece, Progress, Question, Worker
 from kvswap.serve.metrics import Metrics
 
@@ -33,9 +34,14 @@ class ClientLeft(Exception):  # noqa: N818 - not an error
 
 @dataclass(slots=True, kw_only=True)
 class Service:
-    """One served model. ``limit_tokens`` is its context, ``max_new_tokens`` what an answer may have by default."""
+    """One served model.
+
+    ``check_ids`` refuses token ids that it does not have (InputError). ``limit_tokens`` is its context,
+    ``max_new_tokens`` what an answer may have by default.
+    """
 
     tokenizer: Any
+    check_ids: Callable[[list[int]], list[int]]
     name: str
     limit_tokens: int | None
     max_new_tokens: int
@@ -48,7 +54,7 @@ class Service:
         """Token ids of a chat. Raises ApiError, KVSwapError."""
 
         def ids() -> list[int]:
-            check_length(self.tokenizer, read_messages(messages), self.limit_tokens)
+            self._check_length(read_messages(messages))
             return Conversation().prompt(self.tokenizer, messages, tools).ids
 
         return self._checked(await self._in_thread(ids))
@@ -59,8 +65,9 @@ class Service:
         def ids() -> list[int]:
             if isinstance(text, str):
                 check_encodable("the text", text)
-                check_length(self.tokenizer, [Message("user", text)], self.limit_tokens)
-            return Conversation().raw_prompt(self.tokenizer, text).ids
+                self._check_length([Message("user", text)])
+            known = text if isinstance(text, str) else self.check_ids(text)
+            return Conversation().raw_prompt(self.tokenizer, known).ids
 
         return self._checked(await self._in_thread(ids))
 
@@ -80,6 +87,12 @@ class Service:
     async def _in_thread(self, ids: Callable[[], list[int]]) -> list[int]:
         async with self._tokenizing:
             return await anyio.to_thread.run_sync(ids)
+
+    def _check_length(self, messages: list[Message]) -> None:
+        try:
+            check_length(self.tokenizer, messages, self.limit_tokens)
+        except InputError as error:
+            raise ApiError(400, str(error), param="messages", code=TOO_LONG) from error
 
     def _checked(self, ids: list[int]) -> list[int]:
         if not ids:
