@@ -80,7 +80,8 @@ def main() -> None:
     def show(name: str, found: dict[str, object]) -> dict[str, object]:
         rows.append((name, found))
         print(
-            f"| {name} | {found['tokens']:,} | {found['cached']:,} | {found['first_s']:.2f} | {1e3 * found['token_s']:.1f} |",
+            f"| {name} | {found['tokens']:,} | {found['cached']:,} "
+            f"| {found['first_s']:.2f} | {1e3 * found['token_s']:.1f} |",
             flush=True,
         )
         return found

@@ -14,14 +14,14 @@ from dataclasses import dataclass
 from kvswap.app.engine import Engine
 from kvswap.app.scoring import score_prompt
 from kvswap.config import Config
-from kvswap.errors import KVSwapError, undo_after
+from kvswap.errors import KVSwapError, SessionError, undo_after
 from kvswap.models.adapter import inspect
 from kvswap.models.loading import LoadedModel
 from kvswap.models.logprobs import Logprobs
 from kvswap.serve.jobs import Done, Echo, Job, Piece, Progress
-from kvswap.serve.library import Library, Stored, new_name
+from kvswap.serve.library import PREFIX, Library, Stored, new_name
 from kvswap.sessions.binding import identify
-from kvswap.sessions.catalog import create_store, open_store, session_path, sessions_dir
+from kvswap.sessions.catalog import create_store, open_store, remove, session_path, sessions_dir
 from kvswap.sessions.commits import SessionStore
 from kvswap.sessions.quota import Limits
 from kvswap.sessions.sharing import fork
@@ -137,6 +137,27 @@ class Answers:
             stored = stats.stored_tokens if stats is not None else 0
             job.tell(Progress(stored + (tokens - stored) * done // max(1, total), tokens))
 
+    # ---- stored conversations
+
+    def remove(self, name: str) -> None:
+        """Remove a conversation of the server from the disk. Raises SessionError."""
+        if not name.startswith(PREFIX):
+            raise SessionError(f"{name} is not a conversation of this server", hint="use kvswap sessions rm")
+        if self._name == name:
+            self.close()
+        remove(session_path(self._settings.config.kv_dir, name))
+        self._library.drop(name)
+
+    def fork(self, name: str) -> str:
+        """A second conversation that begins as this one is; its name. Raises SessionError, DiskError."""
+        new, kv_dir = new_name(), self._settings.config.kv_dir
+        if self._name == name:
+            self.close()
+        with open_store(kv_dir, name) as source:
+            fork(source, session_path(kv_dir, new))
+        self._library.read_one(session_path(kv_dir, new))
+        return new
+
     # ---- which conversation a prompt goes on from
 
     def _open(self, job: Job) -> Engine:
@@ -173,15 +194,11 @@ class Answers:
 
     def _try_fork(self, stored: Stored) -> Engine | None:
         """An engine on a fork of a session, which shares its files; None where it cannot be opened."""
-        name, kv_dir = new_name(), self._settings.config.kv_dir
-        self.close()
         try:
-            with open_store(kv_dir, stored.name) as source:
-                fork(source, session_path(kv_dir, name))
+            return self._try(self.fork(stored.name))
         except KVSwapError:
             self._library.drop(stored.name)
             return None
-        return self._try(name)
 
     def _on(self, store: SessionStore) -> Engine:
         settings, closing = self._settings, self._engine

@@ -17,6 +17,13 @@ from starlette.routing import Route
 from kvswap.serve.api_errors import ApiError, as_api_error
 from kvswap.serve.chat import chat_completions
 from kvswap.serve.completions import completions
+from kvswap.serve.conversations import (
+    fork_conversation,
+    list_conversations,
+    read_conversation,
+    read_document,
+    remove_conversation,
+)
 from kvswap.serve.fields import TokenizeRequest, read_body
 from kvswap.serve.guard import Guard
 from kvswap.serve.jobs import as_unexpected
@@ -36,16 +43,22 @@ def build(service: Service, *, keys: Sequence[str] = (), hosts: Sequence[str] = 
         "/v1/completions": completions,
         "/v1/responses": responses,
         "/tokenize": tokenize,
+        "/documents": read_document,
+        "/conversations/{name}/fork": fork_conversation,
     }
     gets: dict[str, Handler] = {
         "/v1/models": models,
         "/v1/models/{name:path}": one_model,
         "/health": health,
         "/metrics": metrics,
+        "/conversations": list_conversations,
+        "/conversations/{name}": read_conversation,
         **{path: page for path in PAGE},
     }
     routes = [Route(path, _endpoint(service, path, handler), methods=["POST"]) for path, handler in posts.items()]
     routes += [Route(path, _endpoint(service, path, handler), methods=["GET"]) for path, handler in gets.items()]
+    path = "/conversations/{name}"
+    routes.append(Route(path, _endpoint(service, path, remove_conversation), methods=["DELETE"]))
     guard = Middleware(Guard, keys=keys, hosts=hosts)
     return Starlette(routes=routes, middleware=[guard], exception_handlers={HTTPException: _http_error})
 

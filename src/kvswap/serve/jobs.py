@@ -108,6 +108,42 @@ class Job:
             self._loop.call_soon_threadsafe(self.events.put_nowait, event)
 
 
+class Errand:
+    """Something small that only the worker's thread may do, between two answers. ``result`` is awaited by the loop."""
+
+    cancelled = False
+
+    def __init__(self, work: Callable[[], Any]) -> None:
+        self._work, self._loop = work, asyncio.get_running_loop()
+        self.result: asyncio.Future[Any] = self._loop.create_future()
+
+    def run(self) -> None:
+        """Do it, in the worker's thread."""
+        try:
+            value = self._work()
+        except Exception as error:  # noqa: BLE001 - raised where the result is awaited
+            self.tell(Failed(error))
+        else:
+            self._settle(lambda: self.result.set_result(value))
+
+    def cancel(self) -> None:
+        """Nothing: what has begun is done in a moment."""
+
+    def tell(self, event: Event) -> None:
+        """Pass on that it failed."""
+        if isinstance(event, Failed):
+            error = event.error
+            self._settle(lambda: self.result.set_exception(error))
+
+    def _settle(self, settle: Callable[[], None]) -> None:
+        def once() -> None:
+            if not self.result.done():
+                settle()
+
+        with contextlib.suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(once)
+
+
 class Worker:
     """Answers jobs in order, in a thread of its own. ``answer(job)`` runs there, and at the end ``close()``."""
 
@@ -115,7 +151,8 @@ class Worker:
         self._answer, self._close, self._max_waiting = answer, close, max_waiting
         self._turn = threading.Condition()
         self._waiting: deque[Job] = deque()
-        self._running: Job | None = None
+        self._errands: deque[Errand] = deque()
+        self._running: Job | Errand | None = None
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="kvswap-serve", daemon=True)
 
@@ -146,6 +183,16 @@ class Worker:
             self._turn.notify()
         return job
 
+    def send(self, work: Callable[[], Any]) -> asyncio.Future[Any]:
+        """Have ``work`` done in the worker's thread before the next job. Raises ApiError where the server ends."""
+        errand = Errand(work)
+        with self._turn:
+            if self._stopping:
+                raise ApiError(503, "the server is ending", kind=SERVER, retry_after_s=RETRY_AFTER_S)
+            self._errands.append(errand)
+            self._turn.notify()
+        return errand.result
+
     def withdraw(self, job: Job) -> None:
         """Cancel a job, and take it out of the queue where its turn has not come."""
         job.cancel()
@@ -156,8 +203,9 @@ class Worker:
         """Cancel all jobs and have the thread end; returns at once."""
         with self._turn:
             self._stopping = True
-            jobs = [*self._waiting, *([self._running] if self._running else [])]
+            jobs = [*self._errands, *self._waiting, *([self._running] if self._running else [])]
             self._waiting.clear()
+            self._errands.clear()
             self._turn.notify()
         for job in jobs:
             job.cancel()
@@ -172,7 +220,10 @@ class Worker:
         try:
             while (job := self._next()) is not None:
                 try:
-                    self._answer(job)
+                    if isinstance(job, Errand):
+                        job.run()
+                    else:
+                        self._answer(job)
                 except Exception as error:  # the thread has to live on for the next job
                     if as_unexpected(error):
                         _logger.exception("a request failed")
@@ -183,13 +234,13 @@ class Worker:
         finally:
             self._close()
 
-    def _next(self) -> Job | None:
+    def _next(self) -> Job | Errand | None:
         with self._turn:
-            while not self._waiting and not self._stopping:
+            while not self._waiting and not self._errands and not self._stopping:
                 self._turn.wait()
             if self._stopping:
                 return None
-            self._running = self._waiting.popleft()
+            self._running = self._errands.popleft() if self._errands else self._waiting.popleft()
             return self._running
 
 

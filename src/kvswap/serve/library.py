@@ -26,7 +26,7 @@ from kvswap.errors import KVSwapError
 from kvswap.sessions.binding import compatible
 from kvswap.sessions.catalog import entries
 from kvswap.sessions.commits import SessionStore
-from kvswap.sessions.manifest import Manifest, Model
+from kvswap.sessions.manifest import Model
 from kvswap.sessions.sharing import MIN_SHARED_TOKENS, common_tokens
 
 PREFIX = "chat-"
@@ -64,7 +64,7 @@ class Library:
         """Read the index from the folder of all sessions. What cannot be read is left out, and said."""
         for found in entries(root):
             if found.manifest is not None and compatible(found.manifest, model, config):
-                self._read_one(found.path, found.manifest)
+                self.read_one(found.path)
 
     def put(self, name: str, ids: Sequence[int], tokens: int, messages: Sequence[Message]) -> None:
         """Remember what a conversation contains now."""
@@ -91,7 +91,8 @@ class Library:
                 best, most = stored, max(common, 0)
         return best, most if best is not None else 0
 
-    def _read_one(self, path: Path, manifest: Manifest) -> None:
+    def read_one(self, path: Path) -> None:
+        """Read one session into the index."""
         try:
             with SessionStore.open(path, write=False) as store:
                 contents = store.load(tail_only=True)

@@ -91,6 +91,8 @@ def create(loaded: LoadedModel, settings: Settings, listening: Listening) -> tup
         limit_tokens=context_limit(loaded.model),
         max_new_tokens=listening.max_new_tokens,
         worker=worker,
+        answers=answers,
+        kv_dir=settings.config.kv_dir,
         metrics=Metrics(lambda: worker.waiting, lambda: worker.running),
     )
     app = build(service, keys=listening.keys, hosts=listening.hosts)

@@ -20,6 +20,7 @@ from kvswap.app.prompt import Conversation, Message, check_encodable, check_leng
 from kvswap.app.stats import RunStats
 from kvswap.errors import InputError
 from kvswap.models.logprobs import TokenLogprob
+from kvswap.serve.answers import Answers
 from kvswap.serve.api_errors import TOO_LONG, ApiError, as_api_error, too_long
 from kvswap.serve.jobs import Done, Echo, Event, Failed, Job, Piece, Progress, Question, Worker
 from kvswap.serve.metrics import Metrics
@@ -37,7 +38,7 @@ class Service:
     """One served model.
 
     ``check_ids`` refuses token ids that it does not have (InputError). ``limit_tokens`` is its context,
-    ``max_new_tokens`` what an answer may have by default.
+    ``max_new_tokens`` what an answer may have by default. ``answers`` belongs to the worker's thread.
     """
 
     tokenizer: Any
@@ -46,6 +47,8 @@ class Service:
     limit_tokens: int | None
     max_new_tokens: int
     worker: Worker
+    answers: Answers
+    kv_dir: str | None
     metrics: Metrics
     created: int = field(default_factory=lambda: int(time.time()))
     _tokenizing: asyncio.Lock = field(default_factory=asyncio.Lock)
