@@ -149,6 +149,18 @@ def test_client_that_leaves_a_prompt_keeps_what_was_read(served: Running, monkey
     served.stop()
 
 
+def test_a_fork_that_is_left_at_once_leaves_nothing(served: Running) -> None:
+    answer, *_ = ask(served, BOOK)
+    before = served.sessions()
+    body = {"messages": [*BOOK, assistant(answer + "?"), user(STORY * 2)], "max_tokens": 2, "stream": True}
+    with served.http.stream("POST", "/v1/chat/completions", json=body) as response:
+        next(line for line in response.iter_lines() if "prompt_progress" in line)
+    served.idle()
+    assert served.sessions() == before
+    _, total, cached = ask(served, [*BOOK, assistant(answer), user("And?")])
+    assert total - cached < 40 and served.sessions() == before
+
+
 @pytest.mark.parametrize("stream", [True, False])
 def test_client_that_leaves_stops_the_work(served: Running, stream: bool) -> None:
     body = {"messages": [user("Who?")], "max_tokens": 6000, "stream": stream}

@@ -56,6 +56,7 @@ class Answers:
         self._library_read = False
         self._engine: Engine | None = None
         self._name: str | None = None  # of the session that the engine is on
+        self._fresh_fork: str | None = None  # made for the running job, and so far a copy of another conversation
         self._job: Job | None = None
         self._told_s = 0.0
         self._cuts = all(part.order is not None for part in inspect(loaded.model).layers)
@@ -82,6 +83,7 @@ class Answers:
             raise
         finally:
             self._job = None
+            self._drop_fresh_fork()
 
     def close(self) -> None:
         """Close the engine. May be called at any time between jobs, and twice."""
@@ -120,8 +122,19 @@ class Answers:
     def _remember(self, engine: Engine) -> None:
         """Keep the index as the session is now, also after an answer that was left."""
         session = engine.session
-        if session is not None and session.tokens:
-            self._library.put(session.name, session.token_ids, session.tokens, engine.messages)
+        if session is None or not session.tokens:
+            return
+        if session.name == self._fresh_fork and self._library.has(session.name, session.token_ids):
+            return
+        self._fresh_fork = None
+        self._library.put(session.name, session.token_ids, session.tokens, engine.messages)
+
+    def _drop_fresh_fork(self) -> None:
+        """Remove a fork that was left before anything was added to it: it is only a copy of its source."""
+        name, self._fresh_fork = self._fresh_fork, None
+        if name is not None:
+            with contextlib.suppress(KVSwapError):
+                self.remove(name)
 
     def _report(self, stage: str, done: int, total: int) -> None:
         """Called by the engine, in whichever thread runs the model."""
@@ -195,7 +208,8 @@ class Answers:
     def _try_fork(self, stored: Stored) -> Engine | None:
         """An engine on a fork of a session, which shares its files; None where it cannot be opened."""
         try:
-            return self._try(self.fork(stored.name))
+            self._fresh_fork = self.fork(stored.name)
+            return self._try(self._fresh_fork)
         except KVSwapError:
             self._library.drop(stored.name)
             return None

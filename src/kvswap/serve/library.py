@@ -70,6 +70,11 @@ class Library:
         """Remember what a conversation contains now."""
         self._stored[name] = Stored(name, np.array(ids, np.int32), tokens, keys(messages)[-1] if messages else "")
 
+    def has(self, name: str, ids: Sequence[int]) -> bool:
+        """Whether a conversation has these token ids."""
+        stored = self._stored.get(name)
+        return stored is not None and np.array_equal(stored.ids, np.array(ids, np.int32))
+
     def drop(self, name: str) -> None:
         """Forget a conversation."""
         self._stored.pop(name, None)
