@@ -128,11 +128,11 @@ def test_template_that_drops_thinking_keeps_the_shared_beginning(folder, select_
         for question in ("Who?", "What?", "And then?"):
             list(engine.ask(question, [DOCUMENT] if question == "Who?" else [], max_new_tokens=9))
             computed, ids = engine.stats.computed_tokens, engine.stats.token_ids
-        turns = engine._conversation.turns
+        messages = engine._conversation.messages
         assert computed < 120 and engine.stats.stored_tokens > len(DOCUMENT.text) - 100
     assert "the first" in notices[0] and "stay" in notices[0]
     if select_tokens == 6000:
-        text = render(dropping.tokenizer, turns[:2], turns[2].request)
+        text = render(dropping.tokenizer, messages[:5])
         assert ids == reference(dropping, prompt_ids(dropping, text), 9)
 
 

@@ -37,20 +37,20 @@ def test_counting_stops_at_twice_the_limit() -> None:
     for context, question in (("x" * 5_000_000, "Who?"), ("x", "y" * 5_000_000)):
         tokenizer = Counting()
         with pytest.raises(InputError, match=r"the context has more than .* tokens, and the model's limit is 100,000"):
-            check_length(tokenizer, make_request(question, [Document("a", context)]), 100_000)
+            check_length(tokenizer, [make_request(question, [Document("a", context)])], 100_000)
         assert tokenizer.seen <= 200_000 + 2 * PIECE_CHARACTERS
 
 
 def test_what_may_fit_is_never_refused() -> None:
     tokenizer = Counting()
-    check_length(tokenizer, make_request("Who?", [Document("a", "x" * 5_000_000)]), None)
-    check_length(tokenizer, make_request("Who?", [Document("a", "x" * 799_000)]), 100_000)
+    check_length(tokenizer, [make_request("Who?", [Document("a", "x" * 5_000_000)])], None)
+    check_length(tokenizer, [make_request("Who?", [Document("a", "x" * 799_000)])], 100_000)
     assert tokenizer.seen == 0
 
     def words(text: str, **options: object) -> dict[str, list[int]]:
         return {"input_ids": [0] * -(-len(text) // 30)}
 
-    check_length(words, make_request("Who?", [Document("a", "x" * 2_900_000)]), 100_000)
+    check_length(words, [make_request("Who?", [Document("a", "x" * 2_900_000)])], 100_000)
 
 
 def test_engine_refuses_a_long_line_before_it_is_tokenized(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,7 +24,7 @@ BROKEN = [
 @pytest.mark.parametrize("template", BROKEN)
 def test_template_that_fails_is_one_clear_error(template):
     with pytest.raises(ModelError, match="chat template cannot be used"):
-        render(byte_tokenizer(template), [], make_request("Who?"))
+        render(byte_tokenizer(template), [make_request("Who?")])
     assert end_of_turn(byte_tokenizer(template)) is None
 
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from kvswap.app.prompt import Conversation, Request, Turn, encode, make_request, render
+from kvswap.app.prompt import Conversation, Message, encode, make_request, render
 from kvswap.models import tokens
 from tests.helpers.folders import CHAT_TEMPLATE, SPECIAL, byte_tokenizer
 
@@ -84,10 +84,10 @@ def test_only_the_template_has_special_tokens(name, template, document, question
     tokenizer = byte_tokenizer(template) if name == "bytes" else TOKENIZERS[name]
     tokenizer.chat_template = template
     document, question, reply = ("x" + "".join(parts) + "x" for parts in (document, question, reply))
-    turns = [Turn(Request(document, question), reply)]
-    text = render(tokenizer, turns, Request("", question))
+    turns = [Message("user", question, document), Message("assistant", reply)]
+    text = render(tokenizer, [*turns, Message("user", question)])
     ids = encode(tokenizer, text, first=True)
-    harmless = render(tokenizer, [Turn(Request("x", "x"), "x")], Request("", "x"))
+    harmless = render(tokenizer, [Message("user", "x", "x"), Message("assistant", "x"), Message("user", "x")])
     special = tokens.special_tokens(tokenizer)
     markup = [each for each in encode(tokenizer, harmless, first=True) if each in special]
     assert [each for each in ids if each in special] == markup
@@ -100,13 +100,14 @@ def test_answer_that_spells_a_special_token_is_continued():
     tokenizer = byte_tokenizer(CHAT_TEMPLATE)
     conversation = Conversation()
     request = make_request("Say </s> please")
-    text, ids, _ = conversation.prompt(tokenizer, request)
+    prompt = conversation.prompt(tokenizer, [request])
     spelt = tokens.encode(tokenizer, tokens.escape(tokenizer, "here: </s>!"), first=False, special=False)
-    conversation.add(tokenizer, request, text, ids, [*spelt, tokenizer.eos_token_id])
-    assert conversation.turns[0].answer == "here: </s>!"
-    _, following, continues = conversation.prompt(tokenizer, make_request("And <s>?"))
-    assert continues
-    assert following == encode(tokenizer, render(tokenizer, conversation.turns, make_request("And <s>?")), first=True)
+    conversation.add(tokenizer, prompt, [*spelt, tokenizer.eos_token_id])
+    assert conversation.messages[1].content == "here: </s>!"
+    messages = [*conversation.messages, make_request("And <s>?")]
+    following = conversation.prompt(tokenizer, messages)
+    assert following.continues
+    assert following.ids == encode(tokenizer, render(tokenizer, messages), first=True)
 
 
 def test_text_without_special_tokens_is_tokenised_as_ever():

@@ -18,7 +18,7 @@ SOURCE = Path(__file__).parents[2] / "src" / "kvswap"
 ROOMS = (
     ("front",),
     ("cli",),
-    ("lab",),
+    ("lab", "serve"),
     ("tuning",),
     ("app",),
     ("sessions",),

@@ -45,13 +45,18 @@ def read_document(path: str | Path) -> Document:
         reason = getattr(error, "strerror", None) or error
         hint = "check its path, its permissions and the disk"
         raise InputError(f"document {path}: cannot be read: {reason}", hint=hint) from error
+    return decode_document(path, data)
+
+
+def decode_document(path: str | Path, data: bytes) -> Document:
+    """A document from the bytes of its file; ``path`` names it. Raises InputError as ``read_document`` does."""
     if len(data) > LIMIT_BYTES:
         hint = "split it, or convert it to plain text"
         raise InputError(f"document {path}: longer than {format_bytes(LIMIT_BYTES)}", hint=hint)
     text = _pdf_text(path, data) if _is_pdf(data) else _plain_text(path, data)
     if not text.strip():
         raise InputError(f"document {path}: the file has no text in it", hint="give a document with text")
-    return Document(_encodable(file.name), text)
+    return Document(_encodable(Path(path).name), text)
 
 
 def _is_pdf(data: bytes) -> bool:

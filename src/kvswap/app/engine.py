@@ -10,27 +10,35 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
+from kvswap.app.context import Context
 from kvswap.app.documents import Document, read_document
-from kvswap.app.prompt import Conversation, Request, check_length, make_request, room_for_answer
+from kvswap.app.prompt import (
+    Conversation,
+    Message,
+    Prompt,
+    check_length,
+    make_request,
+    read_messages,
+    room_for_answer,
+    with_system,
+)
 from kvswap.app.quality import QualityMeter
 from kvswap.app.stats import RunStats, blank_stats, latency_percentiles_ms, resolved_config, tokens_per_s
 from kvswap.config import Config
-from kvswap.core.attach import attach
 from kvswap.core.cache import KVSwapCache
 from kvswap.core.cache_stats import CacheStats
-from kvswap.core.layer_major import FullCache, InMemory, Progress
-from kvswap.core.load_or_recompute import Choice
-from kvswap.errors import InputError, SessionError, UnsupportedError, on_error
+from kvswap.core.layer_major import InMemory, Progress
+from kvswap.errors import InputError, SessionError, on_error
 from kvswap.memory.available import peak_rss_bytes
 from kvswap.models.adapter import check_token_ids, context_limit
 from kvswap.models.generation_config import remarks
 from kvswap.models.loading import LoadedModel, load_model
+from kvswap.models.logprobs import Logprobs
 from kvswap.models.sampling import Sampling
 from kvswap.models.streaming import Generation
 from kvswap.selection.kvswap import method as own_method
@@ -40,6 +48,8 @@ from kvswap.sessions.commits import SessionStore
 from kvswap.sessions.quota import Limits
 from kvswap.sessions.session import Session
 from kvswap.sessions.sharing import common_tokens
+
+_STILL_READING, _READ_ON = "an answer is still being read", "read it to its end or close its iterator first"
 
 
 def load(
@@ -107,7 +117,7 @@ def load(
 class Engine:
     """One conversation with one model. Close it, or use it in a ``with`` block. Arguments are those of ``load``.
 
-    The engine closes ``session``, also when the constructor fails.
+    ``share`` and ``piece_tokens`` are as for ``Context``. ``session`` is closed, also when the constructor fails.
     """
 
     def __init__(
@@ -120,28 +130,29 @@ class Engine:
         verify: bool = True,
         limits: Limits | None = None,
         check_quality: bool = False,
+        share: bool = True,
+        piece_tokens: int | None = None,
         on_progress: Progress | None = None,
         on_notice: Callable[[str], None] | None = None,
     ) -> None:
         self.config, self.method, self.check_quality = config, method or own_method(), check_quality
         self._loaded, self._on_progress, self._on_notice = loaded, on_progress, on_notice
         self._notices: list[str] = []
-        self._stack = ExitStack()
-        self._cache: KVSwapCache | FullCache | None = None
         self._generation: Generation | None = None
-        self._setup_s = self._calibration_s = 0.0
-        self._closed, self._choice = False, Choice()
+        self._closed = False
         self._conversation = Conversation()
-        self._session: Session | None = None
         self._stats = blank_stats(loaded, self.method.name, resolved_config(config, loaded.model, None))
+        tell: dict[str, Any] = {"on_progress": self._report, "on_notice": self._notice}
+        self._context = Context(loaded, config, self.method, share=share, piece_tokens=piece_tokens, **tell)
         try:
             if session is not None:
-                self._open_session(session, verify, limits)
-            self._open_cache()
+                self._context.open_session(session, verify, limits)
+                self._read_conversation()
+            self._context.open()
             for remark in remarks(loaded.model.generation_config):
                 self._notice(remark)
         except BaseException:
-            self._stack.close()
+            self._context.close()
             raise
 
     def ask(
@@ -149,67 +160,117 @@ class Engine:
         question: str,
         documents: Sequence[str | Path | Document] = (),
         *,
-        max_new_tokens: int = 256,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        seed: int | None = None,
-    ) -> Iterator[str]:
+        system: str | None = None,
+        **sampling: Any,
+    ) -> Generator[str]:
         """Stream the answer to a question about documents and about what was said before.
 
         Parameters
         ----------
         documents
             Paths, or ``Document`` objects; they come before the question and stay in the conversation.
-        temperature, top_p, seed
-            Temperature 0 takes the likeliest token each time.
+        system
+            Instructions before everything else. They stay in the conversation until others are given.
+        sampling
+            The keys of ``Sampling``: ``max_new_tokens``, ``temperature``, ``top_p``, ``top_k``, ``min_p``, ``seed``,
+            ``stop``.
 
         Raises
         ------
         InputError, ConfigError, MemoryBudgetError, StorageError
-            At the first step of the iterator, before anything is computed.
+            At the first step of the iterator, before anything is computed. ConfigError for sampling comes at once.
         DiskError
             When the disk fails. The conversation is then as it was before the question.
         """
-        sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
-        return self._ask(question, documents, sampling)
+
+        def prompt() -> Prompt:
+            texts = [item if isinstance(item, Document) else read_document(item) for item in documents]
+            messages = [*self._conversation.messages, make_request(question, texts)]
+            return self._prompt(with_system(messages, system), None)
+
+        return self._answer(prompt, Sampling(**sampling))
+
+    def chat(
+        self,
+        messages: Sequence[Message | Mapping[str, Any]],
+        *,
+        tools: Sequence[dict[str, Any]] | None = None,
+        logprobs: Logprobs | None = None,
+        **sampling: Any,
+    ) -> Generator[str]:
+        """Stream the answer to a whole conversation, which takes the place of the one before.
+
+        Only what is new is computed: what both begin with stays.
+
+        Parameters
+        ----------
+        messages
+            ``Message`` objects, or mappings with ``role``, ``content`` and keys that the chat template reads.
+        tools
+            JSON schemas of functions for the chat template.
+        logprobs
+            Gets the log-probabilities of the answer's tokens.
+        sampling
+            As for ``ask``, which also says what is raised.
+        """
+        given = read_messages(messages)
+        return self._answer(lambda: self._prompt(given, tools), Sampling(**sampling), logprobs)
+
+    def complete(
+        self, text: str | Sequence[int], *, logprobs: Logprobs | None = None, **sampling: Any
+    ) -> Generator[str]:
+        """Stream what follows a text or token ids, without a chat template. Arguments are as for ``chat``."""
+        given = text if isinstance(text, str) else list(text)
+        return self._answer(lambda: self._raw_prompt(given), Sampling(**sampling), logprobs)
 
     @property
     def stats(self) -> RunStats:
-        """The numbers of the last answer."""
+        """The numbers of the last answer. While a prompt is read: its tokens, and how many of them were stored."""
         return self._stats
+
+    @property
+    def messages(self) -> list[Message]:
+        """The conversation so far."""
+        return list(self._conversation.messages)
+
+    def shared_tokens(
+        self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] | None = None
+    ) -> tuple[int, int]:
+        """How many tokens these messages and the conversation begin with, and where its last answer begins."""
+        ids, answered = self._conversation.ids, self._conversation.last_prompt_tokens
+        return common_tokens(self._prompt(list(messages), tools).ids, ids), answered
 
     def knows(self, documents: Sequence[Document]) -> bool:
         """Whether the conversation has all of these documents already."""
         return all(
-            any(each.text.strip() in turn.request.context for turn in self._conversation.turns) for each in documents
+            any(each.text.strip() in message.context for message in self._conversation.messages) for each in documents
         )
 
     def new_conversation(self) -> None:
         """Begin another conversation. A session keeps the part of its context that the next prompt begins with."""
         self._conversation = Conversation()
-        if self._session is None:
+        if self.session is None:
             self._rollback()
 
     @property
     def session(self) -> Session | None:
         """The session that stores the conversation, if any."""
-        return self._session
+        return self._context.session
 
     def undo(self) -> None:
         """Take back the last turn of a session. Raises SessionError when there is none."""
-        if self._session is None:
+        if self.session is None:
             raise SessionError("there is no session to take back a turn of", hint="load with session=NAME")
-        self._cache = None
-        self._session.undo()
+        self._context.cache = None
+        self.session.undo()
         self._read_conversation()
 
     def close(self) -> None:
         """Drop the cache and give the model back as it was. The engine is of no use afterwards."""
         if self._generation is not None:
-            raise InputError("an answer is still being read", hint="read it to its end or close its iterator first")
+            raise InputError(_STILL_READING, hint=_READ_ON)
         self._closed = True
-        self._cache = None
-        self._stack.close()
+        self._context.close()
 
     def __enter__(self) -> Self:
         return self
@@ -219,71 +280,54 @@ class Engine:
 
     # ---- one question
 
-    def _ask(self, question: str, documents: Sequence[str | Path | Document], sampling: Sampling) -> Iterator[str]:
+    def _check_free(self) -> None:
         if self._closed:
             raise InputError("the engine is closed", hint="load the model again")
         if self._generation is not None:
-            raise InputError("an answer is still being read", hint="read it to its end or close its iterator first")
+            raise InputError(_STILL_READING, hint=_READ_ON)
         self._loaded.check_weights()
-        started_s = time.perf_counter()
-        texts = [item if isinstance(item, Document) else read_document(item) for item in documents]
-        request = make_request(question, texts)
-        check_length(self._loaded.tokenizer, request, context_limit(self._loaded.model))
-        text, ids, continues = self._conversation.prompt(self._loaded.tokenizer, request)
-        sampling = self._fit(len(check_token_ids(self._loaded.model, ids)), sampling)
-        kept = False
+
+    def _prompt(self, messages: list[Message], tools: Sequence[dict[str, Any]] | None) -> Prompt:
+        check_length(self._loaded.tokenizer, messages, context_limit(self._loaded.model))
+        return self._conversation.prompt(self._loaded.tokenizer, messages, tools)
+
+    def _raw_prompt(self, text: str | list[int]) -> Prompt:
+        given = [Message("user", text)] if isinstance(text, str) else []
+        check_length(self._loaded.tokenizer, given, context_limit(self._loaded.model))
+        known = text if isinstance(text, str) else check_token_ids(self._loaded.model, text)
+        return self._conversation.raw_prompt(self._loaded.tokenizer, known)
+
+    def _answer(
+        self, make_prompt: Callable[[], Prompt], sampling: Sampling, logprobs: Logprobs | None = None
+    ) -> Generator[str]:
+        self._check_free()
+        started_s, prompt = time.perf_counter(), make_prompt()
+        ids, loaded, context, kept = prompt.ids, self._loaded, self._context, False
+        sampling = self._fit(len(check_token_ids(loaded.model, ids)), sampling)
         # Else layers may have different numbers of tokens, and the session what only this question needs.
         with on_error(lambda: None if kept else self._rollback()):
-            self._match_context(ids, continues)
-            cache = self._cache or self._open_cache()
-            started_s -= self._setup_s - self._calibration_s
+            earlier = self._conversation
+            if not context.match(ids, earlier.ids, earlier.to_json(), continues=prompt.continues):
+                self._rollback()
+            cache = context.open()
+            setup_s, calibration_s = context.take_setup_s()
+            started_s -= setup_s - calibration_s
             before, stored = cache.stats, cache.get_seq_length()
-            if self._session is not None:
-                self._session.commit_prompt(ids, self._conversation.to_json())
+            self._stats = replace(self._stats, prompt_tokens=len(ids), stored_tokens=stored, new_tokens=0)
+            context.prepare(ids, self._conversation.to_json())
             checked = self.check_quality and isinstance(cache, KVSwapCache)
-            meter = QualityMeter(self._loaded.model, cache) if checked else None
-            generation = Generation(self._loaded.model, self._loaded.tokenizer, ids, cache, sampling, meter)
+            meter = QualityMeter(loaded.model, cache) if checked else None
+            generation = Generation(loaded.model, loaded.tokenizer, ids, cache, sampling, meter, logprobs=logprobs)
             self._generation = generation
             try:
                 yield from generation
             finally:
                 self._generation = None
                 if generation.error is None:
-                    self._add_turn(request, text, ids, generation.token_ids)
+                    self._add_turn(prompt, generation)
                     kept = True
                     stats = self._measure(generation, ids, stored, started_s, before, cache.stats)
-                    self._stats = replace(stats, quality=meter.stats if meter else None)
-                    self._setup_s = self._calibration_s = 0.0
-
-    def _match_context(self, ids: list[int], continues: bool) -> None:
-        """See that what is stored is the beginning of the prompt ``ids``: take back what is not."""
-        if self._session is not None:
-            return self._match_session(self._session, ids)
-        cache, why = self._cache, "the chat template rewrites earlier turns"
-        stored = cache.get_seq_length() if cache is not None and not continues else 0
-        kept = common_tokens(ids, self._conversation.ids[:stored])
-        if kept == stored:
-            return
-        if kept and isinstance(cache, KVSwapCache) and cache.can_truncate:
-            cache.truncate(kept)
-            return self._notice(f"{why}: of {stored:,} tokens the first {kept:,} stay, the rest is computed anew")
-        self._notice(f"{why}, so the whole conversation is computed anew")
-        self._rollback()
-
-    def _match_session(self, session: Session, ids: list[int]) -> None:
-        source = session.share_prefix(ids, self._conversation.to_json())
-        before = session.tokens
-        kept = session.truncate(session.common_tokens(ids))
-        self._cache = session.cache
-        self._choice = session.load_or_recompute(len(ids))
-        if self._choice.recompute:
-            session.cache.recompute()
-        if source is not None:
-            self._notice(f"{session.store.label} shares its first {kept:,} tokens with session {source}")
-        if kept < before:
-            self._notice(
-                f"{session.store.label}: this prompt begins with {kept:,} of its {before:,} tokens; these stay"
-            )
+                    self._stats = replace(stats, calibration_s=calibration_s, quality=meter.stats if meter else None)
 
     def _fit(self, tokens: int, sampling: Sampling) -> Sampling:
         """Sampling with an answer that fits the model's context. Raises InputError where the prompt does not fit."""
@@ -293,54 +337,25 @@ class Engine:
         self._notice(f"the model's limit of {limit:,} tokens leaves room for an answer of {room:,} tokens")
         return replace(sampling, max_new_tokens=room)
 
-    def _add_turn(self, request: Request, text: str, ids: list[int], answer_ids: list[int]) -> None:
-        self._conversation.add(self._loaded.tokenizer, request, text, ids, answer_ids)
-        if self._session is not None:
-            self._session.commit(self._conversation.ids, self._conversation.to_json())
-
-    # ---- the session
-
-    def _open_session(self, store: SessionStore, verify: bool, limits: Limits | None) -> None:
-        try:
-            if self.method.name != own_method().name:
-                raise UnsupportedError(f"a session with method {self.method.name}", hint="only kvswap keeps sessions")
-            tell: dict[str, Any] = {"on_progress": self._report, "on_notice": self._notice}
-            self._session = Session(store, self._loaded, self.config, verify=verify, limits=limits, **tell)
-        except BaseException:
-            store.close(discard_empty=True)
-            raise
-        self._stack.callback(self._session.close, discard_empty=True)
-        self._read_conversation()
+    def _add_turn(self, prompt: Prompt, generation: Generation) -> None:
+        answer = generation.text if generation.stopped_by else None
+        self._conversation.add(self._loaded.tokenizer, prompt, generation.token_ids, answer)
+        if self.session is not None:
+            self.session.commit(self._conversation.ids, self._conversation.to_json())
 
     def _read_conversation(self) -> None:
         """Take over the conversation that the session stores."""
-        session = self._session
+        session = self.session
         assert session is not None
         self._conversation = Conversation.from_json(session.conversation, session.token_ids, session.store.label)
 
-    # ---- the cache
-
-    def _open_cache(self) -> KVSwapCache | FullCache:
-        started_s = time.perf_counter()
-        if self._session is not None:
-            self._cache = self._session.cache
-        else:
-            tell: dict[str, Any] = {"on_progress": self._report, "on_notice": self._notice}
-            options = {"tokenizer": self._loaded.tokenizer, "method": self.method, **tell}
-            self._cache = self._stack.enter_context(attach(self._loaded.model, self.config, **options))
-        self._setup_s = time.perf_counter() - started_s
-        self._calibration_s = self._cache.trace.calibration_s
-        return self._cache
-
     def _rollback(self) -> None:
-        """Go back to the last commit of the session. Without a session, drop the cache and keep the turns."""
-        self._cache = None
-        if self._session is not None:
-            self._session.rollback()
+        """Go back to the last commit of the session. Without a session, drop the cache and keep the messages."""
+        self._context.rollback()
+        if self.session is not None:
             self._read_conversation()
         else:
-            self._conversation = Conversation(self._conversation.turns)
-            self._stack.close()
+            self._conversation = Conversation(self._conversation.messages)
 
     def _report(self, stage: str, done: int, total: int) -> None:
         if self._generation is not None:
@@ -354,8 +369,6 @@ class Engine:
         if self._on_notice is not None:
             self._on_notice(text)
 
-    # ---- numbers
-
     def _measure(
         self,
         generation: Generation,
@@ -365,31 +378,23 @@ class Engine:
         before: CacheStats,
         after: CacheStats,
     ) -> RunStats:
-        loaded, times_s, token_ids = self._loaded, generation.times_s, generation.token_ids
-        cache = after.since(before)
+        loaded, cache = self._loaded, after.since(before)
         if isinstance(self.method, InMemory):
             cache["kv_memory_limit_bytes"] = None
         return replace(
             blank_stats(loaded, self.method.name, resolved_config(self.config, loaded.model, after)),
             prompt_tokens=len(ids),
             stored_tokens=stored,
-            session=self._session.name if self._session else None,
-            resumed_tokens=stored if self._session else 0,
             computed_tokens=len(ids) - stored,
-            computed_again=self._choice.recompute,
-            load_expected_s=self._choice.load_s,
-            recompute_expected_s=self._choice.recompute_s,
-            session_written_bytes=self._session.store.manifest.written_bytes if self._session else 0,
-            sessions_written_bytes=self._session.written_bytes.total_bytes if self._session else 0,
-            new_tokens=len(token_ids),
+            **self._context.numbers(stored),
+            new_tokens=len(generation.token_ids),
             finish_reason=generation.finish_reason,
-            token_ids=token_ids,
-            text=loaded.tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False),
+            token_ids=generation.token_ids,
+            text=generation.text,
             **cache,
-            calibration_s=self._calibration_s,
-            ttft_s=times_s[0] - started_s if times_s else 0.0,
-            decode_tokens_per_s=tokens_per_s(times_s),
-            itl_ms=latency_percentiles_ms(times_s),
+            ttft_s=generation.times_s[0] - started_s if generation.times_s else 0.0,
+            decode_tokens_per_s=tokens_per_s(generation.times_s),
+            itl_ms=latency_percentiles_ms(generation.times_s),
             process_peak_rss_bytes=peak_rss_bytes(),
             notices=list(self._notices),
         )

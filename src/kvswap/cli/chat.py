@@ -50,10 +50,10 @@ def chat(**values: Any) -> None:
     display = Display()
     signal.signal(signal.SIGINT, signal.default_int_handler)  # ends an answer; the chat continues
     with options.load(display, session) as engine:
-        _converse(engine, display, options.documents, options.sampling)
+        _converse(engine, display, options.documents, {"system": options.system, **options.sampling})
 
 
-def _converse(engine: Engine, display: Any, documents: list[Any], sampling: dict[str, Any]) -> None:
+def _converse(engine: Engine, display: Any, documents: list[Any], settings: dict[str, Any]) -> None:
     if engine.session is not None and engine.session.tokens:
         display.notice(f"session {engine.session.name} continues with {engine.session.tokens:,} stored tokens")
         if documents and engine.knows(documents):
@@ -70,16 +70,16 @@ def _converse(engine: Engine, display: Any, documents: list[Any], sampling: dict
                 _command(engine, display, words)
                 continue
             question = line.strip().removeprefix("/") if words[0].startswith("//") else line
-            _answer(engine, display, question, documents, sampling)
+            _answer(engine, display, question, documents, settings)
             documents = []
         except UserError as error:  # a mistake does not end the chat
             display.finish()
             click.echo(f"error: {printable(str(error))}", err=True)
 
 
-def _answer(engine: Engine, display: Any, question: str, documents: list[Any], sampling: dict[str, Any]) -> None:
+def _answer(engine: Engine, display: Any, question: str, documents: list[Any], settings: dict[str, Any]) -> None:
     try:
-        for text in engine.ask(question, documents, **sampling):
+        for text in engine.ask(question, documents, **settings):
             display.finish()
             show_answer(text)
     except KeyboardInterrupt:

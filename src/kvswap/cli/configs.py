@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from kvswap.errors import ConfigError
 
 if TYPE_CHECKING:
-    from kvswap.app.prompt import Request
+    from kvswap.app.prompt import Message
     from kvswap.config import Config
     from kvswap.models.loading import LoadedModel
     from kvswap.tuning.solution import TunedConfig
@@ -26,8 +27,8 @@ class TunedChoice:
     tuned: TunedConfig
     overrides: dict[str, Any]
 
-    def choose(self, loaded: LoadedModel, *, request: Request | None, new_tokens: int) -> Config:
-        """The configuration for a prompt; without a request, for the longest context. Raises ConfigError: other model.
+    def choose(self, loaded: LoadedModel, *, messages: Sequence[Message] | None, new_tokens: int) -> Config:
+        """The configuration for a prompt; without messages, for the longest context. Raises ConfigError: other model.
 
         A session uses the one for the longest context, so that it stays the same as the session grows.
         """
@@ -37,9 +38,9 @@ class TunedChoice:
 
         self.tuned.check_model(attention_fingerprint(inspect(loaded.model)))
         tokens = max(solution.context_tokens for solution in self.tuned.solutions)
-        if request is not None:
-            check_length(loaded.tokenizer, request, context_limit(loaded.model))
-            tokens = len(encode(loaded.tokenizer, render(loaded.tokenizer, [], request), first=True)) + new_tokens
+        if messages is not None:
+            check_length(loaded.tokenizer, messages, context_limit(loaded.model))
+            tokens = len(encode(loaded.tokenizer, render(loaded.tokenizer, messages), first=True)) + new_tokens
         return self.tuned.config(context_tokens=tokens).replace(**self.overrides)
 
 

@@ -33,6 +33,7 @@ COMMANDS = {
     "profile": ("kvswap.cli.profile:profile", "Measure the speed of this disk and the costs of a model."),
     "tune": ("kvswap.cli.tune:tune", "Find the parameters for a memory limit."),
     "chat": ("kvswap.cli.chat:chat", "Hold a conversation with a model."),
+    "serve": ("kvswap.cli.serve:serve", "Serve a model to OpenAI's clients, with contexts that survive."),
     "sessions": ("kvswap.cli.sessions:sessions", "List, check, repair, fork, export and remove stored contexts."),
     "doctor": ("kvswap.cli.doctor:doctor", "Examine this machine and the folder for KV files."),
     "bench": ("kvswap.cli.bench:bench", "Compare the speed and memory of methods on this machine."),

@@ -7,7 +7,7 @@ the model.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ from kvswap.cli.configs import TunedChoice, read_config
 if TYPE_CHECKING:
     from kvswap.app.documents import Document
     from kvswap.app.engine import Engine
-    from kvswap.app.prompt import Request
+    from kvswap.app.prompt import Message
     from kvswap.config import Config
     from kvswap.sessions.commits import SessionStore
     from kvswap.sessions.quota import Limits
@@ -65,6 +65,29 @@ _SHARED = (
         metavar="P",
         help="Sample from this share of probability.",
     ),
+    click.option(
+        "--top-k",
+        type=int,
+        default=0,
+        show_default=True,
+        metavar="K",
+        help="Sample from the K likeliest tokens; 0: from all.",
+    ),
+    click.option(
+        "--min-p",
+        type=float,
+        default=0.0,
+        show_default=True,
+        metavar="P",
+        help="Sample from tokens that have at least this share of the likeliest one's probability.",
+    ),
+    click.option(
+        "--stop",
+        multiple=True,
+        metavar="TEXT",
+        help="End the answer before this text; may be given several times.",
+    ),
+    click.option("--system", metavar="TEXT", help="Instructions that come before everything else."),
     click.option("--seed", type=int, metavar="S", help="Make sampling repeatable."),
     click.option(
         "--dtype",
@@ -127,6 +150,7 @@ class RunOptions:
     config: Config
     tuned: TunedChoice | None
     documents: list[Document]
+    system: str | None
     sampling: dict[str, Any]
     limits: Limits
     session_name: str | None
@@ -151,12 +175,17 @@ class RunOptions:
         return open_or_create_store(self.config.kv_dir, self.session_name, encrypt=self.encrypt)
 
     def load(
-        self, display: Any, session: SessionStore | None, *, method: str = "kvswap", request: Request | None = None
+        self,
+        display: Any,
+        session: SessionStore | None,
+        *,
+        method: str = "kvswap",
+        messages: Sequence[Message] | None = None,
     ) -> Engine:
         """Load the model and give an engine that reports to ``display``.
 
         The engine closes the session; where loading fails, it is closed here. A tuned file gives the configuration for
-        the length of ``request``. Without a request, or with a session, it gives that of the longest context.
+        the length of ``messages``. Without messages, or with a session, it gives that of the longest context.
         """
         from kvswap.cli.loading import load_weights
 
@@ -165,7 +194,7 @@ class RunOptions:
             config = self.config
             if self.tuned is not None:
                 new_tokens = self.sampling["max_new_tokens"]
-                config = self.tuned.choose(loaded, request=None if session else request, new_tokens=new_tokens)
+                config = self.tuned.choose(loaded, messages=None if session else messages, new_tokens=new_tokens)
         except BaseException:
             if session is not None:
                 session.close(discard_empty=True)
@@ -202,6 +231,7 @@ def read_options(
     write_limit: str | None,
     no_verify: bool,
     check_quality: bool,
+    system: str | None,
     **sampling: Any,
 ) -> RunOptions:
     """Check the shared options. Raises ConfigError, InputError."""
@@ -215,6 +245,7 @@ def read_options(
         config=config,
         tuned=tuned,
         documents=[read_document(path) for path in documents],
+        system=system,
         sampling=checked_sampling,
         limits=read_limits(disk_quota, write_limit),
         session_name=session_name,

@@ -10,7 +10,7 @@ from kvswap.cli.options import RunOptions, read_options, shared
 from kvswap.lab.rivals.registry import DISK, NAMES
 
 if TYPE_CHECKING:
-    from kvswap.app.prompt import Request
+    from kvswap.app.prompt import Message
     from kvswap.app.stats import RunStats
     from kvswap.sessions.commits import SessionStore
 
@@ -36,7 +36,7 @@ def run(question: str, method: str, stats_json: str | None, **values: Any) -> No
       kvswap run --model smollm2-135m --document notes.md --ask "What is decided?"
     """
     # Mistakes of the user are reported before torch and a model are loaded, which takes seconds.
-    from kvswap.app.prompt import make_request
+    from kvswap.app.prompt import make_request, with_system
     from kvswap.cli.files import check_writable
     from kvswap.disk.files import prepare_dir
     from kvswap.disk.folders import kv_folder
@@ -44,28 +44,28 @@ def run(question: str, method: str, stats_json: str | None, **values: Any) -> No
     from kvswap.errors import ConfigError
 
     options = read_options(**values)
-    request = make_request(question, options.documents)
+    messages = with_system([make_request(question, options.documents)], options.system)
     target = None if stats_json is None else check_writable("--stats-json", stats_json)
     if options.check_quality and method != "kvswap":
         raise ConfigError(f"--check-quality with --method {method}", hint="it checks kvswap alone")
     if method in DISK:
         prepare_dir(kv_folder(options.config.kv_dir))
-    stats = _answer(options, question, request, options.open_session(method), method)
+    stats = _answer(options, question, messages, options.open_session(method), method)
     if target is not None:
         write_json(target, stats.to_dict())
 
 
 def _answer(
-    options: RunOptions, question: str, request: Request, session: SessionStore | None, method: str
+    options: RunOptions, question: str, messages: list[Message], session: SessionStore | None, method: str
 ) -> RunStats:
     from kvswap.cli.display import Display, show_answer
 
     display = Display()
     try:
-        with options.load(display, session, method=method, request=request) as engine:
+        with options.load(display, session, method=method, messages=messages) as engine:
             if options.documents and engine.session is not None:
                 engine.new_conversation()
-            for text in engine.ask(question, options.documents, **options.sampling):
+            for text in engine.ask(question, options.documents, system=options.system, **options.sampling):
                 display.finish()
                 show_answer(text)
             click.echo()

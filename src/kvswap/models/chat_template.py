@@ -21,12 +21,25 @@ def has_template(tokenizer: Any) -> bool:
     return bool(getattr(tokenizer, "chat_template", None))
 
 
-def apply_template(tokenizer: Any, messages: Sequence[dict[str, str]], *, answer_follows: bool = True) -> str:
-    """The text of the messages, with the beginning of an answer where ``answer_follows``. Raises ModelError."""
+def apply_template(
+    tokenizer: Any,
+    messages: Sequence[dict[str, Any]],
+    *,
+    answer_follows: bool = True,
+    tools: Sequence[dict[str, Any]] | None = None,
+) -> str:
+    """The text of the messages, with the beginning of an answer where ``answer_follows``. Raises ModelError.
+
+    ``tools`` (JSON schemas of functions) go to the template, which may ignore them.
+    """
     name = _template_name(tokenizer)
     try:
         text: str = tokenizer.apply_chat_template(
-            list(messages), chat_template=name, tokenize=False, add_generation_prompt=answer_follows
+            list(messages),
+            chat_template=name,
+            tools=list(tools) if tools else None,
+            tokenize=False,
+            add_generation_prompt=answer_follows,
         )
     except Exception as error:  # what a program of the checkpoint raises
         lines = str(error).strip().splitlines() or [type(error).__name__]

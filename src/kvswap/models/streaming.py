@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +19,9 @@ from transformers import LogitsProcessorList, StoppingCriteriaList, TextIterator
 from kvswap.models.adapter import cache_keyword
 from kvswap.models.chat_template import end_of_turn
 from kvswap.models.generation_config import cleaned, remarks
+from kvswap.models.logprobs import Logprobs
 from kvswap.models.sampling import Sampling
+from kvswap.models.stop_text import StopText
 
 
 class Stopped(Exception):  # noqa: N818 - not an error
@@ -30,7 +32,8 @@ class Generation:
     """One answer on its way; iterate for its text, once. ``token_ids`` and ``times_s`` grow with it.
 
     ``watch(input_ids, logits)`` sees the model's own logits of every step, whatever the checkpoint's settings make of
-    them. ``on_notice`` is told which of those settings count and which do not.
+    them; ``logprobs`` sees them as well, and the chosen tokens. ``on_notice`` is told which of those settings count and
+    which do not.
     """
 
     def __init__(
@@ -42,13 +45,14 @@ class Generation:
         sampling: Sampling,
         watch: Any = None,
         on_notice: Callable[[str], None] | None = None,
+        logprobs: Logprobs | None = None,
     ) -> None:
         self.stop = threading.Event()
         self.error: BaseException | None = None
         self._interrupted = False
         self._model, self._tokenizer, self._ids, self._cache = model, tokenizer, ids, cache
-        self._sampling, self._watch = sampling, watch
-        self._streamer = _TimedStreamer(tokenizer)
+        self._sampling, self._watches = sampling, [each for each in (watch, logprobs) if each is not None]
+        self._streamer = _TimedStreamer(tokenizer, StopText(sampling.stop), logprobs)
         if on_notice is not None:
             for remark in remarks(model.generation_config):
                 on_notice(remark)
@@ -64,9 +68,21 @@ class Generation:
         return self._streamer.times_s
 
     @property
+    def text(self) -> str:
+        """The answer so far, as it was given: without special tokens, up to a stop string."""
+        return "".join(self._streamer.shown)
+
+    @property
+    def stopped_by(self) -> str:
+        """The stop string that ended the answer; empty where none did."""
+        return self._streamer.stop_text.found
+
+    @property
     def finish_reason(self) -> str:
         """Why the answer ended: "stop", "length" or "interrupted"."""
-        if self.token_ids and self.token_ids[-1] in (end_tokens(self._model, self._tokenizer) or ()):
+        if self.stopped_by or (
+            self.token_ids and self.token_ids[-1] in (end_tokens(self._model, self._tokenizer) or ())
+        ):
             return "stop"
         if len(self.token_ids) >= self._sampling.max_new_tokens:
             return "length"
@@ -109,7 +125,7 @@ class Generation:
         arguments = {**self._sampling.arguments(), cache_keyword(self._model): self._cache}
         if self._model.generation_config.stop_strings:
             arguments["tokenizer"] = self._tokenizer
-        with _cleaned_config(self._model), _watching(self._model, self._watch) as watchers:
+        with _cleaned_config(self._model), _watching(self._model, self._watches) as watchers:
             self._model.generate(
                 ids,
                 attention_mask=torch.ones_like(ids),
@@ -123,8 +139,9 @@ class Generation:
 
     def _stopped(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
         """The stopping criterion of ``generate``."""
-        self._interrupted = self.stop.is_set()
-        return torch.full((input_ids.shape[0],), self._interrupted, device=input_ids.device)
+        self._interrupted = self.stop.is_set() and not self.stopped_by
+        ends = self._interrupted or bool(self.stopped_by)
+        return torch.full((input_ids.shape[0],), ends, device=input_ids.device)
 
     def _pad_token(self) -> int:
         for owner in (self._model.generation_config, self._tokenizer):
@@ -141,18 +158,44 @@ def end_tokens(model: Any, tokenizer: Any) -> list[int] | None:
 
 
 class _TimedStreamer(TextIteratorStreamer):  # type: ignore[misc] # transformers is not typed
-    """Keeps the ids and the time of every token as it passes."""
+    """Keeps the ids and the time of every token as it passes, and gives text up to a stop string.
 
-    def __init__(self, tokenizer: Any) -> None:
+    Text comes as soon as its characters are whole, not word by word as transformers has it: an answer has to end at the
+    very token that completes a stop string.
+    """
+
+    def __init__(self, tokenizer: Any, stop_text: StopText, logprobs: Logprobs | None) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        self.token_cache: list[int] = []
+        self.print_len, self.next_tokens_are_prompt = 0, True
         self.token_ids: list[int] = []
         self.times_s: list[float] = []
+        self.shown: list[str] = []
+        self.stop_text, self._logprobs = stop_text, logprobs
 
     def put(self, value: Any) -> None:
-        if not self.next_tokens_are_prompt:
-            self.times_s.append(time.perf_counter())
-            self.token_ids += value.reshape(-1).tolist()
-        super().put(value)
+        if self.next_tokens_are_prompt:
+            self.next_tokens_are_prompt = False
+            return
+        self.times_s.append(time.perf_counter())
+        ids = value.reshape(-1).tolist()
+        self.token_ids += ids
+        if self._logprobs is not None:
+            self._logprobs.chosen(ids[-1])
+        self.token_cache += ids
+        text = self.tokenizer.decode(self.token_cache, **self.decode_kwargs)
+        whole = text[self.print_len :].rstrip("\ufffd")  # the last bytes of a character may be missing
+        self.print_len += len(whole)
+        if text.endswith("\n"):  # one token stays, so that a space which begins the next line is kept
+            self.token_cache = self.token_cache[-1:]
+            self.print_len = len(self.tokenizer.decode(self.token_cache, **self.decode_kwargs))
+        self.on_finalized_text(whole)
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        shown = self.stop_text.push(text)
+        shown += self.stop_text.end() if stream_end else ""
+        self.shown.append(shown)
+        super().on_finalized_text(shown, stream_end=stream_end)
 
 
 @contextlib.contextmanager
@@ -168,9 +211,9 @@ def _cleaned_config(model: Any) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _watching(model: Any, watch: Any) -> Iterator[list[Any]]:
-    """Logits processors that show ``watch`` the logits as the model gave them and change nothing."""
-    if watch is None:
+def _watching(model: Any, watches: Sequence[Any]) -> Iterator[list[Any]]:
+    """Logits processors that show ``watches`` the logits as the model gave them and change nothing."""
+    if not watches:
         yield []
         return
     latest: list[torch.Tensor] = []
@@ -179,7 +222,8 @@ def _watching(model: Any, watch: Any) -> Iterator[list[Any]]:
         latest[:] = [output.logits[:, -1]]
 
     def show(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        watch(input_ids, latest[0].to(scores.dtype))
+        for watch in watches:
+            watch(input_ids, latest[0].to(scores.dtype))
         return scores
 
     handle = model.register_forward_hook(keep)

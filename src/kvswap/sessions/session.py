@@ -176,11 +176,12 @@ class Session:
 
     # ---- going on
 
-    def append(self, new: str | Sequence[int]) -> int:
+    def append(self, new: str | Sequence[int], *, interim: bytes | None = None) -> int:
         """Append text or token ids to the context; returns how many tokens were computed.
 
         Attention is exact, also to what is stored already. The last token is not computed yet, because the first step
-        of ``generate`` needs one. Raises InputError for nothing to append, MemoryBudgetError, DiskError.
+        of ``generate`` needs one. With ``interim``, a conversation (JSON), this is part of a prompt: the next commit
+        replaces this one. Raises InputError for nothing to append, MemoryBudgetError, DiskError.
         """
         self._check_open()
         whole = [*self._ids, *self.encode(new)]
@@ -195,15 +196,15 @@ class Session:
         with self._changing():
             if compute:
                 self._forward(compute)
-            self._commit(whole, self._conversation)
+            self._commit(whole, self._conversation if interim is None else interim, interim=interim is not None)
         return len(compute)
 
-    def generate(
-        self, *, max_new_tokens: int = 256, temperature: float = 0.0, top_p: float = 1.0, seed: int | None = None
-    ) -> Iterator[str]:
-        """Stream text that continues the context, and append it. It is durable when the iterator has ended."""
-        sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
-        return self._generate(sampling)
+    def generate(self, **sampling: Any) -> Iterator[str]:
+        """Stream text that continues the context, and append it. It is durable when the iterator has ended.
+
+        ``sampling`` are the keys of ``Sampling``.
+        """
+        return self._generate(Sampling(**sampling))
 
     def fork(self, name: str) -> int:
         """Create a second session that begins as this one is now, over the same files; bytes of new disk."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kvswap.app.prompt import Request, encode, render
+from kvswap.app.prompt import Message, encode, render
 from kvswap.errors import InputError
 
 Prompt = tuple[int, ...]
@@ -105,7 +105,7 @@ class Task:
 
 def ask(source: Source, context_text: str, question: str, prefix: str) -> Prompt:
     """Return the token ids of a question about a text; ``prefix`` is the beginning of the answer."""
-    text = render(source.tokenizer, [], Request(context_text, question)) + prefix
+    text = render(source.tokenizer, [Message("user", question, context_text)]) + prefix
     return tuple(encode(source.tokenizer, text, first=True))
 
 
