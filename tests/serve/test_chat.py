@@ -89,6 +89,7 @@ def test_roles_and_parts_of_content(served: Running) -> None:
         ("tool_choice", "required"),
         ("response_format", {"type": "json_object"}),
         ("top_logprobs", 50),
+        ("max_tokens", 0),
     ],
 )
 def test_what_is_not_supported_is_named(served: Running, field: str, value: object) -> None:
@@ -96,6 +97,13 @@ def test_what_is_not_supported_is_named(served: Running, field: str, value: obje
         served.openai.chat.completions.create(**{**ASK, field: value})
     assert error.value.param == field and field in error.value.message
     assert error.value.type == "invalid_request_error"
+
+
+@pytest.mark.parametrize("wrong", [{"temperature": -1}, {"top_p": 0}, {"seed": 2**70}, {"stop": ["x"] * 17}])
+def test_values_out_of_range_are_refused_before_they_wait(served: Running, wrong, monkeypatch) -> None:
+    monkeypatch.setattr(type(served.worker), "submit", None)
+    with pytest.raises(BadRequestError, match=next(iter(wrong))):
+        served.openai.chat.completions.create(**{**ASK, **wrong})
 
 
 def test_unknown_fields_are_ignored(served: Running) -> None:

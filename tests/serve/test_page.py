@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -73,3 +76,20 @@ def test_sessions_of_others_are_not_removed(served: Running, loaded) -> None:
     create_store(str(served.kv_dir), "mine").close()
     assert served.http.delete("/conversations/mine").status_code == 400
     assert served.sessions() == ["mine"]
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="needs node")
+def test_a_user_drops_a_document_asks_opens_forks_deletes_and_stops(start) -> None:
+    """The page's script with a stub of a document; it says nothing about how the page looks."""
+    served = start(max_new_tokens=300)
+    script = Path(__file__).with_name("page_in_node.js")
+    command = ["node", str(script), str(PAGE / "page.js"), served.url]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    seen = json.loads(done.stdout)
+    assert seen["model"] == "tiny, up to 8,192 tokens" and seen["document"].startswith("story.md (1,500 characters")
+    assert seen["answer"] and seen["opened"] == seen["answer"] and seen["cleared"] == 0
+    assert re.match(r"Reading the prompt: 1,\d{3} of 1,\d{3} tokens", seen["reading"])
+    assert " in, 0 of them from disk" in seen["numbers"] and "first token after" in seen["numbers"]
+    assert re.search(r" in, 1,\d{3} of them from disk", seen["second"])
+    assert seen["problem"] == ""

@@ -54,6 +54,24 @@ def test_forks_of_one_context_make_room_together(model, config) -> None:
     assert len(notices) == 2 and not path.exists() and not path.with_name("two").exists()
 
 
+def test_small_sessions_go_before_a_large_one_that_is_older(model, config, monkeypatch) -> None:
+    large = fill("large", model, config)
+    with Session.create("small", model, config) as session:
+        session.append(tokens(1, 40)[0].tolist())
+    small, root = large.with_name("small"), large.parent
+    limits = Limits(quota_bytes=used_bytes(root) + 4096)
+    sizes = [freed_by_removal([path])[0] for path in (small, large)]
+    monkeypatch.setattr(quotas, "SMALL_PART", limits.quota_bytes // (sizes[0] + 1))
+    assert sizes[0] * quotas.SMALL_PART < limits.quota_bytes < sizes[1] * quotas.SMALL_PART
+    Quota(root / "new", limits, print).reserve(8192)
+    assert large.exists() and not small.exists()
+    monkeypatch.setattr(quotas, "SMALL_PART", 10**9)  # none is small: the oldest goes
+    with Session.create("small", model, config) as session:
+        session.append(tokens(1, 40)[0].tolist())
+    Quota(root / "new", Limits(quota_bytes=used_bytes(root) + 4096), print).reserve(8192)
+    assert small.exists() and not large.exists()
+
+
 def test_what_an_open_session_shares_is_not_counted_as_room(model, config) -> None:
     path = fill("one", model, config, fork="two")
     with Session.open("two", model, config), pytest.raises(StorageError, match="disk quota"):

@@ -112,7 +112,8 @@ _SHARED = (
     click.option(
         "--disk-quota",
         metavar="SIZE",
-        help="Disk for all sessions together; closed ones make room, least recently used first.  [default: no limit]",
+        help="Disk for all sessions together; closed ones make room, small ones first, then those used longest ago.  "
+        "[default: no limit]",
     ),
     click.option(
         "--write-limit", metavar="SIZE", help="Most that may be written for sessions a day.  [default: no limit]"

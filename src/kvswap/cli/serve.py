@@ -56,7 +56,10 @@ NEEDED = ("starlette", "uvicorn", "prometheus_client")
     "--encrypt", is_flag=True, help="Encrypt new conversations, with the key in KVSWAP_SESSION_KEY or the keyring."
 )
 @click.option(
-    "--disk-quota", metavar="SIZE", help="Disk for all sessions together; closed ones make room.  [default: no limit]"
+    "--disk-quota",
+    metavar="SIZE",
+    help="Disk for all sessions together; closed ones make room, small ones first, then those used longest ago.  "
+    "[default: no limit]",
 )
 @click.option("--write-limit", metavar="SIZE", help="Most that may be written a day.  [default: no limit]")
 @click.option("--no-verify", is_flag=True, help="Do not compare what is read of a session with its checksums.")

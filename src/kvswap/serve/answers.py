@@ -8,6 +8,7 @@ server. Where it differs from one, it goes on in a fork, which shares the files:
 from __future__ import annotations
 
 import contextlib
+import logging
 import time
 from dataclasses import dataclass
 
@@ -26,9 +27,10 @@ from kvswap.sessions.commits import SessionStore
 from kvswap.sessions.quota import Limits
 from kvswap.sessions.sharing import fork
 
-PIECE_TOKENS = 2048
+PIECE_TOKENS = 4096
 """A long prompt is committed after each so many tokens: what a client that goes away loses at most."""
 PROGRESS_S = 0.25
+_logger = logging.getLogger("kvswap.serve")
 ANSWER_SLACK_TOKENS = 64
 """A template may write the beginning of an answer in another way once the answer is there."""
 
@@ -231,13 +233,14 @@ class Answers:
             share=False,
             piece_tokens=PIECE_TOKENS,
             on_progress=self._report,
+            on_notice=_logger.info,
         )
         self._name = store.name
         return self._engine
 
     def _open_without_session(self) -> Engine:
         self.close()
-        self._engine = Engine(self._loaded, self._settings.config, on_progress=self._report)
+        self._engine = Engine(self._loaded, self._settings.config, on_progress=self._report, on_notice=_logger.info)
         return self._engine
 
     def _read_library(self) -> None:

@@ -14,7 +14,7 @@ from starlette.responses import JSONResponse
 from kvswap.app.stats import RunStats
 from kvswap.models.logprobs import TokenLogprob
 from kvswap.serve.api_errors import ApiError
-from kvswap.serve.fields import ChatRequest, read_body, refuse_unsupported, sampling_of
+from kvswap.serve.fields import ChatRequest, at_least_one, read_body, refuse_unsupported, sampling_of
 from kvswap.serve.jobs import Done, Failed, Job, Piece, Progress, Question
 from kvswap.serve.messages import parse_tool_calls, read_chat
 from kvswap.serve.service import (
@@ -73,7 +73,7 @@ async def _question(service: Service, given: ChatRequest) -> Question:
     tools = given.tools if given.tools and given.tool_choice != "none" else None
     return Question(
         ids=await service.chat_ids(messages, tools),
-        sampling=sampling_of(given, service.max_new_tokens if wanted is None else wanted),
+        sampling=sampling_of(given, service.max_new_tokens if wanted is None else at_least_one(wanted)),
         messages=messages,
         tools=tools,
         top_logprobs=top if given.logprobs else None,

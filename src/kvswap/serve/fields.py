@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from kvswap.models.sampling import Sampling
 from kvswap.serve.api_errors import ApiError
 
 MOST_STOPS = 16
@@ -146,13 +147,25 @@ def refuse_unsupported(request: Sampled) -> None:
             raise ApiError(400, f"{name} is not supported here in this form; leave it out", param=name)
 
 
+def at_least_one(max_tokens: int) -> int:
+    """The longest answer that a request asks for. Raises ApiError for none."""
+    if max_tokens < 1:
+        raise ApiError(400, f"max_tokens: got {max_tokens}; use 1 or more", param="max_tokens")
+    return max_tokens
+
+
 def sampling_of(request: Sampled, max_new_tokens: int) -> dict[str, Any]:
-    """The arguments of ``Sampling``; what is absent is left to its defaults. Raises ApiError."""
+    """The arguments of ``Sampling``; what is absent is left to its defaults. Raises ApiError, ConfigError.
+
+    ``max_new_tokens`` may be 0, for a prompt that is only scored.
+    """
     stop = [request.stop] if isinstance(request.stop, str) else request.stop or []
     if len(stop) > MOST_STOPS:
         raise ApiError(400, f"stop has {len(stop)} strings; at most {MOST_STOPS} are allowed", param="stop")
     given = {name: getattr(request, name) for name in ("temperature", "top_p", "top_k", "min_p", "seed")}
     if given["top_k"] == -1:  # as some servers write "all"
         given["top_k"] = 0
-    found = {name: value for name, value in given.items() if value is not None}
-    return {**found, "max_new_tokens": max_new_tokens, "stop": tuple(each for each in stop if each)}
+    found: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    found["stop"] = tuple(each for each in stop if each)
+    Sampling(**found, max_new_tokens=max_new_tokens or 1)
+    return {**found, "max_new_tokens": max_new_tokens}

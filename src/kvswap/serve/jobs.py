@@ -18,6 +18,7 @@ from typing import Any
 
 from kvswap.app.prompt import Message
 from kvswap.app.stats import RunStats
+from kvswap.errors import KVSwapError
 from kvswap.models.logprobs import TokenLogprob
 from kvswap.serve.api_errors import SERVER, ApiError
 
@@ -246,6 +247,4 @@ class Worker:
 
 def as_unexpected(error: BaseException) -> bool:
     """Whether an error is a fault of the program, to be logged with its traceback."""
-    from kvswap.errors import KVSwapError
-
     return not isinstance(error, KVSwapError | ApiError)

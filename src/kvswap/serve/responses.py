@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 
 from kvswap.app.stats import RunStats
-from kvswap.serve.fields import ResponseRequest, read_body, refuse_unsupported, sampling_of
+from kvswap.serve.fields import ResponseRequest, at_least_one, read_body, refuse_unsupported, sampling_of
 from kvswap.serve.jobs import Done, Failed, Job, Piece, Progress, Question
 from kvswap.serve.messages import read_input
 from kvswap.serve.service import KEEP_ALIVE, EventStream, Service, collect, events, failure, progress, sse
@@ -67,7 +67,7 @@ async def responses(service: Service, request: Request) -> JSONResponse | EventS
     """Answer a request. Raises ApiError, KVSwapError."""
     given = read_body(await request.body(), ResponseRequest)
     refuse_unsupported(given)
-    wanted = service.max_new_tokens if given.max_output_tokens is None else given.max_output_tokens
+    wanted = service.max_new_tokens if given.max_output_tokens is None else at_least_one(given.max_output_tokens)
     messages = read_input(given.input, given.instructions)
     question = Question(
         ids=await service.chat_ids(messages, None),

@@ -1,8 +1,9 @@
 """Limits on disk: how much space sessions may take, and how much may be written for them a day.
 
 ``Quota.reserve`` is called before the files of a session grow. With a limit on disk space it removes sessions that
-nobody has open, least recently used first; without a limit it never removes anything. The file ``.usage`` in the folder
-of all sessions counts the bytes written, in total and on the current day. Imports no torch; any thread.
+nobody has open: small ones first, and of each kind those used longest ago. Without a limit it never removes anything.
+The file ``.usage`` in the folder of all sessions counts the bytes written, in total and on the current day. Imports no
+torch; any thread.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ GRANTED_PART = 4
 
 Other processes write at the same time: together with three others this one stays within the quota.
 """
+SMALL_PART = 64
+"""A session that takes less than one part in so many of the quota is small."""
 _USAGE_BYTES = 4096
 
 _logger = logging.getLogger("kvswap")
@@ -98,14 +101,16 @@ class Quota:
     def _left_bytes(self, nbytes: int, quota_bytes: int) -> int:
         """Bytes that are left under the quota after ``nbytes`` more, once closed sessions have made room for them.
 
-        Sessions go least recently used first, and none where removing all of them would not be enough.
+        Small sessions go first, then the others, each kind least recently used first: a day of short requests does not
+        cost the long context that was read in an hour. None goes where removing all of them would not be enough.
         """
         excess_bytes = used_bytes(self.root) + nbytes - quota_bytes
         if excess_bytes <= 0:
             return -excess_bytes
         others = [entry for entry in entries(self.root) if entry.path != self._path and not entry.in_use]
         closed = sorted(
-            (e for e in others if e.manifest is not None), key=lambda e: e.manifest.used if e.manifest else 0
+            (e for e in others if e.manifest is not None),
+            key=lambda e: (e.disk_bytes * SMALL_PART >= quota_bytes, e.manifest.used if e.manifest else 0),
         )
         gains_bytes = freed_by_removal([entry.path for entry in closed])
         if sum(gains_bytes) >= excess_bytes:
@@ -113,7 +118,7 @@ class Quota:
                 with contextlib.suppress(KVSwapError):  # another process has just opened it
                     remove(entry.path, forget=False)
                     _logger.debug("disk quota: evicted session %s", entry.name)
-                    self._notice(f"disk quota: session {entry.name} was used longest ago and was removed")
+                    self._notice(f"disk quota: session {entry.name} made room for another and was removed")
                 excess_bytes = used_bytes(self.root) + nbytes - quota_bytes
                 if excess_bytes <= 0:
                     return -excess_bytes
