@@ -76,6 +76,7 @@ def broken(everything: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
             ["tune", *model, "--kv-memory", "24MiB", "--context", "4096", "--out", str(tmp_path / "tuned.json")],
             ["sessions", *here, "list"],
             ["doctor", *here],
+            ["serve", *model, *here],
         ]
 
     return prepare
