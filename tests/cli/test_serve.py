@@ -90,7 +90,8 @@ def test_ends_while_it_answers(serve: Callable[..., Process]) -> None:
     server = serve()
     body = {"messages": [{"role": "user", "content": "Who?"}], "max_tokens": 1900, "stream": True}
     with server.client.stream("POST", "/v1/chat/completions", json=body) as response:
-        next(line for line in response.iter_lines() if '"content": "' in line and '"content": ""' not in line)
+        lines = response.iter_lines()  # kept, for the connection is closed when it goes
+        next(line for line in lines if '"content": "' in line and '"content": ""' not in line)
         code, rest = server.end(signal.SIGINT)
     assert code == 130 and "Traceback" not in rest
 

@@ -181,7 +181,8 @@ def test_waiting_requests_have_a_limit_and_leave_the_queue(start) -> None:
     long = {"messages": [user("Who?")], "max_tokens": 6000, "stream": True}
     short = {"messages": [user("Who?")], "max_tokens": 1}
     with served.http.stream("POST", "/v1/chat/completions", json=long) as response:
-        next(line for line in response.iter_lines() if '"content": "' in line)
+        lines = response.iter_lines()  # kept, for the connection is closed when it goes
+        next(line for line in lines if '"content": "' in line)
         waits = threading.Thread(target=lambda: statuses.append(post(short)))
         statuses = list[int]()
 
@@ -189,7 +190,9 @@ def test_waiting_requests_have_a_limit_and_leave_the_queue(start) -> None:
             return httpx.post(f"{served.url}/v1/chat/completions", json=body, timeout=30).status_code
 
         waits.start()
+        deadline = time.monotonic() + 60
         while not served.worker.waiting:
+            assert time.monotonic() < deadline and waits.is_alive()
             time.sleep(0.01)
         refused = served.http.post("/v1/chat/completions", json=short)
         assert refused.status_code == 503 and int(refused.headers["Retry-After"]) > 0
