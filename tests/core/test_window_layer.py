@@ -1,4 +1,4 @@
-"""Sliding windows as rings, against transformers' own layer, and compiled steps of models that have them."""
+"""Sliding windows as ring buffers, against transformers' own layer, and compiled steps of models that have them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def kv(count: int, seed: int = 0) -> list[torch.Tensor]:
 def put_newest(layer: WindowLayer, step: WindowStep, keys: torch.Tensor, values: torch.Tensor) -> None:
     """What compiled code does with the K, V ``[B, H_kv, 1, d]`` of a step."""
     layer.slots(step, PADDING)
-    data = layer._ring.data.flatten(0, 1)
+    data = layer._buffer.data.flatten(0, 1)
     for b, (slot, offset) in enumerate(zip(step.newest, step.offset, strict=True)):
         data[slot, :, :, offset] = torch.stack((keys[b, :, 0], values[b, :, 0]))
     layer.advance()
@@ -37,7 +37,7 @@ def put_newest(layer: WindowLayer, step: WindowStep, keys: torch.Tensor, values:
 
 def attended(layer: WindowLayer, step: WindowStep, b: int) -> torch.Tensor:
     """Keys ``[n, H_kv, d]`` that compiled code attends to, in any order."""
-    data, found = layer._ring.data.flatten(0, 1), []
+    data, found = layer._buffer.data.flatten(0, 1), []
     valid = np.ones_like(step.index[b], bool) if step.valid is None else step.valid[b]
     real = step.index[b][valid]
     for slot in real:
@@ -48,7 +48,7 @@ def attended(layer: WindowLayer, step: WindowStep, b: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("window", [1, 2, 7, 48, 64, 127, 600, 1024])
 @pytest.mark.parametrize("prompt", [41, 130, 700])
-def test_a_ring_attends_to_what_transformers_attends_to(window, prompt):
+def test_a_ring_buffer_attends_to_what_transformers_attends_to(window, prompt):
     ours, theirs = WindowLayer(sliding_window=window), DynamicSlidingWindowLayer(sliding_window=window)
     for layer in (ours, theirs):
         layer.update(*kv(prompt))
@@ -73,24 +73,24 @@ def _sorted(keys: torch.Tensor) -> torch.Tensor:
     return keys[keys[:, 0, 0].argsort()]
 
 
-def test_a_copy_of_a_ring_keeps_what_it_has():
+def test_a_copy_of_a_ring_buffer_keeps_what_it_has():
     layer, window = WindowLayer(sliding_window=64), 64
     layer.update(*kv(100))
     put_newest(layer, WindowStep(window, 100 - PADDING), *kv(1, seed=1))
     other = copy.copy(layer)
     before = copy.copy(other).keys.clone()
     put_newest(layer, WindowStep(window, 101 - PADDING), *kv(1, seed=2))
-    assert other._ring is not None and other.get_seq_length() == 101 and torch.equal(other.keys, before)
+    assert other._buffer is not None and other.get_seq_length() == 101 and torch.equal(other.keys, before)
     assert layer.get_seq_length() == 102 and not torch.equal(layer.keys, before)
 
 
-def test_size_is_told_without_ending_a_ring():
+def test_size_is_told_without_ending_a_ring_buffer():
     layer = WindowLayer(sliding_window=64)
     assert layer.size_bytes == 0
     layer.update(*kv(100))
     assert layer.size_bytes == 2 * 3 * 2 * 63 * 4 * 4
     layer.slots(WindowStep(64, 100 - PADDING), PADDING)
-    assert layer.size_bytes == 2 * 3 * 2 * 64 * 4 * 4 and layer._ring is not None
+    assert layer.size_bytes == 2 * 3 * 2 * 64 * 4 * 4 and layer._buffer is not None
 
 
 @compiled

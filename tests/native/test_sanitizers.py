@@ -26,6 +26,7 @@ CHECKED = [
     "tests/core/test_window_layer.py",
     "tests/disk/test_rings.py",
     "tests/disk/test_failing_reads.py",
+    "tests/disk/test_interrupted_reads.py",
     "tests/laws/test_select_all.py",
 ]
 OPTIONS = ["-O1", "-g", "-fPIC", "-shared", "-Wno-psabi", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]

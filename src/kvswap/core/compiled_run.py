@@ -122,7 +122,9 @@ class CompiledRun(CompiledDecode):
             arrived = (here, self.arrive(here)) if here is not None and run.reads(run.at) else None
             trace.lap("slots_s")
         if done == NOT_FINITE:
-            raise not_finite(orders[run.chosen] or 0, "keys or the query are not finite, so no group can be chosen")
+            chosen = orders[run.chosen]
+            assert chosen is not None  # a layer with a window chooses nothing
+            raise not_finite(chosen, "keys or the query are not finite, so no group can be chosen")
         trace.lap()
         self._keep_arrived(arrived)
         for part in self._parts:

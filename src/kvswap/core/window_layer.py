@@ -1,7 +1,7 @@
 """Sliding windows of layers that stay in memory, as compiled decode steps keep them.
 
-A window of W tokens is a ring: token t of a sequence, padding not counted, has place ``t % W``, where the token that
-leaves the window was. Attention does not depend on the order of tokens, since RoPE has been applied. Places lie in
+A window of W tokens is a ring buffer: token t of a sequence, padding not counted, has place ``t % W``, where the token
+that leaves the window was. Attention does not depend on the order of tokens, since RoPE has been applied. Places lie in
 slots of at most ``LARGEST_GROUP_TOKENS``, so that compiled attention reads them as it reads groups. Used by the cache,
 in the thread that runs the model.
 """
@@ -50,7 +50,7 @@ class WindowStep:
         self.struct = Window(*addresses, self.groups, self.last.ctypes.data)
 
 
-class _Ring:
+class _RingBuffer:
     """The places of one layer's window: ``data`` ``[B, groups, 2, H_kv, group_tokens, d]`` of the model's dtype.
 
     ``tokens`` have been put, padding included, of which ``padding`` ``[B]`` come before each sequence's own.
@@ -62,11 +62,11 @@ class _Ring:
         count = data.shape[0] * data.shape[1]
         self.slots = Slots(data.data_ptr(), count, slot_bytes, TYPES[data.dtype], group_tokens)
 
-    def grown(self, groups: int) -> _Ring:
-        """The same tokens in a ring of ``groups`` groups."""
+    def grown(self, groups: int) -> _RingBuffer:
+        """The same tokens in a ring buffer of ``groups`` groups."""
         batch, held, *rest = self.data.shape
         more = self.data.new_zeros(batch, groups - held, *rest)
-        return _Ring(self.window, self.padding, self.tokens, torch.cat((self.data, more), 1))
+        return _RingBuffer(self.window, self.padding, self.tokens, torch.cat((self.data, more), 1))
 
     def put(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Take K, V ``[B, H_kv, n, d]`` of the last ``n`` of the tokens."""
@@ -93,60 +93,60 @@ class _Ring:
 
 
 class WindowLayer(DynamicSlidingWindowLayer):  # type: ignore[misc] # transformers is not typed
-    """transformers' layer with a sliding window. A ring takes the place of its tensors while compiled steps run."""
+    """transformers' layer with a sliding window. While compiled steps run, its tensors lie in a ring buffer."""
 
-    _ring: _Ring | None = None
+    _buffer: _RingBuffer | None = None
     _keys: torch.Tensor | None = None
     _values: torch.Tensor | None = None
 
     @property
     def keys(self) -> torch.Tensor | None:
-        """K ``[B, H_kv, n, d]`` of the last tokens, at most W - 1; reading it ends the ring."""
-        self._end_ring()
+        """K ``[B, H_kv, n, d]`` of the last tokens, at most W - 1; reading it ends the ring buffer."""
+        self._end_buffer()
         return self._keys
 
     @keys.setter
     def keys(self, keys: torch.Tensor | None) -> None:
-        self._end_ring()
+        self._end_buffer()
         self._keys = keys
 
     @property
     def values(self) -> torch.Tensor | None:
         """V, like ``keys``."""
-        self._end_ring()
+        self._end_buffer()
         return self._values
 
     @values.setter
     def values(self, values: torch.Tensor | None) -> None:
-        self._end_ring()
+        self._end_buffer()
         self._values = values
 
     @property
     def size_bytes(self) -> int:
         """Memory of K and V."""
-        if self._ring is not None:
-            return int(self._ring.data.nbytes)
+        if self._buffer is not None:
+            return int(self._buffer.data.nbytes)
         return sum(each.nbytes for each in (self._keys, self._values) if each is not None)
 
     def slots(self, step: WindowStep, padding: IntArray) -> Slots:
         """The places of the window as slots for ``step``. ``padding`` ``[B]`` tokens come before each sequence."""
-        ring = self._ring
-        if ring is None:
+        buffer = self._buffer
+        if buffer is None:
             assert self._keys is not None and self._values is not None
             batch, heads, _, head_dim = self._keys.shape
             shape = batch, step.groups, 2, heads, step.group_tokens, head_dim
-            ring = _Ring(self.sliding_window, padding, self.cumulative_length, self._keys.new_zeros(shape))
-            ring.put(self._keys, self._values)
+            buffer = _RingBuffer(self.sliding_window, padding, self.cumulative_length, self._keys.new_zeros(shape))
+            buffer.put(self._keys, self._values)
             self._keys = self._values = None
-        elif step.groups > ring.data.shape[1]:
-            ring = ring.grown(step.groups)
-        self._ring = ring
-        return ring.slots
+        elif step.groups > buffer.data.shape[1]:
+            buffer = buffer.grown(step.groups)
+        self._buffer = buffer
+        return buffer.slots
 
     def advance(self) -> None:
         """The newest token of each sequence is in its place."""
-        assert self._ring is not None
-        self._ring.tokens += 1
+        assert self._buffer is not None
+        self._buffer.tokens += 1
         self.cumulative_length += 1
 
     def take_over(self, source: Any) -> None:
@@ -157,12 +157,12 @@ class WindowLayer(DynamicSlidingWindowLayer):  # type: ignore[misc] # transforme
     def __copy__(self) -> WindowLayer:
         other = type(self).__new__(type(self))
         other.__dict__.update(self.__dict__)
-        if self._ring is not None:  # which later steps write to
-            ring = self._ring
-            other._ring = _Ring(ring.window, ring.padding, ring.tokens, ring.data.clone())
+        if self._buffer is not None:  # which later steps write to
+            buffer = self._buffer
+            other._buffer = _RingBuffer(buffer.window, buffer.padding, buffer.tokens, buffer.data.clone())
         return other
 
-    def _end_ring(self) -> None:
-        ring, self._ring = self._ring, None
-        if ring is not None:
-            self._keys, self._values = ring.get()
+    def _end_buffer(self) -> None:
+        buffer, self._buffer = self._buffer, None
+        if buffer is not None:
+            self._keys, self._values = buffer.get()

@@ -23,6 +23,9 @@ from kvswap.models.logprobs import Logprobs
 from kvswap.models.sampling import Sampling
 from kvswap.models.stop_text import StopText
 
+_MOST_CACHED_TOKENS = 64
+"""So many tokens at most are decoded again for each new one, but for those in the middle of a character."""
+
 
 class Stopped(Exception):  # noqa: N818 - not an error
     """Raised in the generating thread to leave a prompt half-way."""
@@ -186,10 +189,20 @@ class _TimedStreamer(TextIteratorStreamer):  # type: ignore[misc] # transformers
         text = self.tokenizer.decode(self.token_cache, **self.decode_kwargs)
         whole = text[self.print_len :].rstrip("\ufffd")  # the last bytes of a character may be missing
         self.print_len += len(whole)
-        if text.endswith("\n"):  # one token stays, so that a space which begins the next line is kept
-            self.token_cache = self.token_cache[-1:]
-            self.print_len = len(self.tokenizer.decode(self.token_cache, **self.decode_kwargs))
+        if text.endswith("\n") or len(self.token_cache) >= _MOST_CACHED_TOKENS:
+            self._forget()
         self.on_finalized_text(whole)
+
+    def _forget(self) -> None:
+        """Keep the last token only, so that decoding takes the same time at every token.
+
+        It stays because some tokenizers drop a space which begins a text. A token that is part of a character, or that
+        has no text, cannot stand alone: then all tokens stay until a later one comes.
+        """
+        last = self.token_cache[-1:]
+        text = self.tokenizer.decode(last, **self.decode_kwargs)
+        if text and "\ufffd" not in text:
+            self.token_cache, self.print_len = last, len(text)
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         shown = self.stop_text.push(text)
