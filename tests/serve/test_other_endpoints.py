@@ -34,6 +34,16 @@ def test_several_prompts_and_token_ids(served: Running) -> None:
     assert alone.text == found.choices[0].text
 
 
+def test_stored_tokens_of_all_prompts_are_counted(served: Running) -> None:
+    def cached(*prompts: str) -> int:
+        found = served.openai.completions.create(model="tiny", prompt=list(prompts), max_tokens=2)
+        return found.usage.prompt_tokens_details.cached_tokens
+
+    assert cached(STORY) == 0
+    alone = cached(STORY)
+    assert alone > 0 and cached(STORY, "Once upon") >= alone
+
+
 def test_echo_gives_the_log_probabilities_of_the_prompt(served: Running, loaded) -> None:
     text = "Who counts in place 7?"
     given = {"model": "tiny", "prompt": text, "max_tokens": 1, "echo": True, "logprobs": 2}

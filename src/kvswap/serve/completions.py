@@ -46,14 +46,15 @@ async def completions(service: Service, request: Request) -> JSONResponse | Even
         include_usage = bool(given.stream_options and given.stream_options.include_usage)
         job = service.submit(questions[0])
         return EventStream(service, job, _chunks(service, job, head, include_usage))
-    choices, total = [], {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}
+    choices, total, cached = [], {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}, 0
     for number, question in enumerate(questions):
         answer = await collect(service, request, service.submit(question))
         choices.append(_choice(service, question, answer, number))
         used = usage(answer.stats)
         total = {name: count + used[name] for name, count in total.items()}
-        details = used.get("prompt_tokens_details")
-    return JSONResponse({**head, "choices": choices, "usage": {**total, "prompt_tokens_details": details}})
+        cached += used.get("prompt_tokens_details", {}).get("cached_tokens", 0)
+    details = {"prompt_tokens_details": {"cached_tokens": cached}}
+    return JSONResponse({**head, "choices": choices, "usage": {**total, **details}})
 
 
 def _prompts(given: str | list[Any]) -> list[str | list[int]]:
