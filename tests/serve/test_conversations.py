@@ -182,7 +182,7 @@ def test_waiting_requests_have_a_limit_and_leave_the_queue(start) -> None:
     short = {"messages": [user("Who?")], "max_tokens": 1}
     with served.http.stream("POST", "/v1/chat/completions", json=long) as response:
         lines = response.iter_lines()  # kept, for the connection is closed when it goes
-        next(line for line in lines if '"content": "' in line)
+        next(line for line in lines if '"content": "' in line and '"content": ""' not in line)
         waits = threading.Thread(target=lambda: statuses.append(post(short)))
         statuses = list[int]()
 
@@ -213,7 +213,7 @@ def test_end_of_the_server_ends_a_stream_with_an_error(served: Running) -> None:
     body = {"messages": [user("Who?")], "max_tokens": 6000, "stream": True}
     with served.http.stream("POST", "/v1/chat/completions", json=body) as response:
         lines = response.iter_lines()
-        next(line for line in lines if '"content": "' in line)
+        next(line for line in lines if '"content": "' in line and '"content": ""' not in line)
         served.server.should_exit = True
         rest = list(lines)
     assert any('"error"' in line and "ending" in line for line in rest)
