@@ -38,13 +38,15 @@ from kvswap.models.loading import load_model
 from kvswap.tuning.solution import Solution, load_tuned
 
 METHODS = ("kvswap", "kvswap-paper")
+SELECTED = 400
+"""M of all variants: the number of the published scheme."""
 TEXTS, MOST_STEPS = 8, 64
 """Texts are cut for these numbers, even if fewer are used."""
 
 
 def variants(elements: int, kv_memory: str) -> dict[str, tuple[str, Config]]:
     """Return methods and configurations by name, for keys of ``elements`` elements (D)."""
-    config, found = Config(kv_memory=kv_memory), {}
+    config, found = Config(kv_memory=kv_memory, select_tokens=SELECTED), {}
     for group_tokens in (4, 8):
         for setting in PUBLISHED:
             for method in METHODS:
@@ -56,7 +58,7 @@ def variants(elements: int, kv_memory: str) -> dict[str, tuple[str, Config]]:
 def beside_tuned(elements: int, solution: Solution) -> dict[str, tuple[str, Config]]:
     """Return a tuned configuration, and both methods' tight setting with G = 8 under its limit, by name."""
     tuned = solution.config
-    tight = SketchSetting("tight", 8).apply(Config(kv_memory=tuned.kv_memory), elements)
+    tight = SketchSetting("tight", 8).apply(Config(kv_memory=tuned.kv_memory, select_tokens=SELECTED), elements)
     return {"kvswap tuned": ("kvswap", tuned), **{f"{method} tight G8": (method, tight) for method in METHODS}}
 
 

@@ -15,6 +15,10 @@ from kvswap.units import parse_bytes
 
 STORE_DTYPES = ("auto", "float16", "bfloat16", "float32")
 COMPILED_STEPS = ("auto", "off")
+AUTO_LEAST_TOKENS = 400
+AUTO_MOST_TOKENS = 4096
+AUTO_SHARE = 8
+"""``select_tokens="auto"`` is one token in so many of the context, from the least to the most above."""
 BACKENDS = ("auto", "uring", "threads", "buffered", "memory")
 
 
@@ -22,7 +26,7 @@ BACKENDS = ("auto", "uring", "threads", "buffered", "memory")
 class _Fields:
     kv_memory: int | str = "auto"
     kv_dir: str | None = None
-    select_tokens: int = 400
+    select_tokens: int | str = "auto"
     layer_select_tokens: tuple[int, ...] | None = None
     group_tokens: int = 4
     sketch_token_bytes: int | None = None
@@ -51,6 +55,8 @@ class Config(_Fields):
         Folder for KV files and sessions, on a disk. ``None`` is the folder of the environment or the user's cache.
     select_tokens
         M: tokens attended to at each step and layer. Sinks and recent window count, the rolling tail does not.
+        ``"auto"`` grows with the context: an eighth of it on a fast disk, a 16th or a 32nd on slower ones, at least 400
+        and at most 4,096, and no more than leaves half of the spare memory to reuse.
     layer_select_tokens
         M of each layer on disk, in order, as ``kvswap tune`` finds them. ``None`` is ``select_tokens`` in every layer.
     group_tokens
@@ -102,7 +108,6 @@ class Config(_Fields):
         return f"Config({values})"
 
     def _check(self) -> None:
-        _integer("select_tokens", self.select_tokens, low=1)
         _integer("group_tokens", self.group_tokens, low=1, high=64)
         _integer("sink_tokens", self.sink_tokens, low=0)
         _integer("recent_tokens", self.recent_tokens, low=0)
@@ -123,8 +128,13 @@ class Config(_Fields):
         _choice("compiled_step", self.compiled_step, COMPILED_STEPS)
         if self.kv_memory != "auto":
             parse_bytes(self.kv_memory, name="kv_memory")
+        self._check_selection()
+
+    def _check_selection(self) -> None:
+        if self.select_tokens != "auto":
+            _integer("select_tokens", self.select_tokens, low=1)
         least = self.pinned_tokens + self.group_tokens
-        if self.select_tokens < least:
+        if isinstance(self.select_tokens, int) and self.select_tokens < least:
             raise ConfigError(
                 f"select_tokens: {self.select_tokens} leaves no group to select beside {self.pinned_tokens} "
                 "sink and recent tokens",
@@ -158,13 +168,31 @@ class Config(_Fields):
         return (self.sink_groups + self.recent_groups) * self.group_tokens
 
     @property
+    def grows(self) -> bool:
+        """Whether M grows with the context."""
+        return self.select_tokens == "auto" and self.layer_select_tokens is None
+
+    @property
+    def least_select_tokens(self) -> int:
+        """M, or the least that it can be where it grows with the context."""
+        if isinstance(self.select_tokens, int):
+            return self.select_tokens
+        return max(AUTO_LEAST_TOKENS, self.pinned_tokens + self.group_tokens)
+
+    def selected_tokens(self, context_tokens: int) -> int:
+        """M in a context of so many tokens, on a fast disk and with enough memory."""
+        if not self.grows:
+            return self.least_select_tokens
+        return max(self.least_select_tokens, min(AUTO_MOST_TOKENS, context_tokens // AUTO_SHARE))
+
+    @property
     def select_groups(self) -> int:
-        """Groups chosen by prediction at each step, in the layer that chooses most."""
-        return (max(self.layer_select_tokens or (self.select_tokens,)) - self.pinned_tokens) // self.group_tokens
+        """Groups chosen by prediction at each step, in the layer that chooses most; the least where they grow."""
+        return (max(self.layer_select_tokens or (self.least_select_tokens,)) - self.pinned_tokens) // self.group_tokens
 
     def layer_select_groups(self, layers: int) -> list[int]:
         """Groups chosen by prediction at each step, for each of ``layers`` offloaded layers. Raises ConfigError."""
-        counts = self.layer_select_tokens or (self.select_tokens,) * layers
+        counts = self.layer_select_tokens or (self.least_select_tokens,) * layers
         if len(counts) != layers:
             raise ConfigError(
                 f"layer_select_tokens: {len(counts)} values for {layers} offloaded layers",

@@ -114,7 +114,7 @@ def test_two_files_of_one_stem_are_refused(tmp_path: Path) -> None:
 
 def test_in_files_older_than_a_setting_it_has_its_default(tmp_path: Path) -> None:
     file = tmp_path / "results.json"
-    values = Config().to_dict()
+    values = Config(select_tokens=400).to_dict()
     file.write_text(json.dumps({"format": 1, "identity": {"config": {"select_tokens": 400}}}))
 
     def read(config: dict[str, object], older: dict[str, object] | None) -> object:

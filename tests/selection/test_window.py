@@ -59,7 +59,7 @@ def test_selecting_all_is_when_the_selection_holds_every_candidate(window: Windo
     candidates = len(range(window.sink_groups, window.candidates(tokens)))
     assert window.selects_all(tokens) is (candidates <= window.select_groups)
     attended = len(pinned(window, (tokens - 1) // window.group_tokens)) + min(candidates, window.select_groups)
-    assert attended <= window.attended_groups
+    assert attended <= window.pinned_groups + window.select_groups
 
 
 @given(WINDOWS)

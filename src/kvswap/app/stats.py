@@ -79,6 +79,8 @@ class RunStats:
         Weights in pages of their file, which the system drops when it has to, and those in memory of the process.
     disk_read_bytes
         Bytes of submitted reads, including padding and gaps.
+    select_tokens
+        M: tokens that each step attended to in a layer, at the end of the answer.
     reuse_rate
         Share of the selected groups that were in memory already, without pinned groups.
     io_wait_s
@@ -119,6 +121,7 @@ class RunStats:
     disk_write_bytes: int = 0
     disk_read_bytes: int = 0
     disk_reads: int = 0
+    select_tokens: int = 0
     reuse_rate: float = 0.0
     io_wait_s: float = 0.0
     quality: QualityStats | None = None

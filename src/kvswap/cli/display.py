@@ -174,6 +174,7 @@ def _kvswap_rows(stats: RunStats) -> list[tuple[str, str]]:
         ("prefill peak", f"{format_bytes(stats.prefill_peak_bytes)}, including the KV memory"),
         ("written to disk", format_bytes(stats.disk_write_bytes)),
         ("read from disk", f"{reads} ({stats.backend}{page_cache})"),
+        ("selected", f"up to {stats.select_tokens:,} tokens a step and layer"),
         ("reuse", f"{stats.reuse_rate:.0%} of the selected groups were in memory already"),
     ]
     found = stats.quality

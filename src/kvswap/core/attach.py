@@ -11,12 +11,13 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
-from kvswap.config import Config
+from kvswap.config import AUTO_SHARE, Config
 from kvswap.core.binding import Binding
 from kvswap.core.cache import KVSwapCache
 from kvswap.core.calibration import calibrate
@@ -26,8 +27,10 @@ from kvswap.core.layer_major import FullCache, InMemory, LayerMajorCache, Progre
 from kvswap.core.model_patch import Attachment
 from kvswap.core.prediction_check import check_once
 from kvswap.disk import create_backend
+from kvswap.disk.backend import ReadBackend
 from kvswap.disk.files import check_free, prepare_dir
 from kvswap.disk.folders import kv_folder
+from kvswap.disk.read_rate import reads_per_s
 from kvswap.errors import ConfigError, UnsupportedError
 from kvswap.models.adapter import ModelParts, cache_keyword
 from kvswap.selection.basis import KeyCovariance
@@ -35,6 +38,9 @@ from kvswap.selection.kvswap import code_maker
 from kvswap.selection.kvswap import method as own_method
 from kvswap.selection.method import KeyFacts, Method, SketchMaker
 
+SHARES = ((40_000, AUTO_SHARE), (12_000, 2 * AUTO_SHARE))
+"""Reads a second of a disk, and the share of the context that it can bring: one token in so many."""
+SLOW_SHARE = 4 * AUTO_SHARE
 _log = logging.getLogger("kvswap")
 
 
@@ -148,7 +154,10 @@ class _Opener:
     def open(self, config: Config) -> KVSwapCache:
         """A cache with its files. Raises StorageError, ConfigError, UnsupportedError."""
         binding = self._binding
-        config = self._method.configure(config if binding is None else binding.config(config))
+        config = config if binding is None else binding.config(config)
+        if config.grows and self._method.name != own_method().name:  # published methods have a fixed M
+            config = config.replace(select_tokens=config.least_select_tokens)
+        config = self._method.configure(config)
         folder = prepare_dir(kv_folder(config.kv_dir))
         backend = create_backend(config.backend, folder, config.read_depth, on_notice=self._notice)
         try:
@@ -168,6 +177,7 @@ class _Opener:
                 on_progress=self._on_progress,
                 binding=binding,
                 compiled=self._compiled if config.compiled_step == "auto" else None,
+                share=select_share(backend, folder) if config.grows else 0,
             )
             cache.trace.calibration_s = time.perf_counter() - started_s
         except BaseException:
@@ -211,6 +221,12 @@ class _Opener:
             on_progress=self._on_progress,
             on_notice=self._notice,
         )
+
+
+def select_share(backend: ReadBackend, folder: Path) -> int:
+    """Where the selection grows with the context, it is one token in so many: as this disk answers small reads."""
+    rate = float("inf") if backend.name == "memory" else reads_per_s(backend.name, folder)
+    return next((share for least, share in SHARES if rate >= least), SLOW_SHARE)
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -50,7 +50,8 @@ class BatchState:
     """State of B sequences over all offloaded layers; layers are counted by ``order``.
 
     ``tokens[b]`` tokens are stored of sequence b, padding excluded; groups ``[0, flushed[layer, b])`` are on disk (or
-    queued) and sketched, later ones are in pinned slots alone. ``select_groups[layer]`` groups are chosen in each step.
+    queued) and sketched, later ones are in pinned slots alone. ``select_groups[layer]`` groups are chosen in each step;
+    ``selected`` is the most that staging and scratch have room for.
     """
 
     config: Config
@@ -65,6 +66,7 @@ class BatchState:
     pool: SlotPool
     sketches: list[Sketch]
     select_groups: list[int]
+    selected: int
     tokens: NDArray[np.int64]
     flushed: NDArray[np.int64]
     capacity_tokens: int
@@ -74,19 +76,28 @@ class BatchState:
         """B."""
         return len(self.tokens)
 
-    def ensure_capacity(self, tokens: int) -> None:
-        """Make room for sequences of ``tokens``, giving up reuse slots for it. Raises MemoryBudgetError.
+    @property
+    def attended_tokens(self) -> int:
+        """M of the layer that attends to most, as it is now."""
+        window = self.window
+        return (max(self.select_groups) + window.sink_groups + window.recent_groups) * window.group_tokens
 
-        With some headroom, or without where the limit leaves none.
+    def ensure_capacity(self, tokens: int) -> None:
+        """Make room for sequences of ``tokens``, and for what is selected of them, giving up reuse slots for it.
+
+        With some headroom, or without where the limit leaves none. No read may be in flight. Raises MemoryBudgetError.
         """
-        if tokens <= self.capacity_tokens:
+        selected = self._select(tokens)
+        if tokens <= self.capacity_tokens and selected == self.selected:
             return
         if self.config.kv_memory == "auto":  # a share of the context, which has grown
-            self.ledger.limit_bytes = max(self.ledger.limit_bytes, self.needs.auto_limit_bytes(tokens))
-        before, slot_bytes = self.needs.parts(self.capacity_tokens), self.layout.slot_bytes + OWNER_BYTES
-        for capacity in (capacity_for(tokens), grown(tokens)):
-            growth = {part: size - before[part] for part, size in self.needs.parts(capacity).items()}
-            drop = max(0, ceil_div(sum(growth.values()) - self.ledger.free_bytes, slot_bytes))
+            self.ledger.limit_bytes = max(self.ledger.limit_bytes, self.needs.auto_limit_bytes(grown(tokens)))
+        before, slot_bytes = self.needs.parts(self.capacity_tokens, self.selected), self.layout.slot_bytes + OWNER_BYTES
+        wider = self.pool.missing_slots(self.needs.staging_groups(selected))
+        capacities = (capacity_for(tokens), grown(tokens)) if tokens > self.capacity_tokens else (self.capacity_tokens,)
+        for capacity in capacities:
+            growth = {part: size - before[part] for part, size in self.needs.parts(capacity, selected).items()}
+            drop = max(0, wider, ceil_div(sum(growth.values()) - self.ledger.free_bytes, slot_bytes))
             if drop <= self.pool.reuse_slots:
                 break
         else:
@@ -95,11 +106,24 @@ class BatchState:
             self.pool.shrink_reuse(self.pool.reuse_slots - drop)
             self.ledger.release("slots", drop * self.layout.slot_bytes)
             self.ledger.release("tables", drop * OWNER_BYTES)
-        self.ledger.reserve_all(growth)
+        for part, size in growth.items():
+            self.ledger.release(part, max(0, -size))
+        self.ledger.reserve_all({part: max(0, size) for part, size in growth.items()})
         self.pool.grow_table(ceil_div(capacity, self.window.group_tokens))
+        self.pool.resize_staging(self.needs.staging_groups(selected))
         self.capacity_tokens = capacity
+        if selected != self.selected:
+            self.selected, self.select_groups = selected, [selected] * self.shape.layers
         if not drop:
             self._grow_reuse()
+
+    def _select(self, tokens: int) -> int:
+        """Groups to select from a context of ``tokens``: by its length and the limit, never by what happened before."""
+        if not self.window.share:
+            return self.selected
+        automatic = self.config.kv_memory == "auto"
+        limit_bytes = self.needs.auto_limit_bytes(grown(tokens)) if automatic else self.ledger.limit_bytes
+        return self.needs.select_groups(tokens, limit_bytes)
 
     def _grow_reuse(self) -> None:
         """Let reuse take what is left of the limit, as long as there are groups for it."""
@@ -171,9 +195,12 @@ class BatchState:
 
         ``tokens`` are stored of the sequence, with the newest one of a running step.
         """
-        newest = max(tokens, int(self.tokens[sequence])) - 1
-        ring_start = self.window.ring_start(newest // self.window.group_tokens)
-        return self.pool.resident(layer, sequence, int(self.flushed[layer, sequence]), ring_start)
+        newest, window = max(tokens, int(self.tokens[sequence])) - 1, self.window
+        numbers = np.arange(int(self.flushed[layer, sequence]))
+        slots = self.pool.table[layer * self.batch + sequence, : len(numbers)].astype(np.int64)
+        pinned = (numbers < window.sink_groups) | (numbers >= window.ring_start(newest // window.group_tokens))
+        slots[pinned] = self.pool.first_pinned_slot(layer, sequence) + window.pinned_slot(numbers[pinned])
+        return None if (slots < 0).any() else slots
 
     def flush_ring(self, layer: int, step: Step) -> None:
         """Write and sketch the whole groups that wait in the ring, several at a time; layers take turns."""
@@ -224,25 +251,25 @@ def open_state(
     files: PersistentFiles | None = None,
     alignment_bytes: int = 0,
     answer_tokens: int = 0,
+    share: int = 0,
 ) -> BatchState:
     """Divide the memory limit for ``batch`` sequences of ``tokens``, then allocate.
 
     An answer of ``answer_tokens`` has to fit as well; room for it is made when it comes. ``check_space`` is called with
     the bytes that will be written, and raises where the disk lacks them. ``files`` are those of a session, whose groups
-    are laid out for ``alignment_bytes``. Raises MemoryBudgetError.
+    are laid out for ``alignment_bytes``. A selection that grows is one token in ``share``. Raises MemoryBudgetError.
     """
-    alignment_bytes = alignment_bytes or backend.alignment_bytes
     seal_bytes, stored = (files.seals.itemsize, int(files.stored_groups.min())) if files is not None else (0, 0)
-    needs, layout = _needs(config, method, shape, alignment_bytes, makers, batch, seal_bytes)
-    pool_type: type[SlotPool] = method.slots or SlotPool
-    ledger, reuse = _divide(config, needs, pool_type, tokens, answer_tokens)
-    capacity, window = capacity_for(tokens), needs.window
-    groups = ceil_div(capacity, window.group_tokens)
+    aligned_bytes = alignment_bytes or backend.alignment_bytes
+    needs, layout = _needs(config, method, shape, aligned_bytes, makers, batch, seal_bytes, share)
+    pool_type, window = method.slots or SlotPool, needs.window
+    ledger, reuse, selected = _divide(config, needs, pool_type, tokens, answer_tokens)
+    groups = ceil_div(capacity := capacity_for(tokens), window.group_tokens)
     check_space(layout.file_bytes(shape.layers * batch, groups - stored, layout.stripe_groups(groups - stored)))
     size: dict[str, Any] = {"layers": shape.layers, "batch": batch, "layout": layout}
     pool = pool_type(
         window=window,
-        staging_groups=needs.staging_groups,
+        staging_groups=needs.staging_groups(selected),
         reuse_slots=reuse,
         most_reuse_slots=ledger.limit_bytes // layout.slot_bytes,
         capacity_groups=groups,
@@ -263,7 +290,8 @@ def open_state(
         trace=trace,
         store=store,
         pool=pool,
-        select_groups=_select_groups(config, window, shape.layers),
+        select_groups=_select_groups(config, selected, shape.layers),
+        selected=selected,
         sketches=[maker.make(batch, capacity) for maker in makers],
         tokens=np.zeros(batch, np.int64),
         flushed=np.zeros((shape.layers, batch), np.int64),
@@ -273,17 +301,18 @@ def open_state(
 
 def _divide(
     config: Config, needs: MemoryNeeds, pool_type: type[SlotPool], tokens: int, answer_tokens: int
-) -> tuple[Ledger, int]:
-    """The account of the memory limit, with everything reserved, and how many reuse slots it pays for."""
+) -> tuple[Ledger, int, int]:
+    """The account of the memory limit, with everything reserved; the reuse slots that it pays for; groups to select."""
     ledger = Ledger(needs.limit_bytes(config.kv_memory, tokens))
     if config.kv_memory != "auto":
         needs.check_answer(ledger.limit_bytes, tokens, answer_tokens)
     capacity = capacity_for(tokens)
-    ledger.reserve_all(needs.parts(capacity))
+    selected = needs.select_groups(tokens, ledger.limit_bytes)
+    ledger.reserve_all(needs.parts(capacity, selected))
     affordable = needs.reuse_slots(capacity, ledger.free_bytes)
     reuse = pool_type.reuse_slots_for(affordable, needs.window, needs.sequences)
     ledger.reserve_all({"tables": reuse * OWNER_BYTES, "slots": reuse * needs.slot_bytes})
-    return ledger, reuse
+    return ledger, reuse, selected
 
 
 def _needs(
@@ -294,8 +323,11 @@ def _needs(
     makers: Sequence[SketchMaker],
     batch: int,
     seal_bytes: int,
+    share: int,
 ) -> tuple[MemoryNeeds, GroupLayout]:
-    itemsize = shape.store_dtype.itemsize
+    itemsize, window = shape.store_dtype.itemsize, method.window(config, shape.kv_heads)
+    if window.share and share:
+        window = replace(window, share=share)
     geometry = KVGeometry(
         kv_heads=shape.kv_heads, head_dim=shape.head_dim, group_tokens=config.group_tokens, itemsize_bytes=itemsize
     )
@@ -304,7 +336,7 @@ def _needs(
         layers=shape.layers,
         batch=batch,
         scoring_token_bytes=makers[0].scratch_token_bytes,
-        window=method.window(config, shape.kv_heads),
+        window=window,
         slot_bytes=layout.slot_bytes,
         token_bytes=geometry.token_bytes,
         compute_itemsize_bytes=shape.dtype.itemsize,
@@ -317,8 +349,8 @@ def _needs(
     return needs, layout
 
 
-def _select_groups(config: Config, window: Window, layers: int) -> list[int]:
-    """Groups that each layer selects: what the method's window says, or less where layers have budgets of their own."""
+def _select_groups(config: Config, most: int, layers: int) -> list[int]:
+    """Groups that each layer selects: ``most``, or less where layers have budgets of their own."""
     if config.layer_select_tokens is None:
-        return [window.select_groups] * layers
-    return [min(count, window.select_groups) for count in config.layer_select_groups(layers)]
+        return [most] * layers
+    return [min(count, most) for count in config.layer_select_groups(layers)]

@@ -60,11 +60,12 @@ class KVSwapCache(LayerMajorCache):
         on_progress: Progress | None,
         binding: Binding | None = None,
         compiled: CompiledLayers | None = None,
+        share: int = 0,
     ) -> None:
         layers = offloaded_layers(parts, self)
         super().__init__(parts, implementation, layers, chunk_tokens=config.chunk_tokens, on_progress=on_progress)
         self.config, self.method, self.padded_tokens = config, method, binding.tokens if binding else 0
-        self._backend, self._makers, self._check_space = backend, makers, check_space
+        self._backend, self._makers, self._check_space, self._share = backend, makers, check_space, share
         self._shape = Shape(
             layers=len(parts.offloaded),
             query_heads=parts.query_heads,
@@ -256,6 +257,7 @@ class KVSwapCache(LayerMajorCache):
             files=binding.files(self._backend, self._shape.layers) if binding else None,
             alignment_bytes=binding.alignment_bytes if binding else 0,
             answer_tokens=answer_tokens,
+            share=self._share,
         )
         if binding is not None:
             binding.restore(state)
@@ -359,6 +361,7 @@ class KVSwapCache(LayerMajorCache):
             disk_write_bytes=counters.write_bytes,
             disk_read_bytes=counters.read_bytes,
             disk_reads=counters.reads,
+            select_tokens=state.attended_tokens,
             selected_groups=trace.selected_groups,
             reuse_slots=state.pool.reuse_slots,
             reuse_rate=trace.reused_groups / max(1, trace.selected_groups),

@@ -53,7 +53,7 @@ class CacheStats:
     ``decode_s`` is the time of all decode steps without the model's head. Parts of it are ``predict_s`` (choosing
     groups), ``slots_s`` (looking them up, gathering and keeping them), ``submit_s`` (starting reads) and ``io_wait_s``
     (waiting for reads). The rest is computation. Compiled steps look groups up in the call that chooses them, so this
-    counts as ``predict_s``.
+    counts as ``predict_s``. ``select_tokens`` is M as it was last, of the layer that attends to most.
     """
 
     prefill_s: float = 0.0
@@ -72,6 +72,7 @@ class CacheStats:
     disk_write_bytes: int = 0
     disk_read_bytes: int = 0
     disk_reads: int = 0
+    select_tokens: int = 0
     selected_groups: int = 0
     reuse_rate: float = 0.0
     reuse_slots: int = 0
@@ -86,7 +87,7 @@ class CacheStats:
         reused = self.reuse_rate * self.selected_groups - before.reuse_rate * before.selected_groups
         grown = ("prefill_s", "disk_write_bytes", "disk_read_bytes", "disk_reads", "io_wait_s")
         kept = ["kv_full_bytes", "kv_memory_limit_bytes", "kv_memory_peak_bytes", "memory_parts", "sliding_kv_bytes"]
-        kept += ["prefill_peak_bytes", "backend", "direct_io"]
+        kept += ["prefill_peak_bytes", "select_tokens", "backend", "direct_io"]
         return {
             **{name: getattr(self, name) - getattr(before, name) for name in grown},
             **{name: getattr(self, name) for name in kept},

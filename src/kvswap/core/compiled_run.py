@@ -42,7 +42,7 @@ class CompiledRun(CompiledDecode):
             self._orders,
             self.first_pinned,
             self.scratch,
-            most=max(state.select_groups),
+            most=max(*state.select_groups, state.window.most_select_groups),
             sinks=state.window.sink_groups,
             ring=state.window.ring_groups,
         )

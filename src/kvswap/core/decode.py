@@ -72,8 +72,8 @@ class Decode:
     def begin_step(self) -> None:
         """Start a step: one more token for every sequence."""
         tokens = self.state.tokens + 1
-        self.state.ensure_capacity(int(tokens.max()))
         self._wait_for_abandoned()
+        self.state.ensure_capacity(int(tokens.max()))
         step = self.step = self.state.window.step(tokens)
         if step.new_group:
             self.state.trace.lap()

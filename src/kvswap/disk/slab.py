@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import mmap
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -84,3 +85,12 @@ class Slab:
         self.array = np.empty(0, dtype=np.uint8)
         with contextlib.suppress(BufferError):
             self._map.close()
+
+
+def move_within(memory: Any, source: int, target: int, count: int, at_once: int = 1 << 20) -> None:
+    """Move ``count`` elements of an array or tensor to another place of it, which may overlap; a piece at a time."""
+    starts = range(0, count, at_once)
+    for start in reversed(starts) if target > source else starts:  # never over what has not been moved
+        stop = min(start + at_once, count)
+        piece = memory[source + start : source + stop]
+        memory[target + start : target + stop] = piece.clone() if hasattr(piece, "clone") else piece.copy()

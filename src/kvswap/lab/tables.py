@@ -216,9 +216,11 @@ def quality_lines(content: Row) -> list[str]:
     """Format a results file of ``kvswap eval``: the question tasks, then the model and settings."""
     identity, rows = content["identity"], content["results"]
     limits = ", ".join(dict.fromkeys(row["kv_memory"] for row in rows if row["kv_memory"]))
+    count = identity["config"]["select_tokens"]
+    selected = "an eighth of the tokens" if count == "auto" else f"{count} tokens"
     about = (
         f"{_model(identity)}; memory limit of the methods on disk: {limits}; "
-        f"{identity['config']['select_tokens']} tokens selected; seed {identity['seed']}. "
+        f"{selected} selected; seed {identity['seed']}. "
         f"{content['machine']['system']}, torch {content['machine']['torch']}, kvswap {identity['kvswap_version']}."
     )
     return ["", *question_table(rows), "", about, ""]

@@ -18,6 +18,8 @@ GROWTH_TOKENS = 256
 WRITE_QUEUE_BYTES = 1 << 20
 OWNER_BYTES = 8 + 4 + 4  # who lives in a reuse slot, its worth, and when that was true
 STAGING_SLACK = 2.0  # room for gaps that are read through
+STEP_GROUPS = 16
+"""A selection that grows with the context grows by so many groups."""
 SKETCH_TILE_TOKENS = 2048
 """Tokens of a prompt that go into the sketch at a time."""
 SHORT_TOKENS = 2048
@@ -62,21 +64,38 @@ class MemoryNeeds:
         """Sequence-layer pairs."""
         return self.layers * self.batch
 
-    @property
-    def staging_groups(self) -> int:
-        """Groups that can land for one layer."""
-        return self.batch * max(1, int(self.window.fetch_groups * STAGING_SLACK))
+    def staging_groups(self, select_groups: int) -> int:
+        """Groups that can land for one layer, which selects ``select_groups``."""
+        return self.batch * max(1, int(select_groups * self.window.selections * STAGING_SLACK))
+
+    def select_groups(self, tokens: int, limit_bytes: int) -> int:
+        """Groups to select from a context of ``tokens``: as its length wants, with half of the spare memory at most.
+
+        Like room for tokens, it changes in steps of ``GROWTH_TOKENS``, and depends on nothing but the arguments.
+        """
+        least, reach = self.window.select_groups, grown(tokens)
+        wanted = self.window.wanted_groups(reach)
+        if wanted == least:
+            return least
+        sizes = (self.parts(capacity_for(reach), each) for each in (least, least + STEP_GROUPS))
+        smallest, next_bytes = (sum(each.values()) for each in sizes)
+        spare_bytes = max(0, limit_bytes - smallest) // 2
+        steps = min(wanted - least, spare_bytes // (next_bytes - smallest) * STEP_GROUPS) // STEP_GROUPS
+        return least + steps * STEP_GROUPS
 
     @property
     def write_queue_bytes(self) -> int:
         """The write queue: one group fills while another is written, however large they are."""
         return max(WRITE_QUEUE_BYTES, 2 * self.slot_bytes)
 
-    def parts(self, capacity_tokens: int) -> dict[str, int]:
-        """Bytes of every part but the slots when the context may grow to ``capacity_tokens``."""
-        window = self.window
+    def parts(self, capacity_tokens: int, select_groups: int = 0) -> dict[str, int]:
+        """Bytes of every part but the slots when the context may grow to ``capacity_tokens``.
+
+        Each layer selects ``select_groups``; 0 is the smallest selection.
+        """
+        window, selected = self.window, select_groups or self.window.select_groups
         groups = ceil_div(capacity_tokens, window.group_tokens)
-        attended = self.batch * window.attended_groups
+        attended = self.batch * (window.pinned_groups + selected * window.selections)
         gathered = attended * self.slot_bytes + attended * window.group_tokens * self.token_bytes * (
             self.compute_itemsize_bytes // self.store_itemsize_bytes or 1
         )
@@ -86,7 +105,7 @@ class MemoryNeeds:
             "sketch": self.sequences * capacity_tokens * self.sketch_token_bytes,
             "tables": self.sequences * groups * (4 + self.seal_group_bytes),
             "tails": self.sequences * window.pinned_groups * self.slot_bytes,
-            "staging": 2 * self.staging_groups * self.slot_bytes,
+            "staging": 2 * self.staging_groups(selected) * self.slot_bytes,
             "scratch": gathered + scoring + self.extra_scratch_bytes,
             "write_queue": self.write_queue_bytes,
         }
@@ -140,7 +159,7 @@ class MemoryNeeds:
     def limit_bytes(self, kv_memory: str | int, tokens: int) -> int:
         """The limit that ``kv_memory`` means for ``tokens``. Raises MemoryBudgetError where it is too small."""
         if kv_memory == "auto":
-            return self.auto_limit_bytes(tokens)
+            return self.auto_limit_bytes(grown(tokens))
         limit_bytes = parse_bytes(kv_memory, name="kv_memory")
         if limit_bytes < self.minimum_bytes(tokens):
             raise self.too_little(limit_bytes, tokens)

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kvswap.disk.slab import Slab
+from kvswap.disk.slab import Slab, move_within
 from kvswap.memory.device_staging import DeviceStaging
 from kvswap.native import array_loops, loops
 from kvswap.native.array_loops import SlotArrays
@@ -32,6 +32,7 @@ from kvswap.selection.window import Window
 from kvswap.store.layout import GroupLayout
 
 WORTH_DECAY = 0.9
+SIXTEEN_BITS = (torch.float16, torch.bfloat16)  # a layer whose values overflow one of them is stored as the other
 LOOK_AT = 8  # slots compared for every group that could be kept
 POWERS = (WORTH_DECAY ** np.arange(256)).astype(np.float32)  # what is left after so many visits, the last for more
 
@@ -80,9 +81,9 @@ class SlotPool:
             raw = torch.zeros(slots * layout.slot_bytes, dtype=torch.uint8, device=device)
             self._device_staging = DeviceStaging(device, staging_groups * layout.slot_bytes)
             self._staging_address = self._device_staging.address
-        self._raw = raw
+        self._raw, kinds = raw, SIXTEEN_BITS if dtype in SIXTEEN_BITS else (dtype,)
         self.most_reuse_slots = slots - self.reuse_start
-        self._rows = {d: raw.view(d).view(slots, layout.slot_elements) for d in (dtype, *_same_size(dtype))}
+        self._rows = {d: raw.view(d).view(slots, layout.slot_elements) for d in kinds}
         self.table: NDArray[np.int32] = np.full((layers * batch, capacity_groups), -1, np.int32)
         self.owner: IntArray = np.full(reuse_slots, -1, np.int64)
         self.worth: NDArray[np.float32] = np.full(reuse_slots, -1, np.float32)
@@ -132,6 +133,29 @@ class SlotPool:
         self.arrays = self._locate()
         if self.host:
             self.slab.shrink((self.reuse_start + reuse_slots) * self.layout.slot_bytes)
+
+    def missing_slots(self, staging_groups: int) -> int:
+        """Reuse slots that have to go before ``resize_staging``; negative where some are spare."""
+        return 2 * (staging_groups - self.staging_groups) + self.reuse_slots - self.most_reuse_slots
+
+    def resize_staging(self, staging_groups: int) -> None:
+        """Have other staging halves, with the reuse slots behind them moved as they are. No read may be in flight."""
+        size, shift = self.layout.slot_bytes, 2 * (staging_groups - self.staging_groups)
+        before, after = self.reuse_start, self.reuse_start + shift
+        if shift == 0:
+            return
+        if self.host and shift > 0:
+            self.slab.grow(max(self.slab.nbytes, (after + self.reuse_slots) * size))
+        move_within(self._raw, before * size, after * size, self._used * size)
+        self.table[self.table >= 0] += shift
+        self.staging_groups, self.reuse_start = staging_groups, after
+        self.most_reuse_slots -= shift
+        if self.host and shift < 0:
+            self.slab.shrink((after + self.reuse_slots) * size)
+        if not self.host:
+            self._device_staging = DeviceStaging(self._raw.device, staging_groups * size)
+            self._staging_address = self._device_staging.address
+        self.arrays = self._locate()
 
     def close(self) -> None:
         """Drop all views and release the slab."""
@@ -249,17 +273,6 @@ class SlotPool:
         index = torch.from_numpy(tokens).to(keys.device)
         self._put_whole(layer, taken + self.reuse_start, keys[:, index], values[:, index])
 
-    def resident(self, layer: int, sequence: int, groups: int, ring_start: int) -> IntArray | None:
-        """Slots ``[groups]`` of a sequence's first groups where all are in memory, else None.
-
-        Groups from ``ring_start`` on are in the ring.
-        """
-        slots = self.table[layer * self.batch + sequence, :groups].astype(np.int64)
-        numbers = np.arange(groups)
-        pinned = (numbers < self.window.sink_groups) | (numbers >= ring_start)
-        slots[pinned] = self.first_pinned_slot(layer, sequence) + self.window.pinned_slot(numbers[pinned])
-        return None if (slots < 0).any() else slots
-
     def lookup(self, layer: int, sequences: IntArray, groups: IntArray) -> IntArray:
         """Slot of each group, or -1 where it must be read. Hits gain worth, the rest of the layer decays."""
         rows = layer * self.batch + sequences
@@ -324,11 +337,9 @@ class SlotPool:
 
     def _replace(self, victims: IntArray, layer: int, keys: IntArray, staged: IntArray) -> None:
         """Give reuse slots ``victims`` to the first of the groups that ``keys`` find, with worth 1."""
-        count = len(victims)
-        if count == 0:
+        if (count := len(victims)) == 0:
             return
-        flat = self.table.reshape(-1)
-        old = self.owner[victims]
+        flat, old = self.table.reshape(-1), self.owner[victims]
         flat[old[old >= 0]] = -1
         self.owner[victims], self.worth[victims] = keys[:count], 1
         target = victims + self.reuse_start
@@ -387,9 +398,3 @@ class SlotPool:
         gathered = torch.empty(kv.shape, dtype=dtype, device=kv.device)
         gathered.copy_(kv)  # one pass: rearranges and converts
         return gathered.flatten(3, 4)
-
-
-def _same_size(dtype: torch.dtype) -> tuple[torch.dtype, ...]:
-    """The other 16-bit dtype, since a layer whose values overflow float16 is stored as bfloat16."""
-    pair = (torch.float16, torch.bfloat16)
-    return tuple(d for d in pair if d != dtype) if dtype in pair else ()

@@ -8,14 +8,14 @@ replace the decode path or the slots; kvswap's own path never enters those hooks
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kvswap.config import Config
+from kvswap.config import AUTO_MOST_TOKENS, AUTO_SHARE, Config
 from kvswap.selection.basis import Basis, KeyCovariance
 from kvswap.selection.window import Window
 
@@ -85,7 +85,11 @@ class KeyFacts:
 
 def window_of(config: Config, kv_heads: int) -> Window:
     """Sinks, recent window and selection as the configuration has them; all KV heads share one selection."""
-    return Window(config.group_tokens, config.sink_groups, config.recent_groups, config.select_groups)
+    window = Window(config.group_tokens, config.sink_groups, config.recent_groups, config.select_groups)
+    if not config.grows:
+        return window
+    most = (AUTO_MOST_TOKENS - config.pinned_tokens) // config.group_tokens
+    return replace(window, share=AUTO_SHARE, most_select_groups=max(most, window.select_groups))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

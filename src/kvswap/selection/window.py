@@ -71,11 +71,17 @@ class Window:
     select_groups: int
     selections: int = 1
     """How many selections of ``select_groups`` one layer makes: one for all heads, or one for each KV head."""
+    share: int = 0
+    """Of a longer context more is attended to: one token in ``share``; 0: never more than ``select_groups``."""
+    most_select_groups: int = 0
+    """The most that are selected of any context where ``share`` is given."""
 
-    @property
-    def fetch_groups(self) -> int:
-        """Most groups that are selected, by all selections together."""
-        return self.select_groups * self.selections
+    def wanted_groups(self, tokens: int) -> int:
+        """Groups to select from a context of ``tokens``, where memory allows."""
+        if not self.share:
+            return self.select_groups
+        attended = tokens // self.share // self.group_tokens - self.sink_groups - self.recent_groups
+        return max(self.select_groups, min(attended, self.most_select_groups))
 
     @property
     def ring_groups(self) -> int:
@@ -91,11 +97,6 @@ class Window:
     def flush_groups(self) -> int:
         """Whole groups that may wait in the ring before they are written and sketched together."""
         return max(1, self.recent_groups // 2)
-
-    @property
-    def attended_groups(self) -> int:
-        """Most groups that one sequence attends to in a step."""
-        return self.pinned_groups + self.fetch_groups
 
     def pinned_slot(self, groups: IntArray) -> IntArray:
         """The pinned slot of each group, counted from the first one of its sequence and layer."""
@@ -135,5 +136,5 @@ class Window:
         return self.ring_start((tokens - 1) // self.group_tokens)
 
     def selects_all(self, tokens: int) -> bool:
-        """Whether every candidate fits the selection, so that nothing needs to be predicted."""
+        """Whether every candidate fits the smallest selection, so that nothing needs to be predicted."""
         return self.candidates(tokens) - self.sink_groups <= self.select_groups

@@ -147,7 +147,7 @@ class Pricing:
         sketch = SketchSize(config.sketch_rank or 0, config.sketch_bits)
         by_layer = config.layer_select_tokens is not None
         kl = self.tables.kl(
-            request.context_tokens, sketch, config.group_tokens, config.select_tokens, by_layer=by_layer
+            request.context_tokens, sketch, config.group_tokens, config.least_select_tokens, by_layer=by_layer
         )
         return Candidate(
             config=config,

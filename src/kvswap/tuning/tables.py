@@ -192,7 +192,7 @@ class Tables:
         """Logarithm of arithmetic over geometric mean of the texts' KL, at the default setting."""
         places, reference = sorted(self.facts.contexts), Config()
         logs = [
-            self._over_selected(each, self._default(), reference.group_tokens, reference.select_tokens, False)
+            self._over_selected(each, self._default(), reference.group_tokens, reference.least_select_tokens, False)
             for each in places
         ]
         above = [math.log(np.exp(each).mean()) - each.mean() for each in logs]

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from kvswap.config import Config
+from kvswap.config import AUTO_LEAST_TOKENS, Config
 from kvswap.core.attach import attach_each
 from kvswap.disk import create_backend
 from kvswap.disk.files import filesystem_of, prepare_dir
@@ -76,7 +76,11 @@ class Plan:
     def choose(self, name: str, config: Config, place: Place) -> tuple[str, Config]:
         """Return the method behind a name and its configuration at ``place``; ``config`` is for all but variants."""
         variant = self.variant(name)
-        return (name, config) if variant is None else (variant.method, variant.config(place))
+        if variant is not None:
+            return variant.method, variant.config(place)
+        if name != "kvswap":  # where M grows with the context, all others get that of a fast disk
+            config = config.replace(select_tokens=config.selected_tokens(place["context"]))
+        return name, config
 
     def places(self) -> Iterator[Place]:
         """Yield every combination of context, batch and prompt."""
@@ -242,7 +246,8 @@ def _content(loaded: LoadedModel, config: Config, plan: Plan, file: Path) -> dic
     """Read the results file, or begin its content. Raises ConfigError for results of another benchmark."""
     identity = _identity(loaded, config, plan)
     empty = {"format": FORMAT, "identity": identity, "environment": [], "results": [], "records": []}
-    content = read_results(file, empty, kind="a benchmark", older={"config": _settings(Config()), "weights": "auto"})
+    older = {"config": _settings(Config(select_tokens=AUTO_LEAST_TOKENS)), "weights": "auto"}
+    content = read_results(file, empty, kind="a benchmark", older=older)
     _add_variants(loaded, content["identity"], plan.variants, file)
     return content
 

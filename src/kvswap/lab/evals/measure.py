@@ -80,7 +80,7 @@ def measure(
         raise ValueError(f"the first of the variants {list(variants)} is not {FULL}")
     parts = inspect(loaded.model)
     elements = parts.kv_heads * parts.head_dim
-    methods: list[Any] = [(each.method, each.configure(config, elements)) for each in variants]
+    methods: list[Any] = [(each.method, each.configure(config, elements, sample.context)) for each in variants]
 
     def on_stage(stage: str, done: int, total: int) -> None:
         if stage == "prefill":

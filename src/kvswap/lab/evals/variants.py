@@ -58,8 +58,12 @@ class Variant:
         """Method, memory limit and setting as they stand in records; unique among variants."""
         return self.method, self.kv_memory, None if self.setting is None else str(self.setting)
 
-    def configure(self, config: Config, elements: int) -> Config:
-        """Return the configuration of this variant, for keys of ``elements`` elements (D)."""
+    def configure(self, config: Config, elements: int, context_tokens: int) -> Config:
+        """Return the configuration of this variant, for keys of ``elements`` elements (D) and a context.
+
+        Where M grows with the context, every method gets the same M, that of a fast disk.
+        """
+        config = config.replace(select_tokens=config.selected_tokens(context_tokens))
         if self.kv_memory is not None:
             config = config.replace(kv_memory=self.kv_memory)
         return config if self.setting is None else self.setting.apply(config, elements)

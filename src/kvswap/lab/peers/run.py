@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from kvswap.config import Config
+from kvswap.config import AUTO_LEAST_TOKENS, Config
 from kvswap.disk.json_files import read_results, write_json
 from kvswap.errors import ConfigError, InputError, KVSwapError
 from kvswap.lab.peers.worker import PROGRAMS
@@ -141,7 +141,8 @@ def _content(gguf: Path, config: Config, plan: Plan, file: Path) -> Row:
     identity["peers"] = list(plan.peers)
     machine = asdict(describe_machine())
     empty = {"format": FORMAT, "identity": identity, "environment": {"machine": machine}, "results": []}
-    return read_results(file, empty, kind="a comparison with peers", older={"config": _settings(Config())})
+    older = {"config": _settings(Config(select_tokens=AUTO_LEAST_TOKENS))}
+    return read_results(file, empty, kind="a comparison with peers", older=older)
 
 
 @contextlib.contextmanager

@@ -43,7 +43,7 @@ def method() -> Method:
 def configure(config: Config) -> Config:
     """Groups of 8, no sinks, the paper's recent window or less of it."""
     return config.replace(
-        group_tokens=GROUP_TOKENS, sink_tokens=0, recent_tokens=min(RECENT_TOKENS, config.select_tokens // 2)
+        group_tokens=GROUP_TOKENS, sink_tokens=0, recent_tokens=min(RECENT_TOKENS, config.least_select_tokens // 2)
     )
 
 

@@ -70,7 +70,7 @@ def window_by_head(config: Config, kv_heads: int) -> Window:
 
 
 def _window(config: Config, kv_heads: int) -> Window:
-    groups = config.select_tokens // config.group_tokens
+    groups = config.least_select_tokens // config.group_tokens
     return Window(config.group_tokens, config.sink_groups, max(1, groups - config.sink_groups), 0)
 
 

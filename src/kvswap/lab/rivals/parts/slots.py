@@ -32,7 +32,7 @@ class PreviousSlots(SlotPool):
     @staticmethod
     def reuse_slots_for(affordable: int, window: Window, rows: int) -> int:
         """As many as one step selects."""
-        return min(affordable, rows * window.fetch_groups)
+        return min(affordable, rows * window.select_groups * window.selections)
 
     def lookup(self, layer: int, sequences: IntArray, groups: IntArray) -> IntArray:
         """Slot of each group, or -1 where it must be read."""
