@@ -19,12 +19,14 @@ MIB = 1 << 20
 SCRIPT = """
 import json, sys, torch
 from kvswap import Config
+from kvswap.core import calibration
 from benchmarks.memory import measure
 from tests.helpers.families import VOCABULARY, tiny_model, tokens
 from tests.helpers.folders import byte_tokenizer
 
 folder, cases = sys.argv[1], json.loads(sys.argv[2])
 torch.set_num_threads(1)
+calibration.CALIBRATION_TOKENS = calibration.SEQUENCE_TOKENS = 1024  # of what it takes only the bases last
 wide = {"hidden_size": 512, "intermediate_size": 1024, "head_dim": 64, "vocab_size": 300}
 models = {"llama": tiny_model("llama", **wide), "gemma3": tiny_model("gemma3", **wide)}
 ids = tokens(1, 6000)[0].tolist()

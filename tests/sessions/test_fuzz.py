@@ -237,11 +237,11 @@ def run(whole: Path, scratch: Path, rounds: int, seed: int) -> None:
 
 
 def test_changed_files_give_an_error_or_what_was_written(whole, tmp_path) -> None:
-    run(whole, tmp_path, 2_000, seed=1)
+    run(whole, tmp_path, 1_000, seed=1)
 
 
 def test_changed_files_of_an_encrypted_session_give_an_error_or_what_was_written(secret, tmp_path) -> None:
-    run(secret, tmp_path, 1_000, seed=3)
+    run(secret, tmp_path, 500, seed=3)
 
 
 def test_another_digit_anywhere_in_the_manifest_is_refused(whole, tmp_path) -> None:
