@@ -35,7 +35,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.plot:
         check_plot(args.plot)
-    config, display, rows, skipped = Config(kv_dir=args.kv_dir), Display(), [], []
+    config, display, rows, skipped = Config(kv_dir=args.kv_dir, select_tokens=400), Display(), [], []
     for tokens in map(int, args.tokens.split(",")):
         if not fits(tokens, config):
             display.notice(

@@ -39,7 +39,7 @@ def sweep(pricing: Pricing, solution: Solution, limit_bytes: int) -> dict[str, C
     rank = sketch_sizes(pricing.facts.key_elements)[0].rank
     found = {"tuned": solution.config}
     for group_tokens in GROUPS:
-        config = Config(kv_memory=limit_bytes, group_tokens=group_tokens, sketch_rank=rank)
+        config = Config(kv_memory=limit_bytes, select_tokens=400, group_tokens=group_tokens, sketch_rank=rank)
         if pricing.needs(config, 1).minimum_bytes(solution.context_tokens) <= limit_bytes:
             found[f"G = {group_tokens}"] = config
     return found

@@ -67,6 +67,24 @@ def test_prompts_steps_and_appended_prompts(family: str, tmp_path: Any) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_a_selection_that_grows(family: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvswap.config.AUTO_LEAST_TOKENS", 60)
+    monkeypatch.setattr("kvswap.core.attach.select_share", lambda *_: 8)
+
+    def run(model: Any, there: Callable[[torch.Tensor], torch.Tensor]) -> list[torch.Tensor]:
+        found = []
+        with attach(model, Config(recent_tokens=16, kv_memory="2MiB", kv_dir=str(tmp_path))) as cache:
+            for number, count in enumerate((480, 700)):
+                new, forced = there(tokens(1, count, seed=2 * number)), there(tokens(1, 5, seed=2 * number + 1))
+                found.append(forced_logits(model, new, forced, cache))
+                assert cache.stats.select_tokens == (60, 124)[number]
+            assert cache.stats.kv_memory_peak_bytes <= cache.stats.kv_memory_limit_bytes
+        return found
+
+    on_both(family, run)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("kv_memory", [1_300_000, "8MiB"])
 def test_a_session_goes_on_from_what_is_stored(family: str, kv_memory: int | str, tmp_path: Any) -> None:
     config = Config(select_tokens=60, recent_tokens=16, kv_memory=kv_memory)
