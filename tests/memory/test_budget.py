@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvswap.errors import MemoryBudgetError
-from kvswap.memory.budget import OWNER_BYTES, SHORT_TOKENS, MemoryNeeds, PrefillNeeds, capacity_for
+from kvswap.memory.budget import OWNER_BYTES, SHORT_TOKENS, STEP_GROUPS, MemoryNeeds, PrefillNeeds, capacity_for, grown
 from kvswap.selection.window import Window
 from kvswap.store.layout import TILE_BUFFERS
 
@@ -54,6 +54,22 @@ def test_longest_context_and_smallest_limit_are_inverse(need: MemoryNeeds, token
     longest = need.longest_tokens(limit)
     assert longest >= tokens
     assert need.minimum_bytes(longest) <= limit < need.minimum_bytes(longest + 1)
+
+
+@given(needs(), st.integers(1, 64), st.integers(0, 3_000), st.integers(1, 200_000), st.integers(0, 1 << 28))
+def test_a_selection_grows_within_its_ends_and_half_of_the_spare_memory(
+    need: MemoryNeeds, share: int, most: int, tokens: int, limit: int
+) -> None:
+    least = need.window.select_groups
+    window = dataclasses.replace(need.window, share=share, most_select_groups=least + most)
+    growing = dataclasses.replace(need, window=window)
+    found = growing.select_groups(tokens, limit)
+    assert least <= found <= window.wanted_groups(grown(tokens)) <= least + most and (found - least) % STEP_GROUPS == 0
+    smallest = sum(growing.parts(capacity_for(tokens)).values())
+    taken = sum(growing.parts(capacity_for(tokens), found).values()) - smallest
+    assert taken <= max(0, limit - smallest) // 2 + need.batch * need.slot_bytes  # halves are rounded to whole groups
+    assert found == growing.select_groups(grown(tokens), limit) <= growing.select_groups(tokens, 2 * limit)
+    assert need.select_groups(tokens, limit) == least
 
 
 @given(needs())
