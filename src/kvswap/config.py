@@ -55,8 +55,8 @@ class Config(_Fields):
         Folder for KV files and sessions, on a disk. ``None`` is the folder of the environment or the user's cache.
     select_tokens
         M: tokens attended to at each step and layer. Sinks and recent window count, the rolling tail does not.
-        ``"auto"`` grows with the context: an eighth of it on a fast disk, a 16th or a 32nd on slower ones, at least 400
-        and at most 4,096, and no more than leaves half of the spare memory to reuse.
+        ``"auto"`` grows with the context: an eighth of it on a fast disk, a 16th or a 32nd on slower ones. It is at
+        least 400 and at most 4,096. It takes at most half of the spare memory; reuse gets the rest.
     layer_select_tokens
         M of each layer on disk, in order, as ``kvswap tune`` finds them. ``None`` is ``select_tokens`` in every layer.
     group_tokens

@@ -11,9 +11,11 @@ import torch
 import kvswap
 from kvswap.config import Config
 from kvswap.core import attach as attaching
-from kvswap.core.attach import AUTO_SHARE, SHARES, SLOW_SHARE, select_share
+from kvswap.core.attach import AUTO_SHARE, SHARES, SLOW_SHARE, UNKNOWN_SHARE, select_share
 from kvswap.disk import read_rate
 from kvswap.disk.read_rate import reads_per_s
+from kvswap.disk.slab import move_within
+from kvswap.errors import DiskFullError
 from tests.helpers.families import tiny_model, tokens
 from tests.helpers.folders import byte_tokenizer
 
@@ -107,11 +109,21 @@ def test_little_memory_bounds_what_is_selected(model, tmp_path) -> None:
 
 def test_slower_disks_bring_less(monkeypatch, tmp_path) -> None:
     class Backend:
-        name = "uring"
+        name, direct = "uring", True
 
     for rate, share in ((FAST, AUTO_SHARE), (FAST - 1, 2 * AUTO_SHARE), (8_000, SLOW_SHARE), (0, SLOW_SHARE)):
         monkeypatch.setattr(attaching, "reads_per_s", lambda *_, rate=rate: float(rate))
         assert select_share(Backend(), tmp_path) == share
+    Backend.direct = False  # then the page cache answers, however slow the disk is
+    assert select_share(Backend(), tmp_path) == UNKNOWN_SHARE
+
+
+@pytest.mark.parametrize(("source", "target"), [(10, 13), (13, 10), (0, 40), (5, 5)])
+def test_moves_within_one_memory_keep_what_they_move(source: int, target: int) -> None:
+    memory = torch.arange(100)
+    moved = memory[source : source + 50].clone()
+    move_within(memory, source, target, 50, at_once=7)
+    assert torch.equal(memory[target : target + 50], moved)
 
 
 def test_a_disk_is_measured_once(tmp_path, monkeypatch) -> None:
@@ -130,6 +142,21 @@ def test_a_disk_is_measured_once(tmp_path, monkeypatch) -> None:
     read_rate._kept.cache_clear()
     assert reads_per_s("threads", tmp_path, measure=measure) == 1234 and len(calls) == 2
     assert reads_per_s("threads", tmp_path / "missing", measure=measure) == 0
+
+
+def test_a_disk_that_cannot_be_measured_counts_as_slow_until_it_can(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("KVSWAP_HOME", str(tmp_path / "home"))
+    read_rate._kept.cache_clear()
+
+    def full(*_: object) -> float:
+        raise DiskFullError("no room")
+
+    assert reads_per_s("threads", tmp_path, measure=full) == 0
+    assert reads_per_s("threads", tmp_path, measure=lambda *_: 77.0) == 77
+    (tmp_path / "home").rename(tmp_path / "gone")
+    (tmp_path / "home").write_text("no folder")  # nothing can be kept, and the rate counts all the same
+    read_rate._kept.cache_clear()
+    assert reads_per_s("threads", tmp_path, measure=lambda *_: 99.0) == 99
 
 
 @pytest.mark.parametrize("backend", ["auto", "threads", "buffered"])

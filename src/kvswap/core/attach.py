@@ -39,8 +39,8 @@ from kvswap.selection.kvswap import method as own_method
 from kvswap.selection.method import KeyFacts, Method, SketchMaker
 
 SHARES = ((40_000, AUTO_SHARE), (12_000, 2 * AUTO_SHARE))
-"""Reads a second of a disk, and the share of the context that it can bring: one token in so many."""
-SLOW_SHARE = 4 * AUTO_SHARE
+"""From so many reads a second on, a selection that grows takes one token in so many of the context."""
+UNKNOWN_SHARE, SLOW_SHARE = 2 * AUTO_SHARE, 4 * AUTO_SHARE
 _log = logging.getLogger("kvswap")
 
 
@@ -224,8 +224,15 @@ class _Opener:
 
 
 def select_share(backend: ReadBackend, folder: Path) -> int:
-    """Where the selection grows with the context, it is one token in so many: as this disk answers small reads."""
-    rate = float("inf") if backend.name == "memory" else reads_per_s(backend.name, folder)
+    """One token in how many a selection that grows takes of the context: by how fast the disk answers small reads.
+
+    Reads through the page cache say nothing about the disk, so they get the middle one.
+    """
+    if backend.name == "memory":
+        return AUTO_SHARE
+    if not backend.direct:
+        return UNKNOWN_SHARE
+    rate = reads_per_s(backend.name, folder)
     return next((share for least, share in SHARES if rate >= least), SLOW_SHARE)
 
 

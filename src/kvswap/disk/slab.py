@@ -88,9 +88,8 @@ class Slab:
 
 
 def move_within(memory: Any, source: int, target: int, count: int, at_once: int = 1 << 20) -> None:
-    """Move ``count`` elements of an array or tensor to another place of it, which may overlap; a piece at a time."""
+    """Move ``count`` elements of a tensor to another place in it, ``at_once`` at a time. The places may overlap."""
     starts = range(0, count, at_once)
     for start in reversed(starts) if target > source else starts:  # never over what has not been moved
         stop = min(start + at_once, count)
-        piece = memory[source + start : source + stop]
-        memory[target + start : target + stop] = piece.clone() if hasattr(piece, "clone") else piece.copy()
+        memory[target + start : target + stop] = memory[source + start : source + stop].clone()
