@@ -39,15 +39,27 @@ WARM_STEPS = 4
 """Steps at the beginning whose time does not count: slots fill, and memory is touched for the first time."""
 
 
-def stretches(ids: list[int], contexts: list[int], texts: int, steps: int) -> Iterator[tuple[int, int, list[int]]]:
-    """Text number, context and its tokens with the forced ones; the longest context of a text comes first."""
-    spare = len(ids) - max(contexts) - steps
+def stretches(ids: list[int], texts: dict[int, int], steps: int) -> Iterator[tuple[int, int, list[int]]]:
+    """Text number, context and its tokens with the forced ones; the longest context of a text comes first.
+
+    ``texts`` says how many texts each context has. A context with fewer of them takes every second one, every fourth
+    one and so on.
+    """
+    spare, most = len(ids) - max(texts) - steps, max(texts.values())
     if spare < 0:
-        raise SystemExit(f"the document has {len(ids):,} tokens, {max(contexts) + steps:,} are needed")
-    for text in range(texts):
-        start = spare * text // texts
-        for context in sorted(contexts, reverse=True):
-            yield text, context, ids[start : start + context + steps]
+        raise SystemExit(f"the document has {len(ids):,} tokens, {max(texts) + steps:,} are needed")
+    for text in range(most):
+        start = spare * text // most
+        for context in sorted(texts, reverse=True):
+            if text % (most // texts[context]) == 0:
+                yield text, context, ids[start : start + context + steps]
+
+
+def document_tokens(tokenizer: Any, document: Path | None) -> list[int]:
+    """Token ids of the document, or of the project's evaluation text."""
+    documents = [read_document(document)] if document else []
+    passages = evaluation_text(documents)[: len(documents) or None]
+    return tokenizer("\n\n".join(each for _, each in passages), add_special_tokens=False, verbose=False)["input_ids"]
 
 
 def measure(loaded: Any, ids: list[int], steps: int, prompts: PromptCache) -> dict[str, Any]:
@@ -108,21 +120,20 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--document", type=Path, help="a text in UTF-8; default: the project's evaluation text")
     parser.add_argument("--context", default="8192,16384,32000", help="tokens, with commas between them")
-    parser.add_argument("--texts", type=int, default=1)
+    parser.add_argument("--texts", default="1", help="texts at each context, one number or as many as contexts")
     parser.add_argument("--steps", type=int, default=64)
     parser.add_argument("--prompts", type=Path, help="keep computed prompts there")
     parser.add_argument("--json", type=Path, required=True)
     args = parser.parse_args()
     loaded = load_model(args.model, dtype=args.dtype)
-    documents = [read_document(args.document)] if args.document else []
-    passages = evaluation_text(documents)[: len(documents) or None]
-    text = "\n\n".join(each for _, each in passages)
-    ids = loaded.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    ids = document_tokens(loaded.tokenizer, args.document)
     prompts = PromptCache(args.prompts)
     rows = json.loads(args.json.read_text()) if args.json.exists() else []
     done = {(row["text"], row["context"]) for row in rows}
     contexts = [int(each) for each in args.context.split(",")]
-    for number, context, stretch in stretches(ids, contexts, args.texts, args.steps):
+    counts = [int(each) for each in args.texts.split(",")]
+    texts = dict(zip(contexts, counts if len(counts) > 1 else counts * len(contexts), strict=True))
+    for number, context, stretch in stretches(ids, texts, args.steps):
         if (number, context) not in done:
             about = {"text": number, "context": context, "steps": args.steps, "document_tokens": len(ids)}
             rows.append({**about, "methods": measure(loaded, stretch, args.steps, prompts)})
