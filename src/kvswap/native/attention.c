@@ -29,8 +29,8 @@ static Convert *converter(int64_t type) {
 /* Products of one query with eight keys [8, d]. */
 INLINE void eight_products(const float *query, const float *keys, int64_t d, float *out) {
     Eight sums[8], own, key;
-    memset(sums, 0, sizeof sums);
     int64_t i = 0;
+    for (int t = 0; t < 8; t++) sums[t] = (Eight){0}; /* not memset: a compiler makes a slow loop of it */
     for (; i + 8 <= d; i += 8) {
         memcpy(&own, query + i, sizeof own);
         for (int t = 0; t < 8; t++) {
@@ -59,13 +59,16 @@ INLINE void eight_products(const float *query, const float *keys, int64_t d, flo
         for (int t = 0; t < 8; t++) out[t] += query[i] * keys[t * d + i];
 }
 
-/* out [count] (known when compiled) += weights [tokens] times columns of values [tokens, d]. */
+/* out [8 * count] (known when compiled) += weights [tokens] times columns of values [tokens, d]. */
 INLINE void weigh(const float *weights, const float *values, int64_t tokens, int64_t d, const int count, float *out) {
-    float sums[32];
-    for (int i = 0; i < count; i++) sums[i] = out[i];
+    Eight sums[8], row;
+    for (int i = 0; i < count; i++) memcpy(&sums[i], out + 8 * i, sizeof row);
     for (int64_t t = 0; t < tokens; t++)
-        for (int i = 0; i < count; i++) sums[i] += weights[t] * values[t * d + i];
-    for (int i = 0; i < count; i++) out[i] = sums[i];
+        for (int i = 0; i < count; i++) {
+            memcpy(&row, values + t * d + 8 * i, sizeof row);
+            sums[i] += weights[t] * row;
+        }
+    for (int i = 0; i < count; i++) memcpy(out + 8 * i, &sums[i], sizeof row);
 }
 
 /* What one worker has found for one query head: the largest logit, the sum of exponentials against it, and the sum of
@@ -96,9 +99,10 @@ INLINE void take(float *logits, const float *values, int64_t tokens, int64_t d, 
     }
     found->total += total;
     int64_t i = 0;
-    for (; i + 32 <= d; i += 32) weigh(logits, values + i, tokens, d, 32, sums + i);
-    for (; i + 8 <= d; i += 8) weigh(logits, values + i, tokens, d, 8, sums + i);
-    for (; i < d; i++) weigh(logits, values + i, tokens, d, 1, sums + i);
+    for (; i + 64 <= d; i += 64) weigh(logits, values + i, tokens, d, 8, sums + i);
+    for (; i + 8 <= d; i += 8) weigh(logits, values + i, tokens, d, 1, sums + i);
+    for (; i < d; i++)
+        for (int64_t t = 0; t < tokens; t++) sums[i] += logits[t] * values[t * d + i];
 }
 
 /* What is shared out to workers; the letters are those of kvswap_attend. */
