@@ -27,10 +27,10 @@ BFLOAT16 = np.dtype([("bfloat16", np.uint16)])
 
 @dataclass
 class Struct:
-    """A struct, and the arrays whose addresses belong at some of its bytes."""
+    """A struct, and what has its address at some of the struct's bytes."""
 
     value: ctypes.Structure
-    pointers: dict[int, np.ndarray | Scratch]
+    pointers: dict[int, np.ndarray | Scratch | Struct]
 
 
 @dataclass

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from kvswap.native.library import required_library
-from kvswap.native.step_loops import GELU_TANH, SILU, Layer, Linear, Norm, Pinned, Pool, Sketch, Slots, Step
+from kvswap.native.step_loops import GELU_TANH, SILU, Layer, Linear, Norm, Pinned, Pool, Sketch, Slots, Step, Tally
 from kvswap.native.weight_loops import Matrix
 from tests.helpers.kernel_calls import BFLOAT16, Argument, Call, Scratch, Struct
 from tests.helpers.packed import random_rows
@@ -150,13 +150,17 @@ def fetch_calls() -> Iterator[Call]:
         floats_needed = 1 << 16
         out = np.zeros(11 * BATCH * count + 3, np.int64)
         for codes_or_none, first in ((sketch, 1), (None, 2)):
+            step = step_struct(layer, F32, 2)
+            shares = np.zeros((BATCH, columns), np.float32)
+            step.pointers[Step.tally.offset] = Struct(Tally(None, columns, 0.0, 0), {Tally.groups.offset: shares})
             yield Call(
                 "step_fetch",
                 [
-                    *(layer.struct(), step_struct(layer, F32, 2), floats(noise, BATCH, layer.value.hidden)),
+                    *(layer.struct(), step, floats(noise, BATCH, layer.value.hidden)),
                     *(codes_or_none, GROUP_TOKENS, first, ends, count, Scratch(4 * floats_needed), floats_needed),
                     *(pool_struct(noise, columns), 1, 90, 1 << 20, out),
                 ],
+                bound=1e-4,
             )
 
 

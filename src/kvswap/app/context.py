@@ -19,6 +19,7 @@ from kvswap.errors import UnsupportedError
 from kvswap.models.loading import LoadedModel
 from kvswap.selection.kvswap import method as own_method
 from kvswap.selection.method import Method
+from kvswap.selection.tally import Tally
 from kvswap.sessions.commits import SessionStore
 from kvswap.sessions.quota import Limits
 from kvswap.sessions.session import Session
@@ -113,6 +114,16 @@ class Context:
             return
         self._read_pieces(self.session, ids, conversation)
         self.session.commit_prompt(ids, conversation)
+
+    @property
+    def tally(self) -> Tally | None:
+        """What decode steps attended to; None where the method does not estimate it."""
+        return self.cache.tally if isinstance(self.cache, KVSwapCache) else None
+
+    def begin_tally(self) -> None:
+        """Forget which groups earlier answers attended to."""
+        if self.tally is not None:
+            self.tally.reset()
 
     def numbers(self, stored_tokens: int) -> dict[str, Any]:
         """What ``RunStats`` says about the session, in which ``stored_tokens`` of a prompt were."""

@@ -7,6 +7,7 @@ an InputError. Any thread may call.
 from __future__ import annotations
 
 import io
+import itertools
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,16 +20,40 @@ from kvswap.units import MIB, format_bytes
 
 LIMIT_BYTES = 256 * MIB
 """Longest file that is read. A million tokens of text have about 4 MiB."""
+_PAGE_BREAK = "\n\n"
 _HEAD_BYTES = 1024
 """A PDF may have other bytes before its header, as far as this."""
 
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """A text and its name; the model sees both."""
+    """A text and its name; the model sees both. ``pages`` are the characters at which pages begin, if there are any."""
 
     name: str
     text: str
+    pages: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Where a document is in the text of a message: characters ``[start, stop)``.
+
+    ``pages`` are counted from ``start``; ``first_line`` is the line of the document that ``start`` is in, from 1.
+    """
+
+    name: str
+    start: int
+    stop: int
+    pages: tuple[int, ...] = ()
+    first_line: int = 1
+
+    @classmethod
+    def of(cls, document: Document, start: int) -> Span:
+        """A document whose text, without blanks around it, begins at ``start``."""
+        text = document.text.strip()
+        skipped = document.text.index(text)
+        pages = tuple(max(0, page - skipped) for page in document.pages)
+        return cls(document.name, start, start + len(text), pages, 1 + document.text.count("\n", 0, skipped))
 
 
 def read_document(path: str | Path) -> Document:
@@ -53,10 +78,10 @@ def decode_document(path: str | Path, data: bytes) -> Document:
     if len(data) > LIMIT_BYTES:
         hint = "split it, or convert it to plain text"
         raise InputError(f"document {path}: longer than {format_bytes(LIMIT_BYTES)}", hint=hint)
-    text = _pdf_text(path, data) if _is_pdf(data) else _plain_text(path, data)
+    text, pages = _pdf_text(path, data) if _is_pdf(data) else (_plain_text(path, data), ())
     if not text.strip():
         raise InputError(f"document {path}: the file has no text in it", hint="give a document with text")
-    return Document(_encodable(Path(path).name), text)
+    return Document(_encodable(Path(path).name), text, pages)
 
 
 def _is_pdf(data: bytes) -> bool:
@@ -83,7 +108,8 @@ def _plain_text(path: str | Path, data: bytes) -> str:
         raise InputError(f"document {path}: not UTF-8 text (byte {error.start:,})", hint=hint) from error
 
 
-def _pdf_text(path: str | Path, data: bytes) -> str:
+def _pdf_text(path: str | Path, data: bytes) -> tuple[str, tuple[int, ...]]:
+    """The text of a PDF, and the characters at which its pages begin."""
     try:
         from pypdf import PdfReader
         from pypdf.errors import DependencyError, FileNotDecryptedError
@@ -94,7 +120,9 @@ def _pdf_text(path: str | Path, data: bytes) -> str:
     data = data[data.index(b"%PDF-") :]
     try:
         with _quiet_pypdf():
-            pages = [page.extract_text() for page in PdfReader(io.BytesIO(data)).pages]
+            pages = [
+                _encodable(_plain_line_ends(page.extract_text())).strip() for page in PdfReader(io.BytesIO(data)).pages
+            ]
     except FileNotDecryptedError as error:
         hint = "remove the password, for example by printing it to a new PDF"
         raise InputError(f"document {path}: the PDF is locked with a password", hint=hint) from error
@@ -107,12 +135,13 @@ def _pdf_text(path: str | Path, data: bytes) -> str:
         # A damaged or unusual PDF can raise anything in pypdf: it reads what strangers made.
         reason = str(error) or type(error).__name__
         raise InputError(f"document {path}: the PDF cannot be read: {reason}", hint="convert it to text") from error
-    text = _encodable(_plain_line_ends("\n\n".join(page.strip() for page in pages)))
+    text = _PAGE_BREAK.join(pages)
     if not text.strip():
         raise InputError(
             f"document {path}: the PDF has pictures only and no text", hint="run text recognition (OCR) on it first"
         )
-    return text
+    starts = itertools.accumulate((len(page) + len(_PAGE_BREAK) for page in pages[:-1]), initial=0)
+    return text, tuple(starts)
 
 
 @contextmanager

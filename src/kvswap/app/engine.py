@@ -28,7 +28,8 @@ from kvswap.app.prompt import (
     with_system,
 )
 from kvswap.app.quality import QualityMeter
-from kvswap.app.stats import RunStats, blank_stats, latency_percentiles_ms, resolved_config, tokens_per_s
+from kvswap.app.sources import find_sources
+from kvswap.app.stats import RunStats, answer_numbers, blank_stats, resolved_config
 from kvswap.config import Config
 from kvswap.core.cache import KVSwapCache
 from kvswap.core.cache_stats import CacheStats
@@ -49,6 +50,7 @@ from kvswap.sessions.quota import Limits
 from kvswap.sessions.session import Session
 from kvswap.sessions.sharing import common_tokens
 
+SOURCES = 10
 _STILL_READING, _READ_ON = "an answer is still being read", "read it to its end or close its iterator first"
 
 
@@ -64,6 +66,7 @@ def load(
     verify: bool = True,
     limits: Limits | None = None,
     check_quality: bool = False,
+    sources: int = SOURCES,
     on_progress: Progress | None = None,
     on_notice: Callable[[str], None] | None = None,
     **settings: Any,
@@ -88,6 +91,8 @@ def load(
         How much disk sessions may take, and how much may be written a day.
     check_quality
         Repeat some steps with exact attention; ``Engine.stats.quality`` says what selection costs.
+    sources
+        How many passages ``Engine.stats.sources`` has at most.
     on_progress, on_notice
         Called with ``("calibrate" | "prefill", done, total)``, and with a notice where something falls back.
 
@@ -109,6 +114,7 @@ def load(
         verify=verify,
         limits=limits,
         check_quality=check_quality,
+        sources=sources,
         on_progress=on_progress,
         on_notice=notice,
     )
@@ -130,12 +136,14 @@ class Engine:
         verify: bool = True,
         limits: Limits | None = None,
         check_quality: bool = False,
+        sources: int = SOURCES,
         share: bool = True,
         piece_tokens: int | None = None,
         on_progress: Progress | None = None,
         on_notice: Callable[[str], None] | None = None,
     ) -> None:
-        self.config, self.method, self.check_quality = config, method or own_method(), check_quality
+        self.config, self.method = config, method or own_method()
+        self.check_quality, self.sources = check_quality, sources
         self._loaded, self._on_progress, self._on_notice = loaded, on_progress, on_notice
         self._notices: list[str] = []
         self._generation: Generation | None = None
@@ -315,6 +323,7 @@ class Engine:
             before, stored = cache.stats, cache.get_seq_length()
             self._stats = replace(self._stats, prompt_tokens=len(ids), stored_tokens=stored, new_tokens=0)
             context.prepare(ids, self._conversation.to_json())
+            context.begin_tally()
             checked = self.check_quality and isinstance(cache, KVSwapCache)
             meter = QualityMeter(loaded.model, cache) if checked else None
             generation = Generation(loaded.model, loaded.tokenizer, ids, cache, sampling, meter, logprobs=logprobs)
@@ -326,7 +335,8 @@ class Engine:
                 if generation.error is None:
                     self._add_turn(prompt, generation)
                     kept = True
-                    stats = self._measure(generation, ids, stored, started_s, before, cache.stats)
+                    counts = {"prompt_tokens": len(ids), "stored_tokens": stored}
+                    stats = self._measure(generation, before, cache.stats, started_s, **counts)
                     self._stats = replace(stats, calibration_s=calibration_s, quality=meter.stats if meter else None)
 
     def _fit(self, tokens: int, sampling: Sampling) -> Sampling:
@@ -370,31 +380,17 @@ class Engine:
             self._on_notice(text)
 
     def _measure(
-        self,
-        generation: Generation,
-        ids: list[int],
-        stored: int,
-        started_s: float,
-        before: CacheStats,
-        after: CacheStats,
+        self, generation: Generation, before: CacheStats, after: CacheStats, started_s: float, **counts: int
     ) -> RunStats:
         loaded, cache = self._loaded, after.since(before)
         if isinstance(self.method, InMemory):
             cache["kv_memory_limit_bytes"] = None
         return replace(
             blank_stats(loaded, self.method.name, resolved_config(self.config, loaded.model, after)),
-            prompt_tokens=len(ids),
-            stored_tokens=stored,
-            computed_tokens=len(ids) - stored,
-            **self._context.numbers(stored),
-            new_tokens=len(generation.token_ids),
-            finish_reason=generation.finish_reason,
-            token_ids=generation.token_ids,
-            text=generation.text,
+            **self._context.numbers(counts["stored_tokens"]),
+            **answer_numbers(generation, started_s=started_s, **counts),
+            sources=find_sources(loaded.tokenizer, self._conversation, self._context.tally, count=self.sources),
             **cache,
-            ttft_s=generation.times_s[0] - started_s if generation.times_s else 0.0,
-            decode_tokens_per_s=tokens_per_s(generation.times_s),
-            itl_ms=latency_percentiles_ms(generation.times_s),
             process_peak_rss_bytes=peak_rss_bytes(),
             notices=list(self._notices),
         )

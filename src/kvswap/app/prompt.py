@@ -5,6 +5,7 @@ Pure, apart from the tokenizer that is passed in.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -12,7 +13,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from kvswap.app.documents import Document
+from kvswap.app.documents import Document, Span
 from kvswap.errors import DamagedError, InputError, ModelError
 from kvswap.models import tokens
 from kvswap.models.chat_template import apply_template, has_template
@@ -29,13 +30,19 @@ class Message:
 
     ``role`` is "system", "user", "assistant", "tool" or another one that the template knows. ``context`` is the text of
     the documents that come before ``content``, empty without any. ``extra`` are further keys for the template (JSON),
-    such as ``tool_calls``.
+    such as ``tool_calls``. ``documents`` says where the documents are in ``context``.
     """
 
     role: str
     content: str
     context: str = ""
     extra: dict[str, Any] = field(default_factory=dict)
+    documents: tuple[Span, ...] = ()
+
+    @property
+    def text(self) -> str:
+        """Documents and content, as the template gets them."""
+        return f"{self.context}\n\n{self.content}" if self.context else self.content
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,10 +66,13 @@ def make_request(question: str, documents: Sequence[Document] = ()) -> Message:
         raise InputError("the question is empty", hint="ask something")
     for what, text in (("the question", question), *((f"document {each.name}", each.text) for each in documents)):
         check_encodable(what, text)
-    texts = [document.text.strip() for document in documents]
-    if len(documents) > 1:  # a name is of use only where there are several documents
-        texts = [f"Document {document.name}:\n\n{text}" for document, text in zip(documents, texts, strict=True)]
-    return Message("user", question.strip(), "\n\n".join(texts))
+    context, spans = "", []
+    for document in documents:
+        if len(documents) > 1:  # a name is of use only where there are several documents
+            context += f"Document {document.name}:\n\n"
+        spans.append(Span.of(document, len(context)))
+        context += document.text.strip() + "\n\n"
+    return Message("user", question.strip(), context[:-2], documents=tuple(spans))
 
 
 def read_messages(given: Sequence[Message | Mapping[str, Any]]) -> list[Message]:
@@ -144,7 +154,7 @@ def render(tokenizer: Any, messages: Sequence[Message], tools: Sequence[dict[str
 
     if not has_template(tokenizer):
         return str(plain("".join(map(_plain, messages)) + ("Answer:" if _asks(messages) else "")))
-    given = [{"role": each.role, "content": plain(_content(each)), **plain(each.extra)} for each in messages]
+    given = [{"role": each.role, "content": plain(each.text), **plain(each.extra)} for each in messages]
     try:
         return apply_template(tokenizer, given, tools=plain(tools) if tools else None)
     except ModelError:
@@ -213,6 +223,9 @@ class Conversation:
         """Messages, text and marks, and the number of token ids; the ids themselves are stored elsewhere."""
         messages = [[each.role, each.content, each.context, each.extra] for each in self.messages]
         found = {"messages": messages, "text": self.text, "tokens": len(self.ids), "marks": self.marks}
+        spans = [[dataclasses.astuple(span) for span in each.documents] for each in self.messages]
+        if any(spans):
+            found["documents"] = spans
         return json.dumps(found, ensure_ascii=False).encode()
 
     @classmethod
@@ -231,6 +244,7 @@ class Conversation:
             if not 0 <= count <= len(ids):
                 raise ValueError(f"{count} tokens")
             messages = _messages_of_turns(found["turns"]) if "turns" in found else _messages(found["messages"])
+            messages = _with_documents(messages, found.get("documents", []))
             marks = [(int(characters), int(at)) for characters, at in found.get("marks", [[len(text), count]])]
             if any(not (0 <= characters <= len(text) and 0 <= at <= count) for characters, at in marks):
                 raise ValueError("marks beyond the text")
@@ -279,6 +293,22 @@ def _messages(found: Sequence[Any]) -> list[Message]:
     return messages
 
 
+def _with_documents(messages: list[Message], spans: Sequence[Any]) -> list[Message]:
+    """Messages that know where their documents are, as ``to_json`` has it. Raises ValueError, TypeError."""
+    if not spans:
+        return messages
+    found = []
+    for message, given in zip(messages, spans, strict=True):
+        documents = []
+        for name, start, stop, pages, first_line in given:
+            (name,), numbers = _texts([name]), [int(each) for each in (start, stop, first_line, *pages)]
+            if not 0 <= numbers[0] <= numbers[1] <= len(message.context) or min(numbers) < 0:
+                raise ValueError("documents beyond the text")
+            documents.append(Span(name, numbers[0], numbers[1], tuple(numbers[3:]), numbers[2]))
+        found.append(dataclasses.replace(message, documents=tuple(documents)))
+    return found
+
+
 def _messages_of_turns(found: Sequence[Any]) -> list[Message]:
     """Messages of a conversation as version 0.1 wrote it: documents, question and answer of each turn."""
     messages = []
@@ -294,16 +324,12 @@ def _texts(values: Sequence[object]) -> list[str]:
     return [str(value) for value in values]
 
 
-def _content(message: Message) -> str:
-    return f"{message.context}\n\n{message.content}" if message.context else message.content
-
-
 def _plain(message: Message) -> str:
     """A message for a model without a template."""
     if message.role == "user":
         head = f"{message.context}\n\n" if message.context else ""
         return f"{head}Question: {message.content}\n"
-    return f"Answer:{message.content}\n\n" if message.role == "assistant" else f"{_content(message)}\n\n"
+    return f"Answer:{message.content}\n\n" if message.role == "assistant" else f"{message.text}\n\n"
 
 
 def _asks(messages: Sequence[Message]) -> bool:

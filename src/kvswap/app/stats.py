@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from kvswap.app.sources import Source
 from kvswap.disk.folders import kv_folder
 
 if TYPE_CHECKING:
     from kvswap.config import Config
     from kvswap.core.cache_stats import CacheStats
     from kvswap.models.loading import LoadedModel
+    from kvswap.models.streaming import Generation
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,6 +83,12 @@ class RunStats:
         Bytes of submitted reads, including padding and gaps.
     select_tokens
         M: tokens that each step attended to in a layer, at the end of the answer.
+    mass_kept
+        Estimated share of the attention to stored tokens that fell on attended ones, by the sketch, as the mean over
+        layers and steps that left tokens out; 1 where none did, None where the method does not estimate it.
+        ``quality`` has the true one.
+    sources
+        The passages of the documents that the answer's tokens attended to most; see ``app/sources.py``.
     reuse_rate
         Share of the selected groups that were in memory already, without pinned groups.
     io_wait_s
@@ -122,6 +130,8 @@ class RunStats:
     disk_read_bytes: int = 0
     disk_reads: int = 0
     select_tokens: int = 0
+    mass_kept: float | None = None
+    sources: list[Source] = field(default_factory=list)
     reuse_rate: float = 0.0
     io_wait_s: float = 0.0
     quality: QualityStats | None = None
@@ -152,6 +162,25 @@ def blank_stats(loaded: LoadedModel, method: str, config: dict[str, Any]) -> Run
         torch_version=importlib.metadata.version("torch"),
         transformers_version=importlib.metadata.version("transformers"),
     )
+
+
+def answer_numbers(
+    generation: Generation, *, prompt_tokens: int, stored_tokens: int, started_s: float
+) -> dict[str, Any]:
+    """Numbers of one answer to a prompt of which ``stored_tokens`` were stored, by name."""
+    times_s = generation.times_s
+    return {
+        "prompt_tokens": prompt_tokens,
+        "stored_tokens": stored_tokens,
+        "computed_tokens": prompt_tokens - stored_tokens,
+        "new_tokens": len(generation.token_ids),
+        "finish_reason": generation.finish_reason,
+        "token_ids": generation.token_ids,
+        "text": generation.text,
+        "ttft_s": times_s[0] - started_s if times_s else 0.0,
+        "decode_tokens_per_s": tokens_per_s(times_s),
+        "itl_ms": latency_percentiles_ms(times_s),
+    }
 
 
 def resolved_config(config: Config, model: Any, cache: CacheStats | None) -> dict[str, Any]:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 HELP = {
     "/stats": "the numbers of the last answer",
+    "/sources": "the passages that the last answer attended to most",
     "/undo": "take back the last turn",
     "/fork NAME": "create a second session that begins as this one is now",
     "/save": "say what is on disk; every turn is, as soon as it is complete",
@@ -50,10 +51,13 @@ def chat(**values: Any) -> None:
     display = Display()
     signal.signal(signal.SIGINT, signal.default_int_handler)  # ends an answer; the chat continues
     with options.load(display, session) as engine:
-        _converse(engine, display, options.documents, {"system": options.system, **options.sampling})
+        settings = {"system": options.system, **options.sampling}
+        _converse(engine, display, options.documents, settings, sources=options.show_sources is not None)
 
 
-def _converse(engine: Engine, display: Any, documents: list[Any], settings: dict[str, Any]) -> None:
+def _converse(
+    engine: Engine, display: Any, documents: list[Any], settings: dict[str, Any], *, sources: bool = False
+) -> None:
     if engine.session is not None and engine.session.tokens:
         display.notice(f"session {engine.session.name} continues with {engine.session.tokens:,} stored tokens")
         if documents and engine.knows(documents):
@@ -71,6 +75,8 @@ def _converse(engine: Engine, display: Any, documents: list[Any], settings: dict
                 continue
             question = line.strip().removeprefix("/") if words[0].startswith("//") else line
             _answer(engine, display, question, documents, settings)
+            if sources:
+                display.sources(engine.stats)
             documents = []
         except UserError as error:  # a mistake does not end the chat
             display.finish()
@@ -93,6 +99,7 @@ def _answer(engine: Engine, display: Any, question: str, documents: list[Any], s
 def _command(engine: Engine, display: Any, words: list[str]) -> None:
     commands: dict[str, Callable[..., None]] = {
         "/stats": lambda: display.summary(engine.stats),
+        "/sources": lambda: display.sources(engine.stats),
         "/undo": lambda: _undo(engine, display),
         "/fork": lambda name: _fork(engine, display, name),
         "/save": lambda: _save(engine, display),

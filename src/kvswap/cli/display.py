@@ -81,6 +81,13 @@ class Display:
         for label, value in rows:
             self._write(f"{label.ljust(width)}  {value}")
 
+    def sources(self, stats: RunStats) -> None:
+        """Show the passages that an answer attended to most."""
+        self.finish()
+        self._write("")
+        for line in source_lines(stats):
+            self._write(line)
+
     def _begin(self, stage: str, total: int) -> None:
         self._stage, self._started_s, self._plain_next = stage, time.perf_counter(), PLAIN_STEP
         if not self._stream.isatty():
@@ -174,7 +181,7 @@ def _kvswap_rows(stats: RunStats) -> list[tuple[str, str]]:
         ("prefill peak", f"{format_bytes(stats.prefill_peak_bytes)}, including the KV memory"),
         ("written to disk", format_bytes(stats.disk_write_bytes)),
         ("read from disk", f"{reads} ({stats.backend}{page_cache})"),
-        ("selected", f"up to {stats.select_tokens:,} tokens a step and layer"),
+        ("selected", f"up to {stats.select_tokens:,} tokens a step and layer{_estimated(stats)}"),
         ("reuse", f"{stats.reuse_rate:.0%} of the selected groups were in memory already"),
     ]
     found = stats.quality
@@ -183,6 +190,22 @@ def _kvswap_rows(stats: RunStats) -> list[tuple[str, str]]:
         kept = f"{found.mass_kept:.1%} of the attention mass kept, KL {found.kl:.4f}"
         rows.append(("quality", f"{kept}, measured in {steps} with exact attention ({format_s(found.check_s)})"))
     return rows
+
+
+def _estimated(stats: RunStats) -> str:
+    return "" if stats.mass_kept is None else f", an estimated {stats.mass_kept:.0%} of the attention"
+
+
+def source_lines(stats: RunStats) -> list[str]:
+    """Return what ``--show-sources`` shows: each passage under its place, the one with most attention first."""
+    if not stats.sources:
+        return ["no passage of a document was selected: the context is short enough to be attended to as a whole"]
+    lines = []
+    for number, each in enumerate(stats.sources, 1):
+        page = f"page {each.page}, " if each.page is not None else ""
+        lines += [f"[{number}] {each.document}, {page}line {each.line}: {each.share:.0%} of the attention"]
+        lines += [f"    {line.strip()}" for line in each.text.splitlines() if line.strip()]
+    return lines
 
 
 def _full(stats: RunStats) -> bool:

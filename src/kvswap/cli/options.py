@@ -124,6 +124,12 @@ _SHARED = (
         is_flag=True,
         help="Repeat some steps with exact attention, in 5 % of the time, and say what selection costs.",
     ),
+    click.option(
+        "--show-sources",
+        type=click.IntRange(1, 100),
+        metavar="N",
+        help="After each answer, show the N passages that it attended to most.",
+    ),
 )
 
 
@@ -157,6 +163,7 @@ class RunOptions:
     session_name: str | None
     encrypt: bool
     check_quality: bool
+    show_sources: int | None
     verify: bool
     dtype: str
     weights: str
@@ -200,7 +207,7 @@ class RunOptions:
             if session is not None:
                 session.close(discard_empty=True)
             raise
-        from kvswap.app.engine import load
+        from kvswap.app.engine import SOURCES, load
         from kvswap.lab.rivals import find
 
         return load(
@@ -211,6 +218,7 @@ class RunOptions:
             verify=self.verify,
             limits=self.limits,
             check_quality=self.check_quality,
+            sources=self.show_sources or SOURCES,
             on_progress=display.progress,
             on_notice=display.notice,
         )
@@ -232,6 +240,7 @@ def read_options(
     write_limit: str | None,
     no_verify: bool,
     check_quality: bool,
+    show_sources: int | None,
     system: str | None,
     **sampling: Any,
 ) -> RunOptions:
@@ -252,6 +261,7 @@ def read_options(
         session_name=session_name,
         encrypt=encrypt,
         check_quality=check_quality,
+        show_sources=show_sources,
         verify=not no_verify,
         dtype=dtype,
         weights=weights,

@@ -46,8 +46,9 @@ def run(question: str, method: str, stats_json: str | None, **values: Any) -> No
     options = read_options(**values)
     messages = with_system([make_request(question, options.documents)], options.system)
     target = None if stats_json is None else check_writable("--stats-json", stats_json)
-    if options.check_quality and method != "kvswap":
-        raise ConfigError(f"--check-quality with --method {method}", hint="it checks kvswap alone")
+    for given, name in ((options.check_quality, "--check-quality"), (options.show_sources, "--show-sources")):
+        if given and method != "kvswap":
+            raise ConfigError(f"{name} with --method {method}", hint="only kvswap estimates what it attends to")
     if method in DISK:
         prepare_dir(kv_folder(options.config.kv_dir))
     stats = _answer(options, question, messages, options.open_session(method), method)
@@ -69,6 +70,8 @@ def _answer(
                 display.finish()
                 show_answer(text)
             click.echo()
+            if options.show_sources is not None:
+                display.sources(engine.stats)
             display.summary(engine.stats)
             return engine.stats
     finally:

@@ -24,6 +24,7 @@ from kvswap.memory.slots import SlotPool
 from kvswap.native.arrays import IntArray
 from kvswap.selection.method import Method, Sketch, SketchMaker
 from kvswap.selection.sketch import LayerSketch
+from kvswap.selection.tally import Tally
 from kvswap.selection.window import Step, Window
 from kvswap.store.groups import GroupStore
 from kvswap.store.layout import GroupLayout
@@ -65,6 +66,7 @@ class BatchState:
     store: GroupStore
     pool: SlotPool
     sketches: list[Sketch]
+    tally: Tally
     select_groups: list[int]
     selected: int
     tokens: NDArray[np.int64]
@@ -110,6 +112,7 @@ class BatchState:
             self.ledger.release(part, max(0, -size))
         self.ledger.reserve_all({part: max(0, size) for part, size in growth.items()})
         self.pool.grow_table(ceil_div(capacity, self.window.group_tokens))
+        self.tally.grow(ceil_div(capacity, self.window.group_tokens))
         self.pool.resize_staging(self.needs.staging_groups(selected))
         self.capacity_tokens = capacity
         if selected != self.selected:
@@ -293,6 +296,7 @@ def open_state(
         select_groups=_select_groups(config, selected, shape.layers),
         selected=selected,
         sketches=[maker.make(batch, capacity) for maker in makers],
+        tally=Tally(batch, groups, window.group_tokens, shape.device),
         tokens=np.zeros(batch, np.int64),
         flushed=np.zeros((shape.layers, batch), np.int64),
         capacity_tokens=capacity,

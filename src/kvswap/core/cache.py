@@ -38,6 +38,7 @@ from kvswap.models.adapter import LayerParts, ModelParts
 from kvswap.models.masks import DeferredMask, left_pads
 from kvswap.selection.method import Method, SketchMaker
 from kvswap.selection.sketch import LayerSketch
+from kvswap.selection.tally import Tally
 from kvswap.units import format_bytes, format_parts
 
 _log = logging.getLogger("kvswap")
@@ -362,6 +363,8 @@ class KVSwapCache(LayerMajorCache):
             disk_read_bytes=counters.read_bytes,
             disk_reads=counters.reads,
             select_tokens=state.attended_tokens,
+            mass_kept=state.tally.mass_kept if self.method.scores_mass else None,
+            choices=state.tally.choices,
             selected_groups=trace.selected_groups,
             reuse_slots=state.pool.reuse_slots,
             reuse_rate=trace.reused_groups / max(1, trace.selected_groups),
@@ -370,6 +373,11 @@ class KVSwapCache(LayerMajorCache):
             direct_io=self._backend.direct,
             sketch=self._makers[0].label,
         )
+
+    @property
+    def tally(self) -> Tally | None:
+        """What decode steps attended to; None before the first prompt, and where the method does not estimate it."""
+        return self._state.tally if self._state is not None and self.method.scores_mass else None
 
     def close(self) -> None:
         """Drop the files and the memory; the cache is of no use afterwards."""

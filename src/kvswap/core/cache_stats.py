@@ -54,6 +54,8 @@ class CacheStats:
     groups), ``slots_s`` (looking them up, gathering and keeping them), ``submit_s`` (starting reads) and ``io_wait_s``
     (waiting for reads). The rest is computation. Compiled steps look groups up in the call that chooses them, so this
     counts as ``predict_s``. ``select_tokens`` is M as it was last, of the layer that attends to most.
+    ``mass_kept`` is the estimated share of attention that fell on attended tokens, as a mean over ``choices``: layers,
+    sequences and steps that left tokens out. It is 1 without any, and None where a method does not estimate it.
     """
 
     prefill_s: float = 0.0
@@ -73,6 +75,8 @@ class CacheStats:
     disk_read_bytes: int = 0
     disk_reads: int = 0
     select_tokens: int = 0
+    mass_kept: float | None = None
+    choices: int = 0
     selected_groups: int = 0
     reuse_rate: float = 0.0
     reuse_slots: int = 0
@@ -85,11 +89,15 @@ class CacheStats:
         """Sizes as they are now, times and counts since ``before``, by name."""
         selected = self.selected_groups - before.selected_groups
         reused = self.reuse_rate * self.selected_groups - before.reuse_rate * before.selected_groups
+        choices, mass_kept = self.choices - before.choices, self.mass_kept
+        if mass_kept is not None and choices:
+            mass_kept = (mass_kept * self.choices - (before.mass_kept or 0.0) * before.choices) / choices
         grown = ("prefill_s", "disk_write_bytes", "disk_read_bytes", "disk_reads", "io_wait_s")
         kept = ["kv_full_bytes", "kv_memory_limit_bytes", "kv_memory_peak_bytes", "memory_parts", "sliding_kv_bytes"]
         kept += ["prefill_peak_bytes", "select_tokens", "backend", "direct_io"]
         return {
             **{name: getattr(self, name) - getattr(before, name) for name in grown},
             **{name: getattr(self, name) for name in kept},
+            "mass_kept": mass_kept,
             "reuse_rate": reused / selected if selected else 0.0,
         }

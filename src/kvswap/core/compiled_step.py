@@ -49,7 +49,7 @@ class CompiledDecode(Decode):
     def __init__(self, state: BatchState, parts: ModelParts, found: CompiledLayers, held: Sequence[Any]) -> None:
         super().__init__(state, parts)
         self._found, self._layers, self._held = found, found.layers, held
-        self.scratch = Scratch(list(found.layers.values()), state.batch, parts.dtype)
+        self.scratch = Scratch(list(found.layers.values()), state.batch, parts.dtype, state.tally.address)
         self._predictor: CompiledPredictor = CompiledPredictor(parts, self)
         self._own_choice = state.method.score is score and state.pool.compiled_lookup
         self._slots: dict[torch.dtype, Slots] = {}

@@ -209,6 +209,8 @@ class Decode:
             groups, unusable = _best_groups(scores, first, step.ends, count)
             if unusable:
                 raise not_finite(layer, "keys or the query are not finite, so no group can be chosen")
+            if state.method.scores_mass:
+                state.tally.add(scores, groups, first, step.ends)
         return groups, real_entries(groups, step)
 
     def submit(self, found: Found) -> int:

@@ -17,6 +17,7 @@ from kvswap.units import KIB, format_bytes, format_parts, parse_bytes
 GROWTH_TOKENS = 256
 WRITE_QUEUE_BYTES = 1 << 20
 OWNER_BYTES = 8 + 4 + 4  # who lives in a reuse slot, its worth, and when that was true
+TALLY_BYTES = 4  # how much attention a group of a sequence got
 STAGING_SLACK = 2.0  # room for gaps that are read through
 STEP_GROUPS = 16
 """A selection that grows with the context grows by so many groups."""
@@ -103,7 +104,7 @@ class MemoryNeeds:
         return {
             "basis": self.basis_bytes,
             "sketch": self.sequences * capacity_tokens * self.sketch_token_bytes,
-            "tables": self.sequences * groups * (4 + self.seal_group_bytes),
+            "tables": groups * (self.sequences * (4 + self.seal_group_bytes) + self.batch * TALLY_BYTES),
             "tails": self.sequences * window.pinned_groups * self.slot_bytes,
             "staging": 2 * self.staging_groups(selected) * self.slot_bytes,
             "scratch": gathered + scoring + self.extra_scratch_bytes,

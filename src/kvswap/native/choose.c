@@ -112,6 +112,30 @@ static int64_t two_levels(const Layer *layer, const Step *step, const Sketch *sk
     return done;
 }
 
+INLINE float sum_of(const float *values, int64_t count) {
+    float sums[16] = {0}, sum = 0.0f;
+    int64_t n = 0;
+    for (; n + 16 <= count; n += 16)
+        for (int i = 0; i < 16; i++) sums[i] += values[n + i];
+    for (; n < count; n++) sum += values[n];
+    for (int i = 0; i < 16; i++) sum += sums[i];
+    return sum;
+}
+
+/* Count what is attended to of one sequence: `picked` of its groups [first, end), all before them and all after them. */
+INLINE void count_picked(Tally *tally, int64_t b, const float *mass, int64_t groups, int64_t first, int64_t end,
+                         const int64_t *picked, int64_t count) {
+    const float all = sum_of(mass, groups), one = 1.0f / all;
+    float kept = sum_of(mass, first) + sum_of(mass + end, groups - end), *to = tally->groups + b * tally->columns;
+    if (!(all > 0.0f)) return;
+    for (int64_t n = 0; n < count && picked[n] < end; n++) {
+        kept += mass[picked[n]];
+        to[picked[n]] += mass[picked[n]] * one;
+    }
+    tally->kept += kept * one;
+    tally->choices++;
+}
+
 /* The `count` best groups of [first, ends[b]) for each sequence, [batch, count], ascending, filled up with the number of
  * all groups, by the query that `layer` is predicted to have.
  *
@@ -127,6 +151,7 @@ static int64_t choose(const Layer *layer, const Step *step, const void *hidden, 
     if (needed == 0 || needed > floats || first < 0 || count < 1) return -1;
     for (int64_t b = 0; b < batch; b++)
         if (ends[b] < 0 || (ends[b] > first && ends[b] > sketch->tokens[b] / group_tokens)) return -1;
+    if (step->tally && step->tally->columns < most(sketch->tokens, batch) / group_tokens) return -1;
     divide(layer, step, sketch, group_tokens, scratch, &memory);
     if (!kvswap_step_query(layer, step, hidden, memory.query)) return -1;
     const int64_t rank = sketch->rows * (8 / sketch->bits), tokens = most(sketch->tokens, batch);
@@ -156,6 +181,10 @@ static int64_t choose(const Layer *layer, const Step *step, const void *hidden, 
         for (int64_t g = first; g < last; g++)
             if (memory.mass[b * groups + g] != memory.mass[b * groups + g]) return 0;
     kvswap_top_groups(memory.mass, batch, groups, first, ends, count, memory.places, picked);
+    for (int64_t b = 0; step->tally && b < batch; b++)
+        if (ends[b] > first)
+            count_picked(step->tally, b, memory.mass + b * groups, sketch->tokens[b] / group_tokens, first, ends[b],
+                         picked + b * count, count);
     return 1;
 }
 

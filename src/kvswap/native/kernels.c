@@ -10,7 +10,7 @@
 #include "products.h"
 #include "workers.h"
 
-#define VERSION 17   /* of the functions' arguments; library.py must have the same */
+#define VERSION 18   /* of the functions' arguments; library.py must have the same */
 #define PARTS 4      /* of the tiles to score, for each worker: cores are not equally fast, nor free all the time */
 #define AHEAD 8      /* tiles */
 #define BLOCK 64     /* scores that are passed over together where none is among the best */

@@ -7,7 +7,7 @@ import importlib.util
 import logging
 from functools import lru_cache
 
-VERSION = 17
+VERSION = 18
 """Version of the functions' arguments; ``kernels.c`` must have the same."""
 
 log = logging.getLogger("kvswap")

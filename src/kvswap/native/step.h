@@ -38,17 +38,31 @@ typedef struct {
     int64_t count, slot_bytes, type, group_tokens;
 } Slots;
 
+/* What decode steps attended to, by the estimate that they chose groups by; see selection/tally.py.
+ *
+ * groups   [batch, columns] mean over heads of each group's share of attention, summed over choices
+ * kept     the share of all attended groups together, summed over choices; `choices` how many there were
+ */
+typedef struct {
+    float *groups;
+    int64_t columns;
+    double kept;
+    int64_t choices;
+} Tally;
+
 /* What is the same for all layers of one step.
  *
  * cosine, sine  [batch, d] float32, `rope_stride` elements from one sequence to the next: 0 where all have the same
  * type          of hidden states, F32 or BF16
  * scratch       kvswap_step_bytes, from the start of a cache line on
+ * tally         takes what is chosen, or NULL
  */
 typedef struct {
     int64_t batch, workers, type, rope_stride;
     const float *cosine, *sine;
     uint8_t *scratch;
     int64_t scratch_bytes;
+    Tally *tally;
 } Step;
 
 /* Packed codes of one layer's keys.

@@ -9,7 +9,7 @@ of what was given raise ValueError, and nothing is done.
 from __future__ import annotations
 
 import ctypes
-from ctypes import c_float, c_int64, c_void_p
+from ctypes import c_double, c_float, c_int64, c_void_p
 from typing import Any
 
 import numpy as np
@@ -63,6 +63,16 @@ class Slots(ctypes.Structure):
     )
 
 
+class Tally(ctypes.Structure):
+    """What steps attended to; see ``selection/tally.py``."""
+
+    _fields_ = (("groups", c_void_p), ("columns", c_int64), ("kept", c_double), ("choices", c_int64))
+    groups: int
+    columns: int
+    kept: float
+    choices: int
+
+
 class Step(ctypes.Structure):
     """What is the same for all layers of a step."""
 
@@ -72,6 +82,7 @@ class Step(ctypes.Structure):
         ("sine", c_void_p),
         ("scratch", c_void_p),
         ("scratch_bytes", c_int64),
+        ("tally", c_void_p),
     )
 
 
@@ -129,16 +140,19 @@ class Pinned(ctypes.Structure):
 
 
 class Scratch:
-    """Memory and arguments of the steps of ``batch`` sequences through ``layers``, hidden states of ``dtype``."""
+    """Memory and arguments of the steps of ``batch`` sequences through ``layers``, hidden states of ``dtype``.
 
-    def __init__(self, layers: list[Layer], batch: int, dtype: torch.dtype) -> None:
+    ``tally`` is the address of a ``Tally`` that takes what is chosen.
+    """
+
+    def __init__(self, layers: list[Layer], batch: int, dtype: torch.dtype, tally: int | None = None) -> None:
         self.workers, compiled = torch.get_num_threads(), threaded_library()
         sizes = [compiled.kvswap_step_bytes(ctypes.byref(layer), batch, self.workers) for layer in layers]
         if min(sizes, default=0) <= 0:
             raise ValueError("a layer whose heads do not fit")
         self._memory = torch.empty(max(sizes) + _LINE_BYTES, dtype=torch.uint8)
         address = -(-self._memory.data_ptr() // _LINE_BYTES) * _LINE_BYTES
-        self.step = Step(batch, self.workers, TYPES[dtype], 0, None, None, address, max(sizes))
+        self.step = Step(batch, self.workers, TYPES[dtype], 0, None, None, address, max(sizes), tally)
         self._rope: tuple[torch.Tensor, torch.Tensor] | None = None
         self.batch, self.dtype = batch, dtype
         self._at = ctypes.addressof(self.step)

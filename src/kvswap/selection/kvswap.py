@@ -24,6 +24,7 @@ def method() -> Method:
         paper="arXiv 2511.11907, changed",
         makers=makers,
         score=score,
+        scores_mass=True,
     )
 
 

@@ -105,6 +105,8 @@ class Method:
     score
         ``score(sketch, query, scaling, group_tokens)``: query ``[B, H_q, d]`` to a score of every group, ``[B, N]``
         float32.
+    scores_mass
+        Whether the scores of groups are their estimated shares of attention.
     calibrated
         Whether ``facts.statistics`` are needed.
     configure
@@ -123,6 +125,7 @@ class Method:
     paper: str
     makers: Callable[[KeyFacts, Config], list[SketchMaker]]
     score: Callable[..., torch.Tensor]
+    scores_mass: bool = False
     calibrated: bool = True
     configure: Callable[[Config], Config] = lambda config: config
     window: Callable[[Config, int], Window] = window_of
