@@ -17,7 +17,7 @@ STORE_DTYPES = ("auto", "float16", "bfloat16", "float32")
 COMPILED_STEPS = ("auto", "off")
 AUTO_LEAST_TOKENS = 400
 AUTO_MOST_TOKENS = 4096
-AUTO_SHARE = 8
+AUTO_SHARE = 6
 """``select_tokens="auto"`` is one token in so many of the context, from the least to the most above."""
 BACKENDS = ("auto", "uring", "threads", "buffered", "memory")
 
@@ -55,7 +55,7 @@ class Config(_Fields):
         Folder for KV files and sessions, on a disk. ``None`` is the folder of the environment or the user's cache.
     select_tokens
         M: tokens attended to at each step and layer. Sinks and recent window count, the rolling tail does not.
-        ``"auto"`` grows with the context: an eighth of it on a fast disk, a 16th or a 32nd on slower ones. It is at
+        ``"auto"`` grows with the context: a sixth of it on a fast disk, a twelfth or a 24th on slower ones. It is at
         least 400 and at most 4,096. It takes at most half of the spare memory; reuse gets the rest.
     layer_select_tokens
         M of each layer on disk, in order, as ``kvswap tune`` finds them. ``None`` is ``select_tokens`` in every layer.

@@ -45,7 +45,7 @@ def test_turns_are_kept_and_taken_back(chat, tmp_path) -> None:
 def test_mistakes_do_not_end_the_chat(chat) -> None:
     code, out, err = chat("/nonsense", "/fork", "/undo", "/fork ../x", "/help", "Who?")
     assert code == 0 and out.count("\n") == 1
-    assert err.count("error: ") == 4 and "use one of /stats, /undo, /fork NAME" in err
+    assert err.count("error: ") == 4 and "use one of /stats, /sources, /undo, /fork NAME" in err
 
 
 def test_without_a_session(chat, tmp_path) -> None:

@@ -293,4 +293,6 @@ def test_quality_is_checked(base, tmp_path, capfd):
     assert quality["checks"] == 1 and 0.05 < quality["mass_kept"] < 1 and quality["kl"] > 0
     (line,) = (line for line in capfd.readouterr().err.splitlines() if line.startswith("quality "))
     assert f" {quality['mass_kept']:.1%} of the attention mass kept" in line and "in one step" in line
-    assert "it checks kvswap alone" in refused(capfd, changed([*base, "--check-quality"], method="full"))
+    assert "only kvswap estimates what it attends to" in refused(
+        capfd, changed([*base, "--check-quality"], method="full")
+    )

@@ -106,18 +106,9 @@ def load(
         model = load_model(model, dtype=dtype, weights=weights, mmap=mmap, on_notice=notice)
     if isinstance(session, str):
         session = open_or_create_store(config.kv_dir, session)
-    return Engine(
-        model,
-        config,
-        method=method,
-        session=session,
-        verify=verify,
-        limits=limits,
-        check_quality=check_quality,
-        sources=sources,
-        on_progress=on_progress,
-        on_notice=notice,
-    )
+    told: dict[str, Any] = {"check_quality": check_quality, "sources": sources}
+    told |= {"on_progress": on_progress, "on_notice": notice}
+    return Engine(model, config, method=method, session=session, verify=verify, limits=limits, **told)
 
 
 class Engine:
