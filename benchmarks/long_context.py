@@ -83,6 +83,7 @@ def result(run: ForcedRun, stats: Any) -> dict[str, Any]:
         "same": run.same,
         "step_ms": 1e3 * statistics.median(run.step_s[WARM_STEPS:]),
         "select_tokens": stats.select_tokens,
+        "mass_kept": stats.mass_kept,
         "kv_memory_limit_bytes": stats.kv_memory_limit_bytes,
         "kv_memory_peak_bytes": stats.kv_memory_peak_bytes,
         "reuse_rate": stats.reuse_rate,

@@ -147,9 +147,10 @@ def test_sessions_of_before_have_no_names() -> None:
     assert (source.document, source.line) == ("message 1", 4)
 
 
-@pytest.mark.parametrize(
-    "spans", [[[["a", 0, 10**6, [], 1]]], [[["a", -1, 5, [], 1]]], [[["a", 0]]], [[]], [["a"], []]]
-)
+BEYOND, BEFORE = [["a", 0, 10**6, [], 1]], [["a", -1, 5, [], 1]]
+
+
+@pytest.mark.parametrize("spans", [[BEYOND, []], [BEFORE, []], [[["a", 0]], []], [[]], [["a"], []]])
 def test_damaged_names_are_damage(spans) -> None:
     found = conversation(Document("a.txt", FILLER))
     stored = {**json.loads(found.to_json()), "documents": spans}

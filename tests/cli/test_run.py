@@ -293,6 +293,5 @@ def test_quality_is_checked(base, tmp_path, capfd):
     assert quality["checks"] == 1 and 0.05 < quality["mass_kept"] < 1 and quality["kl"] > 0
     (line,) = (line for line in capfd.readouterr().err.splitlines() if line.startswith("quality "))
     assert f" {quality['mass_kept']:.1%} of the attention mass kept" in line and "in one step" in line
-    assert "only kvswap estimates what it attends to" in refused(
-        capfd, changed([*base, "--check-quality"], method="full")
-    )
+    for option in (["--check-quality"], ["--show-sources", "3"]):
+        assert "only kvswap estimates what it attends to" in refused(capfd, changed([*base, *option], method="full"))

@@ -281,7 +281,6 @@ def open_state(
         **size,
     )
     size |= {"backend": backend, "queue_bytes": needs.write_queue_bytes, "groups": groups}
-    store = GroupStore(**size) if files is None else PersistentGroupStore(files, **size)
     return BatchState(
         config=config,
         method=method,
@@ -291,7 +290,7 @@ def open_state(
         needs=needs,
         ledger=ledger,
         trace=trace,
-        store=store,
+        store=GroupStore(**size) if files is None else PersistentGroupStore(files, **size),
         pool=pool,
         select_groups=_select_groups(config, selected, shape.layers),
         selected=selected,
