@@ -178,3 +178,14 @@ def test_an_engine_names_sources_and_a_session_after_it_too(tmp_path, cache_home
         assert 1 <= len(stats.sources) <= 3 and 0 < stats.mass_kept < 1
         assert all(each.document == "story.txt" and each.text in FILLER for each in stats.sources)
         assert stats.to_dict()["sources"][0]["document"] == "story.txt"
+
+
+@pytest.mark.parametrize("least, warned", [(0.0, False), (1.0, True)])
+def test_an_answer_that_attended_to_little_says_so(tmp_path, cache_home, monkeypatch, least, warned) -> None:
+    monkeypatch.setattr("kvswap.app.engine.LEAST_MASS", least)
+    folder, notices = save_tiny(tmp_path / "model", max_position_embeddings=8192), list[str]()
+    config = {"select_tokens": 200, "kv_memory": "2MiB", "kv_dir": str(tmp_path / "kv")}
+    with kvswap.load(str(folder), on_notice=notices.append, **config) as engine:
+        "".join(engine.ask("What of it?", [Document("story.txt", FILLER)], max_new_tokens=4))
+        assert any("of the attention only" in each for each in notices) == warned
+        assert any("of the attention only" in each for each in engine.stats.notices) == warned

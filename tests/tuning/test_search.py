@@ -10,10 +10,12 @@ import torch
 
 from kvswap.config import Config
 from kvswap.errors import MemoryBudgetError
+from kvswap.memory.budget import STEP_GROUPS
 from kvswap.tuning.cost import DiskCosts, ModelFacts
 from kvswap.tuning.explain import reasons
 from kvswap.tuning.profile import Profile, stamp_of
 from kvswap.tuning.search import FINALISTS, KL_SLACK, LEAST_GAIN, TIME_SLACK, Candidate, Pricing, Request, search
+from kvswap.tuning.tables import GROUPS
 from kvswap.units import MIB
 from tests.tuning.test_cost import disk, model
 from tests.tuning.test_tables import LAYERS, tables
@@ -52,6 +54,30 @@ def test_a_slow_disk_gets_larger_groups(tmp_path: Path) -> None:
     fast, slow = found(tmp_path), found(tmp_path, fewer_reads(disk()))
     assert slow.config.group_tokens > fast.config.group_tokens
     assert slow.cost.wait_s > fast.cost.wait_s
+
+
+def test_without_a_number_m_is_that_of_the_default(tmp_path: Path) -> None:
+    """It grows with the context, is less on a slow disk, and takes at most half of what a limit has to spare."""
+
+    def chosen(context: int, limit: int, curve: DiskCosts | None = None) -> int:
+        request = Request(limit_bytes=limit, context_tokens=context, batch=1, select_tokens=None)
+        prices = pricing(tmp_path, curve)
+        best, every = search(prices, request, prefer="quality", on_step=lambda done, total: None)
+        config = best.config
+        assert sum(best.memory_parts.values()) <= limit
+        assert {each.config.select_tokens for each in every} >= {config.select_tokens}
+        return int(config.select_tokens)
+
+    fast = disk()
+    fast = dataclasses.replace(
+        fast, bursts=[dataclasses.replace(each, burst_s=each.depth / 50_000) for each in fast.bursts]
+    )
+    assert fast.small_reads_per_s() == pytest.approx(50_000)
+    expected = Config().selected_tokens(8192)
+    assert 0 <= expected - chosen(8192, 200 * MIB, fast) <= STEP_GROUPS * max(GROUPS)
+    assert chosen(1024, 200 * MIB, fast) == 400
+    assert chosen(8192, 200 * MIB, fewer_reads(fast)) < expected / 2
+    assert 400 <= chosen(8192, 12 * MIB, fast) < expected
 
 
 def test_the_preferred_measure_is_best_within_the_slack_of_the_other(tmp_path: Path) -> None:

@@ -200,7 +200,7 @@ def test_damaged_tables_are_refused_with_a_message(tmp_path: Path) -> None:
     file = tmp_path / "t.safetensors"
     tables().save(file)
     content, tensors = file.read_bytes(), load_file(file)
-    about = {"format": "kvswap-tables", "version": 4, **dataclasses.asdict(tables().facts)}
+    about = {"format": "kvswap-tables", "version": 5, **dataclasses.asdict(tables().facts)}
 
     def write(about: object, tensors: dict[str, np.ndarray]) -> None:
         save_file(tensors, file, metadata={"kvswap": json.dumps(about)})
@@ -212,8 +212,8 @@ def test_damaged_tables_are_refused_with_a_message(tmp_path: Path) -> None:
         load_tables(tmp_path / "absent", "abc", LAYERS)
     for changed, words in (
         ({**about, "format": "x"}, "not a kvswap-tables file"),
-        ({**about, "version": 2}, "version 2, this kvswap reads 4"),
-        ({**about, "version": 3}, "version 3, this kvswap reads 4"),
+        ({**about, "version": 2}, "version 2, this kvswap reads 5"),
+        ({**about, "version": 3}, "version 3, this kvswap reads 5"),
         ({**about, "qualities": []}, "nothing was measured"),
         ({**about, "qualities": [{**about["qualities"][0], "kl_by_text": [0.1]}]}, "KL of 1 texts"),
         ({**about, "qualities": [{**about["qualities"][0], "kl_by_text": [0.1, float("nan")]}]}, "KL of 2 texts"),

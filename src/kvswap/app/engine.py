@@ -51,6 +51,8 @@ from kvswap.sessions.session import Session
 from kvswap.sessions.sharing import common_tokens
 
 SOURCES = 10
+LEAST_MASS = 0.6
+"""Below this estimate an answer comes with a warning: KL was 0.05 nats and more there (docs/quality.md)."""
 _STILL_READING, _READ_ON = "an answer is still being read", "read it to its end or close its iterator first"
 
 
@@ -370,12 +372,20 @@ class Engine:
         if self._on_notice is not None:
             self._on_notice(text)
 
+    def _warn_of_loss(self, mass_kept: float | None) -> None:
+        if mass_kept is not None and mass_kept < LEAST_MASS:
+            self._notice(
+                f"the answer attended to an estimated {mass_kept:.0%} of the attention only, so it may differ from that "
+                "of full attention; give more kv_memory, or a larger select_tokens where that is fixed"
+            )
+
     def _measure(
         self, generation: Generation, before: CacheStats, after: CacheStats, started_s: float, **counts: int
     ) -> RunStats:
         loaded, cache = self._loaded, after.since(before)
         if isinstance(self.method, InMemory):
             cache["kv_memory_limit_bytes"] = None
+        self._warn_of_loss(cache["mass_kept"])
         return replace(
             blank_stats(loaded, self.method.name, resolved_config(self.config, loaded.model, after)),
             **self._context.numbers(counts["stored_tokens"]),

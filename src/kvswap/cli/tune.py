@@ -50,10 +50,8 @@ if TYPE_CHECKING:
 @click.option(
     "--select-tokens",
     type=int,
-    default=400,
-    show_default=True,
     metavar="M",
-    help="Tokens that a step attends to, as the mean over layers.",
+    help="Tokens that a step attends to, as the mean over layers.  [default: as without tuning, by context and disk]",
 )
 @click.option(
     "--out", required=True, metavar="FILE", help="JSON file to write the configuration to, for kvswap run --config."

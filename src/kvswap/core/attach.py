@@ -232,7 +232,11 @@ def select_share(backend: ReadBackend, folder: Path) -> int:
         return AUTO_SHARE
     if not backend.direct:
         return UNKNOWN_SHARE
-    rate = reads_per_s(backend.name, folder)
+    return share_for(reads_per_s(backend.name, folder))
+
+
+def share_for(rate: float) -> int:
+    """One token in how many for a disk that answers ``rate`` reads of 4 KiB a second."""
     return next((share for least, share in SHARES if rate >= least), SLOW_SHARE)
 
 

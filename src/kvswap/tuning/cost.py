@@ -74,6 +74,11 @@ class DiskCosts:
         sizes = sorted({point.read_bytes for point in self.bursts})
         return [(size, max(p.bytes_per_s for p in self.bursts if p.read_bytes == size)) for size in sizes]
 
+    def small_reads_per_s(self) -> float:
+        """Most reads a second of the measured size that is nearest to 4 KiB."""
+        size = min((point.read_bytes for point in self.bursts), key=lambda each: abs(each - 4096))
+        return max(point.depth / point.burst_s for point in self.bursts if point.read_bytes == size)
+
     def read_size_bytes(self) -> int:
         """The smallest measured read size that reaches 80 % of the best rate."""
         rates = self.peak_rates()

@@ -23,8 +23,10 @@ from typing import Literal
 import torch
 
 from kvswap.config import Config
+from kvswap.core.attach import UNKNOWN_SHARE, share_for
 from kvswap.errors import MemoryBudgetError
 from kvswap.memory.budget import OWNER_BYTES, MemoryNeeds, capacity_for
+from kvswap.selection.method import window_of
 from kvswap.selection.transform_sketch import TransformSketch, basis_bytes
 from kvswap.selection.window import Window
 from kvswap.store.layout import GroupLayout
@@ -75,12 +77,15 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """What to tune for: a memory limit, a context, a batch, and M (``select_tokens``) as the mean over layers."""
+    """What to tune for: a memory limit, a context, a batch, and M (``select_tokens``) as the mean over layers.
+
+    M of None is that of the untuned default on this disk, within the memory limit.
+    """
 
     limit_bytes: int
     context_tokens: int
     batch: int
-    select_tokens: int
+    select_tokens: int | None
 
 
 class Pricing:
@@ -112,10 +117,27 @@ class Pricing:
             basis_bytes=facts.layers * basis_bytes(facts.key_elements, rank),
         )
 
+    def select_tokens(self, config: Config, request: Request) -> int:
+        """M of a request for a configuration: the given one, or what a selection that grows has at its context."""
+        if request.select_tokens is not None:
+            return request.select_tokens
+        disk = self.profile.disk
+        share = share_for(disk.small_reads_per_s()) if disk.direct_io else UNKNOWN_SHARE
+        grows = config.replace(select_tokens="auto")
+        needs = self.needs(grows, request.batch)
+        needs = replace(needs, window=replace(window_of(grows, self.facts.kv_heads), share=share))
+        groups = needs.select_groups(request.context_tokens, request.limit_bytes)
+        return config.pinned_tokens + groups * config.group_tokens
+
     def layer_select_tokens(self, config: Config, context_tokens: int) -> tuple[int, ...]:
-        """Distribute the selected tokens over layers by the attention mass they keep, with the same mean."""
+        """Distribute the selected tokens over layers by the attention mass they keep, with the same mean.
+
+        Empty where more groups are selected than the tables rank.
+        """
         context = self.tables.nearest_context(context_tokens)
         kept = self.tables.kept[context, config.group_tokens]
+        if config.select_groups > kept.shape[1] - 1 and context < context_tokens:
+            return ()
         groups = groups_by_layer(kept, min(config.select_groups, kept.shape[1] - 1))
         return tuple(config.pinned_tokens + count * config.group_tokens for count in groups)
 
@@ -269,12 +291,13 @@ def _configs(pricing: Pricing, request: Request) -> Iterator[Config]:
             config = Config(
                 kv_memory=request.limit_bytes,
                 group_tokens=group_tokens,
-                select_tokens=request.select_tokens,
                 sketch_rank=sketch.rank,
                 sketch_bits=sketch.bits,
             )
+            config = config.replace(select_tokens=pricing.select_tokens(config, request))
             yield config
-            yield config.replace(layer_select_tokens=pricing.layer_select_tokens(config, request.context_tokens))
+            if by_layer := pricing.layer_select_tokens(config, request.context_tokens):
+                yield config.replace(layer_select_tokens=by_layer)
 
 
 def _too_small(pricing: Pricing, request: Request, configs: list[Config]) -> MemoryBudgetError:

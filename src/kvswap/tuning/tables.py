@@ -36,9 +36,9 @@ from kvswap.errors import ConfigError
 from kvswap.selection.transform_sketch import TransformSketch
 from kvswap.tuning.machine import version_of
 
-FORMAT, VERSION = "kvswap-tables", 4
+FORMAT, VERSION = "kvswap-tables", 5
 GROUPS = (1, 2, 4, 8, 16)
-SELECTED = (200, 400, 800)
+SELECTED = (200, 400, 800, 1600)
 COVERED = 0.9
 """Share of unseen texts that are expected to stay below ``PredictedKL.bound``."""
 LEAST_SHARE, MOST_SHARE = 0.4, 2.0

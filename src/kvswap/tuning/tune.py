@@ -37,7 +37,7 @@ def tune(
     context_tokens: int | Sequence[int],
     batch: int = 1,
     prefer: Prefer = "quality",
-    select_tokens: int = 400,
+    select_tokens: int | None = None,
     kv_dir: str | None = None,
     profile: str | Path | Profile | None = None,
     tables: str | Path | Tables | None = None,
@@ -58,7 +58,8 @@ def tune(
     prefer
         ``"quality"``: the best KL among the nearly fastest. ``"speed"``: the fastest among those of nearly the best KL.
     select_tokens
-        M, the tokens attended to, as the mean over layers.
+        M, the tokens attended to, as the mean over layers. None is as many as without tuning: they grow with the
+        context, and depend on the disk.
     profile, tables
         Measurements, or their files. By default the cached ones; where there are none, they are measured now, which
         takes a minute for a profile and several for tables.
@@ -219,7 +220,7 @@ def _solution(request: Request, chosen: Candidate, lines: list[str], kv_dir: str
 
 
 def _requests(
-    kv_memory: int | str, context_tokens: int | Sequence[int], batch: int, prefer: str, select_tokens: int
+    kv_memory: int | str, context_tokens: int | Sequence[int], batch: int, prefer: str, select_tokens: int | None
 ) -> list[Request]:
     """Check the arguments before a model is loaded; return a request for each context. Raises ConfigError."""
     limit_bytes = parse_bytes(kv_memory, name="kv_memory")
@@ -231,7 +232,8 @@ def _requests(
     for name, value in (("batch", batch), *(("context", each) for each in contexts)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ConfigError(f"{name}: got {value!r}", hint="give an integer from 1 up")
-    Config(select_tokens=select_tokens, group_tokens=max(GROUPS))  # raises where it leaves nothing to select
+    if select_tokens is not None:
+        Config(select_tokens=select_tokens, group_tokens=max(GROUPS))  # raises where it leaves nothing to select
     return [
         Request(limit_bytes=limit_bytes, context_tokens=context, batch=batch, select_tokens=select_tokens)
         for context in contexts
