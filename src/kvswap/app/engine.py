@@ -375,8 +375,8 @@ class Engine:
     def _warn_of_loss(self, mass_kept: float | None) -> None:
         if mass_kept is not None and mass_kept < LEAST_MASS:
             self._notice(
-                f"the answer attended to an estimated {mass_kept:.0%} of the attention only, so it may differ from that "
-                "of full attention; give more kv_memory, or a larger select_tokens where that is fixed"
+                f"the answer attended to an estimated {mass_kept:.0%} of the attention only, so it may differ from "
+                "that of full attention; give more kv_memory, or a larger select_tokens where that is fixed"
             )
 
     def _measure(
