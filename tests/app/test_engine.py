@@ -130,7 +130,7 @@ def test_template_that_drops_thinking_keeps_the_shared_beginning(folder, select_
             computed, ids = engine.stats.computed_tokens, engine.stats.token_ids
         messages = engine._conversation.messages
         assert computed < 120 and engine.stats.stored_tokens > len(DOCUMENT.text) - 100
-    assert "the first" in notices[0] and "stay" in notices[0]
+    assert any("the first" in each and "stay" in each for each in notices)
     if select_tokens == 6000:
         text = render(dropping.tokenizer, messages[:5])
         assert ids == reference(dropping, prompt_ids(dropping, text), 9)
