@@ -37,6 +37,7 @@ def attended(found: Conversation, *texts: str, share: float = 1.0) -> Tally:
     for number, text in enumerate(texts):
         start = whole.index(text.encode())
         tally.groups[0, start // GROUP : (start + len(text.encode())) // GROUP] += share / 2**number
+    tally.squares = tally.groups**2
     return tally
 
 
@@ -71,7 +72,9 @@ def test_of_equal_texts_the_one_that_was_attended_to() -> None:
     text = FILLER + NEEDLE + "\n" + FILLER
     found = conversation(Document("a.txt", text), Document("b.txt", text))
     tally = attended(found, NEEDLE)
-    tally.groups = tally.groups.roll(len(text.encode()) // GROUP + 6, 1)  # to the second document
+    tally.groups, tally.squares = (
+        each.roll(len(text.encode()) // GROUP + 6, 1) for each in (tally.groups, tally.squares)
+    )
     (source,) = find_sources(TOKENIZER, found, tally, count=1)
     assert source.document == "b.txt"
 
@@ -84,6 +87,14 @@ def test_best_first_none_over_another_and_no_more_than_wanted() -> None:
     assert NEEDLE in sources[0].text and other in sources[1].text and len(sources) == 2
     assert sources[0].share > sources[1].share
     assert find_sources(TOKENIZER, found, tally, count=0) == [] and find_sources(TOKENIZER, found, None, count=3) == []
+
+
+def test_what_was_looked_up_comes_before_what_is_always_attended_to() -> None:
+    found = conversation(Document("a.txt", with_needle(5)))
+    tally, other = attended(found, NEEDLE, share=0.5), "Line 40 says nothing of interest."
+    tally.groups += attended(found, other, share=1.0).groups  # more in all, but a little at each choice
+    sources = find_sources(TOKENIZER, found, tally, count=2)
+    assert NEEDLE in sources[0].text and len(sources) == 1
 
 
 def test_question_and_answers_are_no_source() -> None:
@@ -103,7 +114,7 @@ def test_a_message_without_documents_is_its_own() -> None:
 def test_characters_of_several_bytes_are_cut_nowhere() -> None:
     found = conversation(Document("a.txt", "ü€𝄞" * 200))
     tally = Tally(1, len(found.ids) // GROUP + 1, GROUP, torch.device("cpu"))
-    tally.groups[0, 101] = 1.0
+    tally.groups[0, 101] = tally.squares[0, 101] = 1.0
     (source,) = find_sources(TOKENIZER, found, tally, count=1)
     assert set(source.text) <= set("ü€𝄞")
 
@@ -121,6 +132,7 @@ def test_whatever_was_attended_to_sources_are_parts_of_the_documents(texts, seed
     found = conversation(*documents)
     tally = Tally(1, len(found.ids) // GROUP + 3, GROUP, torch.device("cpu"))
     tally.groups[0] = torch.from_numpy(np.random.default_rng(seed).random(tally.groups.shape[1], np.float32))
+    tally.squares = tally.groups**2
     sources = find_sources(TOKENIZER, found, tally, count=5)
     assert sum(each.share for each in sources) <= 1 + 1e-6
     for each in sources:

@@ -33,7 +33,7 @@ def run(model, folder, steps=6, batch=1, prompt=900, **settings):
             model(ids[:, n : n + 1], cache=cache)
             chosen += [cache._decode.chosen(layer)[0].copy() for layer in range(cache._state.shape.layers)]
         tally, stats = cache.tally, cache.stats
-        return tally.groups.clone(), tally.choices, stats, chosen
+        return tally.groups.clone(), tally.choices, stats, chosen, tally.squares.clone()
 
 
 @pytest.mark.parametrize("batch", [1, 2])
@@ -42,12 +42,13 @@ def test_compiled_steps_count_what_python_counts(model, tmp_path, batch) -> None
     theirs = run(model, tmp_path, batch=batch, compiled_step="off")
     assert ours[1] == theirs[1] == 6 * batch * model.config.num_hidden_layers
     assert ours[2].mass_kept == pytest.approx(theirs[2].mass_kept, abs=1e-4)
-    assert torch.allclose(ours[0], theirs[0], atol=1e-4)
+    assert torch.allclose(ours[0], theirs[0], atol=1e-4) and torch.allclose(ours[4], theirs[4], atol=1e-4)
+    assert 0 < float(ours[4].sum()) < float(ours[0].sum())
 
 
 @pytest.mark.parametrize("compiled", ["auto", "off"])
 def test_only_groups_that_were_chosen_have_a_share(model, tmp_path, compiled) -> None:
-    shares, choices, stats, chosen = run(model, tmp_path, compiled_step=compiled)
+    shares, choices, stats, chosen, _ = run(model, tmp_path, compiled_step=compiled)
     picked = np.unique(np.concatenate([each.ravel() for each in chosen]))
     assert shares[0].nonzero().flatten().tolist() == picked.tolist()
     assert picked.min() >= SINKS // GROUP
@@ -73,7 +74,7 @@ def test_the_estimate_is_that_of_the_scores(model, tmp_path, monkeypatch) -> Non
 
 
 def test_nothing_is_counted_where_nothing_is_left_out(model, tmp_path) -> None:
-    shares, choices, stats, _ = run(model, tmp_path, select_tokens=2000)
+    shares, choices, stats, *_ = run(model, tmp_path, select_tokens=2000)
     assert choices == 0 and stats.mass_kept == 1 and not shares.any()
 
 
@@ -95,7 +96,7 @@ def test_a_context_that_grows_keeps_its_shares(model, tmp_path) -> None:
     assert tally.groups.shape == (1, 4)
     tally.grow(9)
     assert tally.groups[0].tolist() == [1.0] * 4 + [0.0] * 5 and tally.fields.columns == 9
-    assert tally.fields.groups == tally.groups.data_ptr()
+    assert (tally.fields.groups, tally.fields.squares) == (tally.groups.data_ptr(), tally.squares.data_ptr())
     tally.reset()
     assert not tally.groups.any()
 

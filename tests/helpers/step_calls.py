@@ -151,8 +151,8 @@ def fetch_calls() -> Iterator[Call]:
         out = np.zeros(11 * BATCH * count + 3, np.int64)
         for codes_or_none, first in ((sketch, 1), (None, 2)):
             step = step_struct(layer, F32, 2)
-            shares = np.zeros((BATCH, columns), np.float32)
-            step.pointers[Step.tally.offset] = Struct(Tally(None, columns, 0.0, 0), {Tally.groups.offset: shares})
+            sums = {each.offset: np.zeros((BATCH, columns), np.float32) for each in (Tally.groups, Tally.squares)}
+            step.pointers[Step.tally.offset] = Struct(Tally(None, None, columns, 0.0, 0), sums)
             yield Call(
                 "step_fetch",
                 [

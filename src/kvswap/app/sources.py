@@ -1,7 +1,8 @@
 """Where an answer came from: the passages of the documents that its tokens attended to most.
 
 Decode steps choose groups of tokens by their estimated share of attention, and ``selection/tally.py`` adds these shares
-up. Here the sums become passages: the best stretches of ``PASSAGE_TOKENS`` tokens, none over another, each found in its
+and their squares up. Here the sums become passages: by squares, which favour what was looked up over what is always
+attended to a little, the best stretches of ``PASSAGE_TOKENS`` tokens, none over another, each found in its
 document and widened to whole sentences. Sinks and recent window are attended to always and say nothing. Pure functions.
 """
 
@@ -54,31 +55,32 @@ def find_sources(tokenizer: Any, conversation: Conversation, tally: Tally | None
     """The ``count`` passages of a conversation that ``tally`` has the largest shares of, or fewer; [] without one."""
     if tally is None or not count:
         return []
-    shares, group_tokens = tally.groups[0].cpu().numpy(), tally.group_tokens
+    shares, squares = (each[0].cpu().numpy() for each in (tally.groups, tally.squares))
+    group_tokens, width = tally.group_tokens, max(1, PASSAGE_TOKENS // tally.group_tokens)
     ids, messages, total = conversation.ids, conversation.messages, float(shares.sum())
     found: list[Source] = []
     taken: list[tuple[int, int, int]] = []
-    for first, share in _stretches(shares, max(1, PASSAGE_TOKENS // group_tokens), _PLACES * count):
+    for first in _stretches(squares, width, _PLACES * count):
         start = first * group_tokens
         place = _locate(tokenizer, ids, start, start + PASSAGE_TOKENS, messages)
         if place is None or any(place[0] == n and place[1] < high and low < place[2] for n, low, high in taken):
             continue
         taken.append(place)
-        found.append(_source(messages[place[0]], *place, share / total))
+        found.append(_source(messages[place[0]], *place, float(shares[first : first + width].sum()) / total))
         if len(found) == count:
             break
     return found
 
 
-def _stretches(shares: NDArray[np.float32], width: int, most: int) -> Iterator[tuple[int, float]]:
-    """First group and sum of the best stretches of ``width`` groups, none over another, the best one first."""
-    left = shares.astype(np.float64)
+def _stretches(squares: NDArray[np.float32], width: int, most: int) -> Iterator[int]:
+    """First groups of the best stretches of ``width`` groups, none over another, the best one first."""
+    left = squares.astype(np.float64)
     for _ in range(most):
         sums = np.convolve(left, np.ones(width), "valid") if len(left) > width else left.sum(keepdims=True)
         first = int(sums.argmax())
         if sums[first] <= 0:
             return
-        yield first, float(sums[first])
+        yield first
         left[first : first + width] = 0.0
 
 

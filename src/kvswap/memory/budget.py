@@ -17,7 +17,7 @@ from kvswap.units import KIB, format_bytes, format_parts, parse_bytes
 GROWTH_TOKENS = 256
 WRITE_QUEUE_BYTES = 1 << 20
 OWNER_BYTES = 8 + 4 + 4  # who lives in a reuse slot, its worth, and when that was true
-TALLY_BYTES = 4  # how much attention a group of a sequence got
+TALLY_BYTES = 8  # how much attention a group of a sequence got, and how sharply
 STAGING_SLACK = 2.0  # room for gaps that are read through
 STEP_GROUPS = 16
 """A selection that grows with the context grows by so many groups."""

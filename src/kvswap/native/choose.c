@@ -126,11 +126,14 @@ INLINE float sum_of(const float *values, int64_t count) {
 INLINE void count_picked(Tally *tally, int64_t b, const float *mass, int64_t groups, int64_t first, int64_t end,
                          const int64_t *picked, int64_t count) {
     const float all = sum_of(mass, groups), one = 1.0f / all;
-    float kept = sum_of(mass, first) + sum_of(mass + end, groups - end), *to = tally->groups + b * tally->columns;
+    float kept = sum_of(mass, first) + sum_of(mass + end, groups - end);
+    float *shares = tally->groups + b * tally->columns, *squares = tally->squares + b * tally->columns;
     if (!(all > 0.0f)) return;
     for (int64_t n = 0; n < count && picked[n] < end; n++) {
+        const float share = mass[picked[n]] * one;
         kept += mass[picked[n]];
-        to[picked[n]] += mass[picked[n]] * one;
+        shares[picked[n]] += share;
+        squares[picked[n]] += share * share;
     }
     tally->kept += kept * one;
     tally->choices++;

@@ -66,8 +66,14 @@ class Slots(ctypes.Structure):
 class Tally(ctypes.Structure):
     """What steps attended to; see ``selection/tally.py``."""
 
-    _fields_ = (("groups", c_void_p), ("columns", c_int64), ("kept", c_double), ("choices", c_int64))
+    _fields_ = (
+        *((name, c_void_p) for name in ("groups", "squares")),
+        ("columns", c_int64),
+        ("kept", c_double),
+        ("choices", c_int64),
+    )
     groups: int
+    squares: int
     columns: int
     kept: float
     choices: int

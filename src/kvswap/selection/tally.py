@@ -26,6 +26,9 @@ class Tally:
     groups : float32 ``[B, N]``
         Share of each group in the estimated attention, mean over heads, where the group was selected. Sinks and recent
         window are not selected, so they have none.
+    squares : float32 ``[B, N]``
+        The same with the squares of these shares. A choice that goes to few groups counts for more here: layers that
+        look something up attend sharply, while others spread their attention over what is always there.
     group_tokens
         G.
     fields
@@ -35,6 +38,7 @@ class Tally:
     def __init__(self, batch: int, capacity_groups: int, group_tokens: int, device: torch.device) -> None:
         self.group_tokens = group_tokens
         self.groups = torch.zeros(batch, capacity_groups, device=device)
+        self.squares = torch.zeros_like(self.groups)
         self._kept = torch.zeros((), dtype=torch.float64, device=device)  # of choices in Python, left on the device
         self.fields = step_loops.Tally()
         self._describe()
@@ -48,6 +52,7 @@ class Tally:
             index = torch.from_numpy(np.ascontiguousarray(picked)).to(mass.device)
             row = mass[sequence] / mass[sequence].sum()
             self.groups[sequence].index_add_(0, index, row[index])
+            self.squares[sequence].index_add_(0, index, row[index] ** 2)
             self._kept += row[:first].sum() + row[index].sum() + row[end:].sum()
             self.fields.choices += 1
 
@@ -65,12 +70,15 @@ class Tally:
     def grow(self, capacity_groups: int) -> None:
         """Make room for ``capacity_groups`` groups of each sequence; less is no change."""
         if more := max(0, capacity_groups - self.groups.shape[1]):
-            self.groups = torch.nn.functional.pad(self.groups, (0, more))
+            self.groups, self.squares = (
+                torch.nn.functional.pad(each, (0, more)) for each in (self.groups, self.squares)
+            )
             self._describe()
 
     def reset(self) -> None:
         """Forget the shares of groups; the other sums go on."""
         self.groups.zero_()
+        self.squares.zero_()
 
     @property
     def address(self) -> int:
@@ -78,4 +86,5 @@ class Tally:
         return ctypes.addressof(self.fields)
 
     def _describe(self) -> None:
-        self.fields.groups, self.fields.columns = self.groups.data_ptr(), self.groups.shape[1]
+        self.fields.groups, self.fields.squares = self.groups.data_ptr(), self.squares.data_ptr()
+        self.fields.columns = self.groups.shape[1]
