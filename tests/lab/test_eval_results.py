@@ -11,6 +11,7 @@ def record(method: str, index: int, score: float, **changes) -> dict:
     values = {"task": "t", "method": method, "context": 100, "kv_memory": None if method == "full" else "1MiB"}
     values |= {"index": index, "prompt_hash": str(index), "score": score, "kl": score / 10, "same": 1.0}
     values |= {"nll": 2.0, "mass": 0.5, "setting": None, "sketch": "", "text_number": index}
+    values |= {"text_kind": "documents", "text_tokens": 10**6}
     values |= {"kv_memory_limit_bytes": None if method == "full" else 5, "kv_memory_peak_bytes": 3}
     return values | changes
 

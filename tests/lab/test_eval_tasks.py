@@ -17,6 +17,7 @@ from tests.helpers.folders import byte_tokenizer
 
 ASKING = [name for name in TASKS if name not in ("agreement", "perplexity", "longbench")]
 CONTEXT = 9000
+JSON = ("text2json", "facts-json")
 
 
 def source(seed: int = 0, **values) -> Source:
@@ -37,9 +38,9 @@ def test_samples_fit_and_contain_their_answers(name):
         assert 0.6 * CONTEXT < len(each.prompt) <= CONTEXT
         prompt, forced = (texts.tokenizer.decode(ids) for ids in (each.prompt, each.forced))
         for answer in each.answers:
-            for part in answer.split() if name == "text2json" else [answer]:
+            for part in answer.split() if name in JSON else [answer]:
                 assert part in prompt
-                assert part in forced or (name == "text2json" and part == each.answers[0].split()[0])
+                assert part in forced or (name in JSON and part == each.answers[0].split()[0])
         assert task.score(each, outcome(forced)) == 1
         assert task.score(each, outcome("nothing of the kind")) == 0
     again, other = list(task.make(texts, CONTEXT, 3)), list(task.make(source(1), CONTEXT, 3))

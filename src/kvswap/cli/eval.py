@@ -72,6 +72,12 @@ if TYPE_CHECKING:
     help="Number of samples of each task and context.",
 )
 @click.option(
+    "--texts",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Ask every question about N texts, for each task and context, in place of --samples.",
+)
+@click.option(
     "--steps",
     default=64,
     show_default=True,
@@ -93,7 +99,7 @@ if TYPE_CHECKING:
     "documents",
     multiple=True,
     metavar="FILE",
-    help="Evaluate on this text first, then on Python's documentation. May be given several times.",
+    help="Evaluate on this text, in place of Python's documentation. May be given several times.",
 )
 @click.option(
     "--dataset",
@@ -135,6 +141,7 @@ def evaluate(
     settings: str | None,
     kv_dir: str | None,
     samples: int,
+    texts: int | None,
     steps: int,
     minutes: float | None,
     seed: int,
@@ -168,18 +175,25 @@ def evaluate(
     target = check_writable("--json", json_file)
     picture = None if plot_file is None else check_plot(check_writable("--plot", plot_file))
     config = plain_config(config_file, kv_dir=kv_dir)
-    plan = _plan(tasks, methods, contexts, kv_memory, samples, settings, config)
+    plan = _plan(tasks, methods, contexts, kv_memory, settings, config, samples=samples, texts=texts)
     passages = evaluation_text([read_document(path) for path in documents], seed)
     files = [path for path in map(user_path, datasets) if read_dataset(path)]
     prepare_dir(kv_folder(config.kv_dir))
     from kvswap.cli.display import Display
     from kvswap.cli.loading import load_weights
-    from kvswap.lab.evals.samples import Source
+    from kvswap.lab.evals.samples import DOCUMENTS, PYTHON_TEXT, Source
 
     display = Display()
     try:
         loaded = load_weights(model, display, **loading)
-        source = Source(tokenizer=loaded.tokenizer, passages=passages, seed=seed, steps=steps, datasets=files)
+        source = Source(
+            tokenizer=loaded.tokenizer,
+            passages=passages,
+            kind=DOCUMENTS if documents else PYTHON_TEXT,
+            seed=seed,
+            steps=steps,
+            datasets=files,
+        )
         rows = _evaluate(loaded, config, plan, source, display, file=target, prompts=prompts, minutes=minutes)
     finally:
         display.finish()
@@ -217,7 +231,15 @@ def _evaluate(
 
 
 def _plan(
-    tasks: str, methods: str, contexts: str, kv_memory: str, samples: int, settings: str | None, config: Config
+    tasks: str,
+    methods: str,
+    contexts: str,
+    kv_memory: str,
+    settings: str | None,
+    config: Config,
+    *,
+    samples: int,
+    texts: int | None,
 ) -> Plan:
     from kvswap.lab.evals.run import Plan
     from kvswap.lab.evals.tasks import find_task
@@ -234,6 +256,7 @@ def _plan(
         contexts=split_numbers("--context", contexts),
         kv_memory=split_list("--kv-memory", kv_memory),
         samples=samples,
+        texts=texts,
         settings=[None]
         if settings is None
         else [SketchSetting.parse(each) for each in split_list("--setting", settings)],
@@ -253,6 +276,7 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
         "score",
         "± error",
         "of full",
+        "± error",
         "KL",
         "± error",
         "nll",
@@ -270,7 +294,8 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
                 str(row["n"]),
                 _number(row["score"]),
                 _number(row["stderr"]),
-                "" if row["retention"] is None else f"{row['retention']:.1%}",
+                _percent(row["retention"]),
+                _percent(row.get("retention_stderr")),
                 _number(row["kl"]),
                 _number(row["kl_stderr"]),
                 _number(row["nll"]),
@@ -284,6 +309,10 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
         click.echo(printable("  ".join(cells).rstrip()))
     for note in dict.fromkeys(row["note"] for row in rows if row["note"]):
         click.echo(f"note: {printable(note)}", err=True)
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{value:.1%}"
 
 
 def _number(value: float | None) -> str:

@@ -220,10 +220,16 @@ def quality_lines(content: Row) -> list[str]:
     selected = "an eighth of the tokens" if count == "auto" else f"{count} tokens"
     about = (
         f"{_model(identity)}; memory limit of the methods on disk: {limits}; "
-        f"{selected} selected; seed {identity['seed']}. "
+        f"{selected} selected; seed {identity['seed']}. Text: {_text(identity)}. "
         f"{content['machine']['system']}, torch {content['machine']['torch']}, kvswap {identity['kvswap_version']}."
     )
     return ["", *question_table(rows), "", about, ""]
+
+
+def _text(identity: Row) -> str:
+    """What text results were measured on."""
+    documents = ", ".join(identity.get("documents", []))
+    return f"{documents} (of the user's)" if documents else "Python documentation"
 
 
 def question_table(results: Sequence[Row]) -> list[str]:
