@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -163,12 +165,10 @@ def evaluate(
       kvswap eval --model smollm2-135m --task agreement,perplexity --methods kvswap,window --json results.json
       kvswap eval --model smollm2-135m --task needle --context 2048,4096 --json needle.json --plot needle.png
     """
-    from kvswap.app.documents import read_document
+    from kvswap.cli.display import Display
     from kvswap.cli.files import check_writable
     from kvswap.disk.files import prepare_dir
-    from kvswap.disk.folders import kv_folder, user_path
-    from kvswap.lab.evals.evaluation_text import evaluation_text
-    from kvswap.lab.evals.tasks.longbench import read_dataset
+    from kvswap.disk.folders import kv_folder
     from kvswap.lab.plots import plot_eval
     from kvswap.tuning.plots import check_plot
 
@@ -176,30 +176,38 @@ def evaluate(
     picture = None if plot_file is None else check_plot(check_writable("--plot", plot_file))
     config = plain_config(config_file, kv_dir=kv_dir)
     plan = _plan(tasks, methods, contexts, kv_memory, settings, config, samples=samples, texts=texts)
-    passages = evaluation_text([read_document(path) for path in documents], seed)
-    files = [path for path in map(user_path, datasets) if read_dataset(path)]
+    make_source = _source(documents, datasets, seed=seed, steps=steps)
     prepare_dir(kv_folder(config.kv_dir))
-    from kvswap.cli.display import Display
     from kvswap.cli.loading import load_weights
-    from kvswap.lab.evals.samples import DOCUMENTS, PYTHON_TEXT, Source
 
     display = Display()
     try:
         loaded = load_weights(model, display, **loading)
-        source = Source(
-            tokenizer=loaded.tokenizer,
-            passages=passages,
-            kind=DOCUMENTS if documents else PYTHON_TEXT,
-            seed=seed,
-            steps=steps,
-            datasets=files,
-        )
+        source = make_source(tokenizer=loaded.tokenizer)
         rows = _evaluate(loaded, config, plan, source, display, file=target, prompts=prompts, minutes=minutes)
     finally:
         display.finish()
     _print_table([row for row in rows if row["task"] in [task.name for task in plan.tasks]])
     if picture is not None:
         plot_eval(target, picture)
+
+
+def _source(documents: Sequence[str], datasets: Sequence[str], *, seed: int, steps: int) -> Callable[..., Source]:
+    """Read texts; return what makes a source of them when a tokenizer is known."""
+    from kvswap.app.documents import read_document
+    from kvswap.disk.folders import user_path
+    from kvswap.lab.evals.evaluation_text import evaluation_text
+    from kvswap.lab.evals.samples import DOCUMENTS, PYTHON_TEXT, Source
+    from kvswap.lab.evals.tasks.longbench import read_dataset
+
+    return partial(
+        Source,
+        passages=evaluation_text([read_document(path) for path in documents], seed),
+        kind=DOCUMENTS if documents else PYTHON_TEXT,
+        seed=seed,
+        steps=steps,
+        datasets=[path for path in map(user_path, datasets) if read_dataset(path)],
+    )
 
 
 def _evaluate(

@@ -90,29 +90,22 @@ def measure(
         raise ValueError(f"the first of the variants {list(variants)} is not {FULL}")
     parts = inspect(loaded.model)
     elements = parts.kv_heads * parts.head_dim
-    configs = {each: each.configure(config, elements, sample.context) for each in variants}
+    methods = {each: (each.method, each.configure(config, elements, sample.context)) for each in variants}
 
     def on_stage(stage: str, done: int, total: int) -> None:
-        if stage == "prefill":
-            on_fraction(shares.prompt * done / total)
-        else:
-            on_progress(stage, done, total)
+        if stage != "prefill":
+            return on_progress(stage, done, total)
+        return on_fraction(shares.prompt * done / total)
 
     def attached(chosen: Sequence[Variant]) -> AbstractContextManager[list[Any]]:
-        methods = [("full", config), *((each.method, configs[each]) for each in chosen)]
-        return attach_each(
-            loaded.model,
-            with_methods(methods),
-            tokenizer=loaded.tokenizer,
-            on_progress=on_stage,
-            on_notice=on_notice,
-        )
+        named = [("full", config), *(methods[each] for each in chosen)]
+        told: dict[str, Any] = {"on_progress": on_stage, "on_notice": on_notice}
+        return attach_each(loaded.model, with_methods(named), tokenizer=loaded.tokenizer, **told)
 
     with attached(variants) as (full, *caches):
         row = prompts.fill(loaded.model, full, sample.prompt)
         forced = dict(zip(variants, caches, strict=True))
-        for cache in caches:
-            cache.adopt(full)
+        _adopt(caches, full)
         runs, masses = _force(loaded.model, forced, sample.forced, row, shares, on_fraction)
         stats = {each: cache.stats for each, cache in forced.items()}
     texts: dict[Variant, str | None] = dict.fromkeys(variants)
@@ -120,15 +113,18 @@ def measure(
         answers = _Answers(loaded, sample, settled)
         texts.update(answers.known(runs))
         rest = [each for each in variants if texts[each] is None]
-        if rest:
-            # A second attachment, so that memory and disk hold one cache of each variant at a time.
-            with attached(rest) as (full, *caches):
-                prompts.fill_again(full)
-                for cache in caches:
-                    cache.adopt(full)
-                texts.update(zip(rest, answers.generate(caches, row), strict=True))
+        # A second attachment, so that memory and disk hold one cache of each variant at a time.
+        with attached(rest) as (full, *caches):
+            prompts.fill_again(full)
+            _adopt(caches, full)
+            texts.update(zip(rest, answers.generate(caches, row), strict=True))
     on_fraction(1.0)
     return {each: _measured(each, runs[each], texts[each], masses[each], stats[each]) for each in variants}
+
+
+def _adopt(caches: Sequence[Any], full: Any) -> None:
+    for cache in caches:
+        cache.adopt(full)
 
 
 def _force(
@@ -169,6 +165,8 @@ class _Answers:
 
     def generate(self, caches: Sequence[Any], row: torch.Tensor) -> list[str]:
         """Return the answer of each cache, all of which hold the prompt; ``row`` ``[V]`` is predicted after it."""
+        if not caches:
+            return []
         count = self._sample.max_new_tokens
         found = greedy_batched(self._loaded.model, caches, row, count, stops=self._stops)
         return [self._text_of(ids) for ids in found]
