@@ -54,6 +54,7 @@ class PromptCache:
         path, stored = self._longest(full.parts, full.chunk_tokens, ids)
         row = _read(path, full, stored) if path is not None and stored == len(ids) else None
         if row is None:
+            stored = 0 if stored == len(ids) else stored  # the file was damaged since its ids were read
             known = self._begin(full, ids, path, stored)
             self._ids, self._layers = (), []  # free the last prompt: memory is planned for one
             row = share_prompt(model, [full], ids[known:])

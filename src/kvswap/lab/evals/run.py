@@ -137,7 +137,7 @@ def evaluate(
                 on_notice(f"stopped after {limit_s / 60:g} min; {left} samples are left: {again}")
                 break
     except KeyboardInterrupt:
-        on_notice(f"{len(work) - left} samples were measured, {left} are left: {again}")
+        on_notice(f"{len(work) - left} of {len(work)} samples were measured: {again}")
         raise
     return summarise(records)
 
