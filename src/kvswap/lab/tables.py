@@ -21,7 +21,7 @@ from typing import Any
 from kvswap.units import format_bytes, format_rate
 
 MARK = re.compile(r"(<!-- (bench|scale|resume|quality): (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
-SEVERAL_FACTS = ("ruler-mk1", "ruler-mq", "ruler-mv")
+SEVERAL_FACTS = ("ruler-mk1", "ruler-mq", "ruler-mv", "facts-one", "facts-all", "facts-values")
 """Tasks whose text hides several facts."""
 TEXT_TASKS = ("agreement", "perplexity")
 """Tasks without questions."""
