@@ -57,8 +57,7 @@ def stretches(ids: list[int], texts: dict[int, int], steps: int) -> Iterator[tup
 
 def document_tokens(tokenizer: Any, document: Path | None) -> list[int]:
     """Token ids of the document, or of the project's evaluation text."""
-    documents = [read_document(document)] if document else []
-    passages = evaluation_text(documents)[: len(documents) or None]
+    passages = evaluation_text([read_document(document)] if document else [])
     return tokenizer("\n\n".join(each for _, each in passages), add_special_tokens=False, verbose=False)["input_ids"]
 
 

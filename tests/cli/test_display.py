@@ -30,6 +30,19 @@ def test_progress_without_a_terminal_is_a_few_lines() -> None:
     assert all(line.startswith("reading the prompt: ") for line in lines) and "100%" in lines[-1]
 
 
+def test_lines_say_how_long_it_still_takes_and_none_is_old(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter(range(0, 100_000, 200))
+    monkeypatch.setattr("kvswap.cli.display.time.perf_counter", lambda: float(next(clock)))
+    stream = io.StringIO()
+    display = Display(stream)
+    for done in range(1, 11):  # 200 s each: 10 % of the work
+        display.progress("evaluate", done, 100)
+    display.progress("evaluate", 100, 100)
+    lines = stream.getvalue().splitlines()
+    assert lines[0] == "evaluating: 2%, 6 min 40 s, about 326 min 40 s left"
+    assert len(lines) == 6 and lines[-1].startswith("evaluating: 100%, ") and "left" not in lines[-1]
+
+
 @given(st.text(st.characters()))
 def test_text_from_elsewhere_cannot_steer_the_terminal(text: str) -> None:
     """Neither control characters, nor marks that turn the direction of text, nor what cannot be encoded."""

@@ -132,3 +132,47 @@ def test_mistakes_in_plots_and_datasets(base, tmp_path, capfd):
     bad = changed(base, task="longbench", dataset=tmp_path / "data.jsonl")
     assert "line 1: 'input' is missing" in refused(capfd, bad)
     assert "--dataset" in refused(capfd, changed(base, task="longbench"))
+
+
+def test_texts_are_asked_every_question_and_what_it_takes_is_said_first(base, tmp_path, capfd):
+    (tmp_path / "mine.txt").write_text("".join(f"Line {n} says that {n} is not {n + 1}. " for n in range(400)))
+    words = changed(base, task="facts-all,facts-values", context="2000", methods="full", samples=None)
+    words += ["--texts", "1", "--document", str(tmp_path / "mine.txt")]
+    assert "the model's limit is 2,048; use a context of at most" in refused(capfd, words)
+    words = changed(words, task="ruler-mk1", context="1200")
+    assert run_command(words) == 0
+    out, err = capfd.readouterr()
+    found = results(tmp_path)
+    assert "4 samples to measure" in err and err.index("4 samples to measure") < err.index("evaluating: ")
+    assert "left\n" in err and "of disk\n" in err
+    assert out.splitlines()[0].split().count("error") == 3
+    assert found["identity"]["text_kind"] == "documents" and found["identity"]["documents"] == ["mine.txt"]
+    assert {row["text_kind"] for row in found["results"]} == {"documents"}
+    assert {(row["n"], row["texts"]) for row in found["results"]} == {(4, 1)}
+    other = changed(base, task="ruler-mk1", context="1200", methods="full")
+    assert "its text_kind, documents, text_sha256 differ" in refused(capfd, other)
+
+
+def test_ctrl_c_keeps_what_was_measured_and_the_same_command_continues(base, tmp_path, capfd, monkeypatch):
+    from kvswap.lab.evals import run
+
+    measured: list[int] = []
+
+    def measure(*args, **values):
+        if len(measured) == 1:
+            raise KeyboardInterrupt
+        measured.append(1)
+        return whole(*args, **values)
+
+    whole = run.measure
+    words = changed(base, task="agreement", methods="window", context="700", samples=3)
+    monkeypatch.setattr(run, "measure", measure)
+    assert run_command(words) == 130
+    assert "1 of 3 samples were measured: run the same command again" in capfd.readouterr().err
+    monkeypatch.setattr(run, "measure", whole)
+    before = results(tmp_path)["samples"]
+    assert {each["index"] for each in before} == {0}
+    assert run_command(words) == 0
+    assert "2 samples to measure" in capfd.readouterr().err
+    after = results(tmp_path)["samples"]
+    assert after[: len(before)] == before and {each["index"] for each in after} == {0, 1, 2}

@@ -63,6 +63,7 @@ OPTIONS = {
         "--kv-memory": SIZES,
         "--setting": st.sampled_from(["tight", "relaxed", "tight:8", "tight:x", "tight:" + "9" * 30, ""]),
         "--samples": NUMBERS,
+        "--texts": NUMBERS,
         "--steps": NUMBERS,
         "--minutes": NUMBERS,
         "--seed": NUMBERS,

@@ -11,6 +11,7 @@ def record(method: str, index: int, score: float, **changes) -> dict:
     values = {"task": "t", "method": method, "context": 100, "kv_memory": None if method == "full" else "1MiB"}
     values |= {"index": index, "prompt_hash": str(index), "score": score, "kl": score / 10, "same": 1.0}
     values |= {"nll": 2.0, "mass": 0.5, "setting": None, "sketch": "", "text_number": index}
+    values |= {"text_kind": "documents", "text_tokens": 10**6}
     values |= {"kv_memory_limit_bytes": None if method == "full" else 5, "kv_memory_peak_bytes": 3}
     return values | changes
 
@@ -23,6 +24,9 @@ def test_rows_are_paired_with_full():
     assert (full["method"], full["kv_memory_limit_bytes"], own["kv_memory_limit_bytes"]) == ("full", None, 5)
     assert own["score"] == pytest.approx(2 / 3) and own["full_score"] == pytest.approx(2.5 / 3)
     assert own["retention"] == pytest.approx(0.8)
+    residuals = [0.5 - 0.8 * 1.0, 0.5 - 0.8 * 0.5, 1.0 - 0.8 * 1.0]  # to what the retention expects
+    error = (1.5 * sum(each**2 for each in residuals)) ** 0.5 / 3 / (2.5 / 3)
+    assert own["retention_stderr"] == pytest.approx(error) and full["retention_stderr"] == 0
     assert own["difference"] == pytest.approx(-0.5 / 3)
     assert own["difference_stderr"] == pytest.approx(0.5 / 3)  # of -0.5, 0, 0
     assert own["stderr"] == pytest.approx(0.5 / 3)
@@ -32,14 +36,14 @@ def test_rows_are_paired_with_full():
 
 def test_one_sample_and_nothing_to_retain():
     _, own = summarise([record("full", 0, 0.0), record("x", 0, 0.0)])
-    assert own["stderr"] is None and own["retention"] is None
+    assert own["stderr"] is None and own["retention"] is None and own["retention_stderr"] is None
     assert own["note"] == "one sample: no standard error; full attention scores 0, so there is nothing to retain"
 
 
 def test_enough_samples_need_no_note():
     rows = summarise([record(method, i, 1.0) for i in range(8) for method in ("full", "x")])
     assert [row["note"] for row in rows] == ["", ""]
-    assert rows[1]["retention"] == 1
+    assert rows[1]["retention"] == 1 and rows[1]["retention_stderr"] == 0
 
 
 def test_samples_of_one_text_are_one_cluster():

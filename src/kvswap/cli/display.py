@@ -25,8 +25,8 @@ LABELS = {
     "evaluate": "evaluating",
     "bench": "measuring",
 }
-PLAIN_STEP = 0.25
-"""Without a terminal, progress is one line for each such share."""
+PLAIN_STEP, PLAIN_STEP_S = 0.25, 300.0
+"""Without a terminal, progress is one line for each such share, and where none was written for so many seconds."""
 
 
 class Display:
@@ -38,6 +38,7 @@ class Display:
         self._task: Any = None
         self._stage = ""
         self._plain_next = 0.0
+        self._plain_next_s = 0.0
         self._started_s = 0.0
         self._shown: set[str] = set()
 
@@ -57,14 +58,21 @@ class Display:
         if self._progress is not None:
             self._progress.update(self._task, completed=done)
         else:
-            share = done / max(1, total)
-            if share >= self._plain_next:
-                self._write(
-                    f"{LABELS.get(stage, stage)}: {share:.0%}, {format_s(time.perf_counter() - self._started_s)}"
-                )
-                self._plain_next = min(1.0, self._plain_next + PLAIN_STEP)
+            self._plain(stage, done / max(1, total))
         if done >= total:
             self.finish()
+
+    def _plain(self, stage: str, share: float) -> None:
+        """Write a line where the next step of progress is reached, or the last line is old."""
+        now_s = time.perf_counter()
+        if share < self._plain_next and now_s < self._plain_next_s:
+            return
+        spent_s = now_s - self._started_s
+        left = f", about {format_s(spent_s * (1 - share) / share)} left" if 0 < share < 1 else ""
+        self._write(f"{LABELS.get(stage, stage)}: {share:.0%}, {format_s(spent_s)}{left}")
+        while self._plain_next <= share < 1:
+            self._plain_next += PLAIN_STEP
+        self._plain_next_s = now_s + PLAIN_STEP_S
 
     def finish(self) -> None:
         """Remove the progress bar, if there is one."""
@@ -90,6 +98,7 @@ class Display:
 
     def _begin(self, stage: str, total: int) -> None:
         self._stage, self._started_s, self._plain_next = stage, time.perf_counter(), PLAIN_STEP
+        self._plain_next_s = self._started_s + PLAIN_STEP_S
         if not self._stream.isatty():
             return
         from rich.console import Console

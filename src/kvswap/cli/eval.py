@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -72,6 +74,12 @@ if TYPE_CHECKING:
     help="Number of samples of each task and context.",
 )
 @click.option(
+    "--texts",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Ask every question about N texts, for each task and context, in place of --samples.",
+)
+@click.option(
     "--steps",
     default=64,
     show_default=True,
@@ -93,7 +101,7 @@ if TYPE_CHECKING:
     "documents",
     multiple=True,
     metavar="FILE",
-    help="Evaluate on this text first, then on Python's documentation. May be given several times.",
+    help="Evaluate on this text, in place of Python's documentation. May be given several times.",
 )
 @click.option(
     "--dataset",
@@ -135,6 +143,7 @@ def evaluate(
     settings: str | None,
     kv_dir: str | None,
     samples: int,
+    texts: int | None,
     steps: int,
     minutes: float | None,
     seed: int,
@@ -156,36 +165,49 @@ def evaluate(
       kvswap eval --model smollm2-135m --task agreement,perplexity --methods kvswap,window --json results.json
       kvswap eval --model smollm2-135m --task needle --context 2048,4096 --json needle.json --plot needle.png
     """
-    from kvswap.app.documents import read_document
+    from kvswap.cli.display import Display
     from kvswap.cli.files import check_writable
     from kvswap.disk.files import prepare_dir
-    from kvswap.disk.folders import kv_folder, user_path
-    from kvswap.lab.evals.evaluation_text import evaluation_text
-    from kvswap.lab.evals.tasks.longbench import read_dataset
+    from kvswap.disk.folders import kv_folder
     from kvswap.lab.plots import plot_eval
     from kvswap.tuning.plots import check_plot
 
     target = check_writable("--json", json_file)
     picture = None if plot_file is None else check_plot(check_writable("--plot", plot_file))
     config = plain_config(config_file, kv_dir=kv_dir)
-    plan = _plan(tasks, methods, contexts, kv_memory, samples, settings, config)
-    passages = evaluation_text([read_document(path) for path in documents], seed)
-    files = [path for path in map(user_path, datasets) if read_dataset(path)]
+    plan = _plan(tasks, methods, contexts, kv_memory, settings, config, samples=samples, texts=texts)
+    make_source = _source(documents, datasets, seed=seed, steps=steps)
     prepare_dir(kv_folder(config.kv_dir))
-    from kvswap.cli.display import Display
     from kvswap.cli.loading import load_weights
-    from kvswap.lab.evals.samples import Source
 
     display = Display()
     try:
         loaded = load_weights(model, display, **loading)
-        source = Source(tokenizer=loaded.tokenizer, passages=passages, seed=seed, steps=steps, datasets=files)
+        source = make_source(tokenizer=loaded.tokenizer)
         rows = _evaluate(loaded, config, plan, source, display, file=target, prompts=prompts, minutes=minutes)
     finally:
         display.finish()
     _print_table([row for row in rows if row["task"] in [task.name for task in plan.tasks]])
     if picture is not None:
         plot_eval(target, picture)
+
+
+def _source(documents: Sequence[str], datasets: Sequence[str], *, seed: int, steps: int) -> Callable[..., Source]:
+    """Read texts; return what makes a source of them when a tokenizer is known."""
+    from kvswap.app.documents import read_document
+    from kvswap.disk.folders import user_path
+    from kvswap.lab.evals.evaluation_text import evaluation_text
+    from kvswap.lab.evals.samples import DOCUMENTS, PYTHON_TEXT, Source
+    from kvswap.lab.evals.tasks.longbench import read_dataset
+
+    return partial(
+        Source,
+        passages=evaluation_text([read_document(path) for path in documents], seed),
+        kind=DOCUMENTS if documents else PYTHON_TEXT,
+        seed=seed,
+        steps=steps,
+        datasets=[path for path in map(user_path, datasets) if read_dataset(path)],
+    )
 
 
 def _evaluate(
@@ -217,7 +239,15 @@ def _evaluate(
 
 
 def _plan(
-    tasks: str, methods: str, contexts: str, kv_memory: str, samples: int, settings: str | None, config: Config
+    tasks: str,
+    methods: str,
+    contexts: str,
+    kv_memory: str,
+    settings: str | None,
+    config: Config,
+    *,
+    samples: int,
+    texts: int | None,
 ) -> Plan:
     from kvswap.lab.evals.run import Plan
     from kvswap.lab.evals.tasks import find_task
@@ -234,6 +264,7 @@ def _plan(
         contexts=split_numbers("--context", contexts),
         kv_memory=split_list("--kv-memory", kv_memory),
         samples=samples,
+        texts=texts,
         settings=[None]
         if settings is None
         else [SketchSetting.parse(each) for each in split_list("--setting", settings)],
@@ -253,6 +284,7 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
         "score",
         "± error",
         "of full",
+        "± error",
         "KL",
         "± error",
         "nll",
@@ -270,7 +302,8 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
                 str(row["n"]),
                 _number(row["score"]),
                 _number(row["stderr"]),
-                "" if row["retention"] is None else f"{row['retention']:.1%}",
+                _percent(row["retention"]),
+                _percent(row.get("retention_stderr")),
                 _number(row["kl"]),
                 _number(row["kl_stderr"]),
                 _number(row["nll"]),
@@ -284,6 +317,10 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
         click.echo(printable("  ".join(cells).rstrip()))
     for note in dict.fromkeys(row["note"] for row in rows if row["note"]):
         click.echo(f"note: {printable(note)}", err=True)
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{value:.1%}"
 
 
 def _number(value: float | None) -> str:

@@ -82,12 +82,12 @@ def plot_scale(rows: list[dict[str, Any]], target: Path) -> None:
 
 
 def needle_grids(samples: Sequence[Record]) -> dict[str, dict[tuple[float, int], float]]:
-    """Return the mean score of task ``needle`` by variant and by (depth, context in tokens)."""
+    """Return the mean scores of tasks with depths, by task and variant, and by (depth, context in tokens)."""
     found: dict[str, dict[tuple[float, int], list[float]]] = {}
     for each in samples:
-        if each["task"] == "needle":
+        if "depth" in each:
             cell = (each["depth"], each["context"])
-            found.setdefault(_label(each), {}).setdefault(cell, []).append(each["score"])
+            found.setdefault(f"{each['task']}, {_label(each)}", {}).setdefault(cell, []).append(each["score"])
     return {name: {cell: statistics.fmean(s) for cell, s in cells.items()} for name, cells in found.items()}
 
 

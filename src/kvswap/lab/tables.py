@@ -21,7 +21,7 @@ from typing import Any
 from kvswap.units import format_bytes, format_rate
 
 MARK = re.compile(r"(<!-- (bench|scale|resume|quality): (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
-SEVERAL_FACTS = ("ruler-mk1", "ruler-mq", "ruler-mv")
+SEVERAL_FACTS = ("ruler-mk1", "ruler-mq", "ruler-mv", "facts-one", "facts-all", "facts-values")
 """Tasks whose text hides several facts."""
 TEXT_TASKS = ("agreement", "perplexity")
 """Tasks without questions."""
@@ -220,10 +220,16 @@ def quality_lines(content: Row) -> list[str]:
     selected = "an eighth of the tokens" if count == "auto" else f"{count} tokens"
     about = (
         f"{_model(identity)}; memory limit of the methods on disk: {limits}; "
-        f"{selected} selected; seed {identity['seed']}. "
+        f"{selected} selected; seed {identity['seed']}. Text: {_text(identity)}. "
         f"{content['machine']['system']}, torch {content['machine']['torch']}, kvswap {identity['kvswap_version']}."
     )
     return ["", *question_table(rows), "", about, ""]
+
+
+def _text(identity: Row) -> str:
+    """What text results were measured on."""
+    documents = ", ".join(identity.get("documents", []))
+    return f"{documents} (of the user's)" if documents else "Python documentation"
 
 
 def question_table(results: Sequence[Row]) -> list[str]:

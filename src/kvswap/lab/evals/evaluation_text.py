@@ -1,8 +1,8 @@
-"""The text that evaluations and benchmarks run on: Python's language reference, library docstrings, user's documents.
+"""The text that evaluations and benchmarks run on: the user's documents, or Python's own documentation.
 
-Every installation of Python has the first two, so no download is needed. No text here was calibrated on: docstrings
-with more than 5 % of their lines in the calibration half of ``core.corpus`` are left out, and such documents are
-refused.
+The latter is the language reference and the docstrings of the standard library. Every installation of Python has them,
+so no download is needed. No text here was calibrated on: docstrings with more than 5 % of their lines in the
+calibration half of ``core.corpus`` are left out, and such documents are refused.
 """
 
 from __future__ import annotations
@@ -41,9 +41,10 @@ SHORTEST_DOCSTRING = 200
 
 
 def evaluation_text(documents: Sequence[Document] = (), seed: int = 0) -> list[tuple[str, str]]:
-    """Return names and texts: the documents in their order, then topics and docstrings shuffled by ``seed``.
+    """Return names and texts: the documents in their order; without any, topics and docstrings shuffled by ``seed``.
 
-    Raises InputError for a document that overlaps the calibration text.
+    The two are never mixed, so that a result is of one kind of text. Raises InputError for a document that overlaps
+    the calibration text.
     """
     seen = _calibrated()
     for document in documents:
@@ -53,9 +54,11 @@ def evaluation_text(documents: Sequence[Document] = (), seed: int = 0) -> list[t
                 f"document {document.name}: {share:.0%} of its lines are in the calibration text",
                 hint="give a document that is not part of the calibration text",
             )
-    rest = evaluation_topics() + docstrings()
-    random.Random(seed).shuffle(rest)
-    return [(document.name, document.text) for document in documents] + rest
+    if documents:
+        return [(document.name, document.text) for document in documents]
+    found = evaluation_topics() + docstrings()
+    random.Random(seed).shuffle(found)
+    return found
 
 
 @cache

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,8 +34,14 @@ from kvswap.models.loading import LoadedModel
 from kvswap.models.streaming import end_tokens
 
 Fraction = Callable[[float], None]
-PROMPT_SHARE, STEPS_SHARE = 0.6, 0.2
-"""Shares of a sample's progress for its prompt and its forced steps; its answers are the rest."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shares:
+    """Shares of a sample's time for its prompt and its forced steps, 0 to 1; its answers are the rest."""
+
+    prompt: float
+    forced: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,6 +68,7 @@ def measure(
     *,
     prompts: PromptCache,
     settled: Callable[[str], bool],
+    shares: Shares,
     on_fraction: Fraction,
     on_progress: Progress,
     on_notice: Callable[[str], None],
@@ -71,6 +79,8 @@ def measure(
     ----------
     settled
         ``settled(text)`` returns whether the score of an answer that begins with ``text`` is certain already.
+    shares
+        How the time of the sample is expected to be divided, for ``on_fraction``.
     on_fraction
         Called with the completed share of the sample, 0 to 1.
     on_progress
@@ -80,37 +90,50 @@ def measure(
         raise ValueError(f"the first of the variants {list(variants)} is not {FULL}")
     parts = inspect(loaded.model)
     elements = parts.kv_heads * parts.head_dim
-    methods: list[Any] = [(each.method, each.configure(config, elements, sample.context)) for each in variants]
+    methods = {each: (each.method, each.configure(config, elements, sample.context)) for each in variants}
 
     def on_stage(stage: str, done: int, total: int) -> None:
-        if stage == "prefill":
-            on_fraction(PROMPT_SHARE * done / total)
-        else:
-            on_progress(stage, done, total)
+        if stage != "prefill":
+            return on_progress(stage, done, total)
+        return on_fraction(shares.prompt * done / total)
 
-    with attach_each(
-        loaded.model,
-        with_methods([("full", config), *methods, *(methods if sample.answers else ())]),
-        tokenizer=loaded.tokenizer,
-        on_progress=on_stage,
-        on_notice=on_notice,
-    ) as (full, *caches):
+    def attached(chosen: Sequence[Variant]) -> AbstractContextManager[list[Any]]:
+        named = [("full", config), *(methods[each] for each in chosen)]
+        told: dict[str, Any] = {"on_progress": on_stage, "on_notice": on_notice}
+        return attach_each(loaded.model, with_methods(named), tokenizer=loaded.tokenizer, **told)
+
+    with attached(variants) as (full, *caches):
         row = prompts.fill(loaded.model, full, sample.prompt)
-        forced = dict(zip(variants, caches, strict=False))
-        for cache in forced.values():
-            cache.adopt(full)
-        runs, masses = _force(loaded.model, forced, sample.forced, row, on_fraction)
-        texts: dict[Variant, str | None] = dict.fromkeys(variants)
-        if sample.answers:
-            fresh = dict(zip(variants, caches[len(variants) :], strict=True))
-            texts.update(_answers(loaded, sample, full, runs, fresh, row, settled))
+        forced = dict(zip(variants, caches, strict=True))
+        _adopt(caches, full)
+        runs, masses = _force(loaded.model, forced, sample.forced, row, shares, on_fraction)
         stats = {each: cache.stats for each, cache in forced.items()}
+    texts: dict[Variant, str | None] = dict.fromkeys(variants)
+    if sample.answers:
+        answers = _Answers(loaded, sample, settled)
+        texts.update(answers.known(runs))
+        rest = [each for each in variants if texts[each] is None]
+        # A second attachment, so that memory and disk hold one cache of each variant at a time.
+        with attached(rest) as (full, *caches):
+            prompts.fill_again(full)
+            _adopt(caches, full)
+            texts.update(zip(rest, answers.generate(caches, row), strict=True))
     on_fraction(1.0)
     return {each: _measured(each, runs[each], texts[each], masses[each], stats[each]) for each in variants}
 
 
+def _adopt(caches: Sequence[Any], full: Any) -> None:
+    for cache in caches:
+        cache.adopt(full)
+
+
 def _force(
-    model: Any, caches: Mapping[Variant, Any], ids: Sequence[int], row: torch.Tensor, on_fraction: Fraction
+    model: Any,
+    caches: Mapping[Variant, Any],
+    ids: Sequence[int],
+    row: torch.Tensor,
+    shares: Shares,
+    on_fraction: Fraction,
 ) -> tuple[dict[Variant, ForcedRun], dict[Variant, float | None]]:
     """Feed ``ids`` to all caches; return their runs, and the share of attention mass that the last step kept."""
     meters = {each: _meter(model, cache) for each, cache in caches.items()}
@@ -118,7 +141,7 @@ def _force(
     def on_step(done: int, total: int) -> None:
         if done == total - 1:
             _remember(meters)  # the mass of the last step is measured after it
-        on_fraction(PROMPT_SHARE + STEPS_SHARE * done / total)
+        on_fraction(shares.prompt + shares.forced * done / total)
 
     _remember(meters)
     runs = force_batched(model, caches, ids, row, on_step=on_step)
@@ -128,33 +151,32 @@ def _force(
     return runs, masses | {FULL: 1.0}
 
 
-def _answers(
-    loaded: LoadedModel,
-    sample: Sample,
-    full: Any,
-    runs: Mapping[Variant, ForcedRun],
-    fresh: Mapping[Variant, Any],
-    row: torch.Tensor,
-    settled: Callable[[str], bool],
-) -> dict[Variant, str]:
-    """Return each variant's greedy answer. ``fresh`` are empty caches for those whose answer is not known yet."""
-    ends = set(end_tokens(loaded.model, loaded.tokenizer) or [])
+class _Answers:
+    """Greedy answers to one sample."""
 
-    def text_of(ids: Sequence[int]) -> str:
-        return str(loaded.tokenizer.decode([token for token in ids if token not in ends], skip_special_tokens=True))
+    def __init__(self, loaded: LoadedModel, sample: Sample, settled: Callable[[str], bool]) -> None:
+        self._loaded, self._sample, self._settled = loaded, sample, settled
+        self._ends = set(end_tokens(loaded.model, loaded.tokenizer) or [])
 
-    def stops(ids: list[int]) -> bool:
-        return ids[-1] in ends or settled(text_of(ids))
+    def known(self, runs: Mapping[Variant, ForcedRun]) -> dict[Variant, str]:
+        """Return the answers of variants that would have written the forced tokens, and need not write them again."""
+        forced = self._text_of(self._sample.forced)
+        return {each: forced for each, run in runs.items() if all(run.expected) and self._settled(forced)}
 
-    forced = text_of(sample.forced)
-    found = {each: forced for each, run in runs.items() if all(run.expected) and settled(forced)}
-    rest = {each: cache for each, cache in fresh.items() if each not in found}
-    for cache in rest.values():
-        cache.adopt(full)
-    if rest:
-        answers = greedy_batched(loaded.model, list(rest.values()), row, sample.max_new_tokens, stops=stops)
-        found |= {each: text_of(ids) for each, ids in zip(rest, answers, strict=True)}
-    return found
+    def generate(self, caches: Sequence[Any], row: torch.Tensor) -> list[str]:
+        """Return the answer of each cache, all of which hold the prompt; ``row`` ``[V]`` is predicted after it."""
+        if not caches:
+            return []
+        count = self._sample.max_new_tokens
+        found = greedy_batched(self._loaded.model, caches, row, count, stops=self._stops)
+        return [self._text_of(ids) for ids in found]
+
+    def _stops(self, ids: list[int]) -> bool:
+        return ids[-1] in self._ends or self._settled(self._text_of(ids))
+
+    def _text_of(self, ids: Sequence[int]) -> str:
+        kept = [token for token in ids if token not in self._ends]
+        return str(self._loaded.tokenizer.decode(kept, skip_special_tokens=True))
 
 
 def _measured(variant: Variant, run: ForcedRun, text: str | None, mass: float | None, stats: CacheStats) -> Measured:

@@ -42,6 +42,8 @@ def _row(rows: Sequence[Record], full: Sequence[Record]) -> Record:
     score, full_score = _mean(rows, "score"), _mean(full, "score")
     texts = len({each["text_number"] for each in rows})
     notes = [_few(count, texts)] if texts < FEW_TEXTS else []
+    if first["text_tokens"] and texts * first["context"] > first["text_tokens"]:
+        notes.append("the texts overlap, so the standard error is too small: add text with --document")
     if full_score == 0:
         notes.append("full attention scores 0, so there is nothing to retain")
     row: Record = {key: first[key] for key in ROW}
@@ -55,8 +57,10 @@ def _row(rows: Sequence[Record], full: Sequence[Record]) -> Record:
         "stderr": _error(rows, [each["score"] for each in rows]),
         "full_score": full_score,
         "retention": score / full_score if score is not None and full_score else None,
+        "text_kind": first["text_kind"],
     }
     if len(full) == count:
+        row["retention_stderr"] = _ratio_error(rows, full)
         for key, name in (("score", "difference"), ("nll", "nll_difference")):
             differences = [a[key] - b[key] for a, b in zip(rows, full, strict=True)]
             row |= {name: statistics.fmean(differences), f"{name}_stderr": _error(rows, differences)}
@@ -70,6 +74,16 @@ def _row(rows: Sequence[Record], full: Sequence[Record]) -> Record:
         "note": "; ".join(notes),
     }
     return row
+
+
+def _ratio_error(rows: Sequence[Record], full: Sequence[Record]) -> float | None:
+    """Standard error of the retention: of the mean difference to its expectation, as a share of full's mean score."""
+    own, whole = ([each["score"] for each in records] for records in (rows, full))
+    if not any(whole):
+        return None
+    ratio = sum(own) / sum(whole)
+    error = _error(rows, [a - ratio * b for a, b in zip(own, whole, strict=True)])
+    return None if error is None else error / statistics.fmean(whole)
 
 
 def _few(count: int, texts: int) -> str:

@@ -23,17 +23,18 @@ from kvswap.config import Config
 from kvswap.core.layer_major import Progress
 from kvswap.disk.json_files import read_results, write_json
 from kvswap.errors import InputError
+from kvswap.lab.evals.estimate import Estimate, estimate, measure_rates
 from kvswap.lab.evals.measure import Measured, measure
 from kvswap.lab.evals.prompt_cache import PromptCache
 from kvswap.lab.evals.results import Record, summarise
-from kvswap.lab.evals.samples import Outcome, Sample, Source, Task
+from kvswap.lab.evals.samples import DOCUMENTS, Outcome, Prompt, Sample, Source, Task
 from kvswap.lab.evals.variants import FULL, SketchSetting, Variant
-from kvswap.models.adapter import context_limit
+from kvswap.models.adapter import context_limit, inspect
 from kvswap.models.loading import LoadedModel
 
-FORMAT = 2
-UNITS = 100
-"""Units of progress for each sample."""
+FORMAT = 3
+UNITS = 10_000
+"""Units of progress of a whole run."""
 MACHINE_SETTINGS = ("kv_memory", "kv_dir", "backend", "read_depth", "read_gap_bytes")
 """Settings that may differ between runs into one file: they change no result, or records have them as a key."""
 
@@ -42,7 +43,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """What to evaluate: ``samples`` samples of each task and context, with every method, memory limit and setting."""
+    """What to evaluate: ``samples`` samples of each task and context, with every method, memory limit and setting.
+
+    With ``texts``, it is every question about so many texts instead.
+    """
 
     tasks: Sequence[Task]
     methods: Sequence[str]
@@ -50,6 +54,11 @@ class Plan:
     kv_memory: Sequence[str]
     samples: int
     settings: Sequence[SketchSetting | None] = (None,)
+    texts: int | None = None
+
+    def count(self, task: Task) -> int:
+        """Count the samples of a task, for each context."""
+        return self.samples if self.texts is None else self.texts * task.questions
 
     @property
     def variants(self) -> list[Variant]:
@@ -110,38 +119,70 @@ def evaluate(
     started_s = time.monotonic()
     work = _missing_work(plan, source, records, longest_tokens)
     logger.debug("%d samples to measure, %d records in %s", len(work), len(records), file)
+    if not work:
+        return summarise(records)
+    expected = _estimate(loaded, config, work, prompts, on_progress=on_progress, on_notice=on_notice)
+    on_notice(expected.sentence([each.sample for each in work]))
+    text_tokens, left = source.about_tokens(), len(work)
+    again = "run the same command again to continue"
+    try:
+        for each, found in _measured(loaded, config, work, expected, prompts, on_progress, on_notice):
+            pairs = [(task, variant) for task, missing in each.tasks for variant in missing]
+            records += [
+                _record(task, each.sample, variant, found[variant], source, text_tokens) for task, variant in pairs
+            ]
+            _write(file, identity, records)
+            left -= 1
+            if left and limit_s is not None and time.monotonic() - started_s >= limit_s:
+                on_notice(f"stopped after {limit_s / 60:g} min; {left} samples are left: {again}")
+                break
+    except KeyboardInterrupt:
+        on_notice(f"{len(work) - left} of {len(work)} samples were measured: {again}")
+        raise
+    return summarise(records)
+
+
+def _measured(
+    loaded: LoadedModel,
+    config: Config,
+    work: Sequence[_Work],
+    expected: Estimate,
+    prompts: PromptCache,
+    on_progress: Progress,
+    on_notice: Callable[[str], None],
+) -> Iterator[tuple[_Work, dict[Variant, Measured]]]:
+    """Measure one sample after another, and report the share of the expected time."""
     for number, each in enumerate(work):
 
         def on_fraction(share: float, number: int = number) -> None:
-            on_progress("evaluate", number * UNITS + int(share * UNITS), len(work) * UNITS)
+            on_progress("evaluate", int(expected.done(number, share) * UNITS), UNITS)
 
-        found = measure(
-            loaded,
-            config,
-            each.variants,
-            each.sample,
-            prompts=prompts,
-            settled=each.settled,
-            on_fraction=on_fraction,
-            on_progress=on_progress,
-            on_notice=on_notice,
+        yield (
+            each,
+            measure(
+                loaded,
+                config,
+                each.variants,
+                each.sample,
+                prompts=prompts,
+                settled=each.settled,
+                shares=expected.shares(number),
+                on_fraction=on_fraction,
+                on_progress=on_progress,
+                on_notice=on_notice,
+            ),
         )
-        pairs = [(task, variant) for task, missing in each.tasks for variant in missing]
-        records += [_record(task, each.sample, variant, found[variant]) for task, variant in pairs]
-        _write(file, identity, records)
-        if limit_s is not None and time.monotonic() - started_s >= limit_s and number + 1 < len(work):
-            left = f"{len(work) - number - 1} samples are left: run the same command again to continue"
-            on_notice(f"stopped after {limit_s / 60:g} min; {left}")
-            break
-    return summarise(records)
 
 
 def _missing_work(plan: Plan, source: Source, records: list[Record], longest_tokens: int | None) -> list[_Work]:
     """Return all missing work. Raises InputError where a sample and what follows it exceed the model's limit."""
     work = list(_missing(plan, source, records))
+    needed: dict[int, int] = {}
     for each in work:
         follows = max(len(each.sample.forced), each.sample.max_new_tokens)
-        _check_length(each.sample.context, len(each.sample.prompt) + follows, longest_tokens)
+        needed[each.sample.context] = max(needed.get(each.sample.context, 0), len(each.sample.prompt) + follows)
+    for context, tokens in needed.items():
+        _check_length(context, tokens, longest_tokens)
     return work
 
 
@@ -155,7 +196,7 @@ def _missing(plan: Plan, source: Source, records: list[Record]) -> Iterator[_Wor
     for context in plan.contexts:
         found: dict[str, _Work] = {}
         for task in plan.tasks:
-            for sample in task.make(source, context, plan.samples):
+            for sample in task.make(source, context, plan.count(task)):
                 key = sample.prompt_hash
                 missing = [variant for variant in plan.variants if (task.name, *variant.key, key) not in done]
                 if missing:
@@ -173,7 +214,10 @@ def _check_length(context: int, needed: int, longest: int | None) -> None:
         )
 
 
-def _record(task: Task, sample: Sample, variant: Variant, measured: Measured) -> Record:
+def _record(
+    task: Task, sample: Sample, variant: Variant, measured: Measured, source: Source, text_tokens: int
+) -> Record:
+    """Return the record of one sample. Its ``text_tokens`` is None where texts cannot overlap."""
     outcome = measured.outcome
     return {
         "task": task.name,
@@ -185,6 +229,8 @@ def _record(task: Task, sample: Sample, variant: Variant, measured: Measured) ->
         "text_number": sample.text,
         "prompt_hash": sample.prompt_hash,
         "prompt_tokens": len(sample.prompt),
+        "text_kind": task.text_kind or source.kind,
+        "text_tokens": None if task.text_kind else text_tokens,
         **sample.labels,
         "score": task.score(sample, outcome),
         "expected": list(sample.answers),
@@ -200,6 +246,30 @@ def _record(task: Task, sample: Sample, variant: Variant, measured: Measured) ->
     }
 
 
+def _estimate(
+    loaded: LoadedModel,
+    config: Config,
+    work: Sequence[_Work],
+    prompts: PromptCache,
+    *,
+    on_progress: Progress,
+    on_notice: Callable[[str], None],
+) -> Estimate:
+    """Time a few forwards, and estimate the work from them."""
+    longest = max((each.sample for each in work), key=lambda sample: len(sample.prompt))
+    parts = inspect(loaded.model)
+    elements = parts.kv_heads * parts.head_dim
+    used = dict.fromkeys(variant for each in work for variant in each.variants)
+    variants = [(each.method, each.configure(config, elements, longest.context)) for each in used]
+    rates = measure_rates(loaded, variants, longest.prompt, on_progress=on_progress, on_notice=on_notice)
+
+    def known(prompt: Prompt, before: Prompt) -> int:
+        stored = prompts.stored_tokens(parts, config.chunk_tokens, prompt)
+        return max(stored, prompts.reusable_tokens(parts, config.chunk_tokens, before, prompt))
+
+    return estimate(rates, [(each.sample, each.variants) for each in work], known)
+
+
 def _identity(loaded: LoadedModel, config: Config, source: Source) -> dict[str, Any]:
     """Return what must be equal for results to share one file."""
     text = hashlib.sha256("\0".join(text for _, text in source.passages).encode()).hexdigest()[:16]
@@ -211,6 +281,8 @@ def _identity(loaded: LoadedModel, config: Config, source: Source) -> dict[str, 
         "config": settings,
         "seed": source.seed,
         "steps": source.steps,
+        "text_kind": source.kind,
+        "documents": [name for name, _ in source.passages] if source.kind == DOCUMENTS else [],
         "text_sha256": text,
         "kvswap_version": importlib.metadata.version("kvswap"),
     }

@@ -7,8 +7,10 @@ Prefill is exact, so every method computes a prompt exactly. What a task scores 
 from __future__ import annotations
 
 import hashlib
+import itertools
+import random
 import struct
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,12 @@ from kvswap.app.prompt import Message, encode, render
 from kvswap.errors import InputError
 
 Prompt = tuple[int, ...]
+PYTHON_TEXT, DOCUMENTS, NOISE_TEXT, DATASETS = "Python documentation", "documents", "noise", "datasets"
+"""Kinds of text that samples are made of."""
+GOLDEN_RATIO = 0.618033988749895
+COUNTED_CHARACTERS, COUNTED_PIECES = 100_000, 100
+FILLED_SHARE = 0.8
+"""A prompt that is shorter than this share of its context is refused, where it is made of running text."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,19 +68,44 @@ class Sample:
 class Source:
     """What samples are built from.
 
-    ``passages`` are names and texts to evaluate on. ``steps`` is the number of forced steps of plain-text tasks.
-    ``datasets`` are files for tasks that need some.
+    ``passages`` are names and texts to evaluate on, and ``kind`` says what kind of text they are. ``steps`` is the
+    number of forced steps of plain-text tasks. ``datasets`` are files for tasks that need some. ``made`` keeps what
+    tasks made of a text, for the other tasks that ask about it.
     """
 
     tokenizer: Any
     passages: Sequence[tuple[str, str]]
     seed: int
     steps: int
+    kind: str = PYTHON_TEXT
     datasets: Sequence[Path] = ()
+    made: dict[Any, list[Sample]] = field(default_factory=dict, compare=False)
 
     def count_tokens(self, text: str) -> int:
         """Count the tokens of a text."""
         return len(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+    def text_from(self, number: int) -> Iterator[str]:
+        """Yield the passages of text ``number``: everything from its beginning on, and round to that again.
+
+        Beginnings are spread evenly over all passages, whatever the number of texts (multiples of the golden ratio).
+        """
+        share = (random.Random(f"beginnings/{self.seed}").random() + number * GOLDEN_RATIO) % 1
+        skipped = int(share * sum(len(text) for _, text in self.passages))
+        for place, (_, text) in enumerate(self.passages):
+            if skipped < len(text):
+                yield text[skipped:]
+                yield from (text for _, text in self.passages[place + 1 :])
+                yield from (text for _, text in self.passages[:place])
+                yield text[:skipped]
+                return
+            skipped -= len(text)
+
+    def about_tokens(self) -> int:
+        """Estimate the tokens of all passages from those of a part of them."""
+        characters = sum(len(text) for _, text in self.passages)
+        part = "".join(itertools.islice(itertools.chain.from_iterable(self.text_from(0)), COUNTED_CHARACTERS))
+        return round(characters * self.count_tokens(part) / max(1, len(part)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,7 +126,8 @@ class Task:
     """A kind of sample and its score.
 
     ``make(source, context, count)`` yields samples. ``score`` is from 0 to 1; higher is better. ``settled``: whether
-    an answer keeps a score of 1 whatever follows, so that generation may stop there.
+    an answer keeps a score of 1 whatever follows, so that generation may stop there. ``questions`` is the number of
+    samples about each text. ``text_kind`` is the kind of text where that is not the source's, such as noise.
     """
 
     name: str
@@ -101,6 +135,8 @@ class Task:
     make: Callable[[Source, int, int], Iterable[Sample]]
     score: Callable[[Sample, Outcome], float]
     settled: bool = False
+    questions: int = 1
+    text_kind: str | None = None
 
 
 def ask(source: Source, context_text: str, question: str, prefix: str) -> Prompt:
@@ -133,6 +169,21 @@ def fit(
         by_rate = int(guess * context / max(1, _longest(prompts)))
         guess = min(high, max(low + 1, by_rate)) if low < high else low
     return best
+
+
+def mean_tokens(source: Source, pieces: Sequence[str]) -> int:
+    """Estimate the tokens of a piece of text from the first ones."""
+    counted = pieces[:COUNTED_PIECES]
+    return max(1, source.count_tokens(" ".join(counted)) // max(1, len(counted)))
+
+
+def check_filled(context: int, prompts: list[Prompt]) -> None:
+    """Raise InputError where prompts are much shorter than the context, because there was no more text."""
+    if _longest(prompts) < FILLED_SHARE * context:
+        raise InputError(
+            f"context {context:,}: the text is too short, all of it makes a prompt of {_longest(prompts):,} tokens",
+            hint="add text with --document, or use a shorter context",
+        )
 
 
 def _longest(prompts: list[Prompt]) -> int:

@@ -23,6 +23,10 @@ TASKS = {
     "ruler-qa1": "kvswap.lab.evals.tasks.passages:QA1",
     "ruler-qa2": "kvswap.lab.evals.tasks.passages:QA2",
     "text2json": "kvswap.lab.evals.tasks.text2json:TEXT2JSON",
+    "facts-one": "kvswap.lab.evals.tasks.facts:FACTS_ONE",
+    "facts-all": "kvswap.lab.evals.tasks.facts:FACTS_ALL",
+    "facts-values": "kvswap.lab.evals.tasks.facts:FACTS_VALUES",
+    "facts-json": "kvswap.lab.evals.tasks.facts:FACTS_JSON",
     "longbench": "kvswap.lab.evals.tasks.longbench:LONGBENCH",
 }
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from kvswap.errors import InputError
-from kvswap.lab.evals.samples import Outcome, Prompt, Sample, Source, Task, ask, fit, forced_answer
+from kvswap.lab.evals.samples import DATASETS, Outcome, Prompt, Sample, Source, Task, ask, fit, forced_answer
 
 NEW_TOKENS = 64
 FIELDS = {"input": str, "context": str, "answers": list}
@@ -109,4 +109,10 @@ def _words(text: str) -> list[str]:
     return [word for word in plain.split() if word not in ("a", "an", "the")]
 
 
-LONGBENCH = Task(name="longbench", summary="questions of LongBench files (--dataset)", make=samples, score=score)
+LONGBENCH = Task(
+    name="longbench",
+    summary="questions of LongBench files (--dataset)",
+    make=samples,
+    score=score,
+    text_kind=DATASETS,
+)

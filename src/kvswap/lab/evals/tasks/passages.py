@@ -15,7 +15,17 @@ from dataclasses import dataclass
 from functools import partial
 
 from kvswap.errors import InputError
-from kvswap.lab.evals.samples import Prompt, Sample, Source, Task, ask, contains_any, fit, forced_answer
+from kvswap.lab.evals.samples import (
+    Prompt,
+    Sample,
+    Source,
+    Task,
+    ask,
+    check_filled,
+    contains_any,
+    fit,
+    forced_answer,
+)
 
 PIECE_CHARACTERS = 900
 NEW_TOKENS = 24
@@ -90,7 +100,9 @@ def _samples(kind: int, source: Source, context: int, count: int) -> Iterator[Sa
             asked.update(zip(prompts, questions, strict=True))
             return prompts
 
-        for question, prompt in enumerate(fit(context, build, len(pieces), LEAST_PIECES, PIECE_TOKENS)):
+        prompts = fit(context, build, len(pieces), LEAST_PIECES, PIECE_TOKENS)
+        check_filled(context, prompts)
+        for question, prompt in enumerate(prompts):
             number, index = question - kind * QUESTIONS, text * QUESTIONS + question - kind * QUESTIONS
             if 0 <= number < QUESTIONS and index < count:
                 yield _sample(source, context, index, text, prompt, asked[prompt])
@@ -136,6 +148,7 @@ QA1 = Task(
     make=partial(_samples, 0),
     score=contains_any,
     settled=True,
+    questions=QUESTIONS,
 )
 QA2 = Task(
     name="ruler-qa2",
@@ -143,4 +156,5 @@ QA2 = Task(
     make=partial(_samples, 1),
     score=contains_any,
     settled=True,
+    questions=QUESTIONS,
 )

@@ -22,8 +22,22 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from string import ascii_uppercase
+from typing import Any
 
-from kvswap.lab.evals.samples import Prompt, Sample, Source, Task, ask, contains_all, fit, forced_answer, listed
+from kvswap.lab.evals.samples import (
+    NOISE_TEXT,
+    Prompt,
+    Sample,
+    Source,
+    Task,
+    ask,
+    check_filled,
+    contains_all,
+    fit,
+    forced_answer,
+    listed,
+    mean_tokens,
+)
 
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."  # RULER's haystack
 NEEDLE = "One of the special magic numbers for {key} is: {value}."
@@ -36,6 +50,8 @@ DEPTHS = 40
 """Number of possible depths of a needle, evenly spread from the beginning to the end of the text."""
 GRID_DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 CHAIN = 5
+MOST_TOKEN_CHARACTERS = 8
+"""Real text has fewer characters than this a token, in the mean."""
 NEW_TOKENS, MANY_NEW_TOKENS = 64, 128  # as in RULER; small models write a sentence around each of several numbers
 # fmt: off
 FIRST = (
@@ -77,14 +93,15 @@ def names(dice: random.Random, count: int) -> list[str]:
     return [f"{FIRST[pair % len(FIRST)]}-{SECOND[pair // len(FIRST)]}" for pair in pairs]
 
 
-def sentences(source: Source, dice: random.Random) -> list[str]:
-    """Return sentences of real text, starting at a random passage."""
-    start = dice.randrange(len(source.passages))
-    order = [*source.passages[start:], *source.passages[:start]]
+def sentences(source: Source, number: int, context: int) -> list[str]:
+    """Return the sentences of text ``number``, enough for ``context`` tokens; the first may be the end of one."""
     found: list[str] = []
-    for _, text in order:
-        found += [part for part in re.split(r"(?<=[.!?])\s+", " ".join(text.split())) if part]
-        if len(found) > 20_000:
+    missing = MOST_TOKEN_CHARACTERS * context
+    for text in source.text_from(number):
+        part = " ".join(text[:missing].split())
+        found += [sentence for sentence in re.split(r"(?<=[.!?])\s+", part) if sentence]
+        missing -= len(part)
+        if missing <= 0:
             break
     return found
 
@@ -108,44 +125,49 @@ def needle_samples(
     for text in range(-(-count // len(questions))):
         dice = random.Random(f"{name}/{source.seed}/{text}")
         steps = sorted(dice.sample(range(DEPTHS), kind.keys * kind.values))
-        found = text_samples(kind, source, context, dice, [step / (DEPTHS - 1) for step in steps])
+        found = text_samples(kind, source, context, text, dice, [step / (DEPTHS - 1) for step in steps])
         for place, question in enumerate(questions):
             index = text * len(questions) + place
             if index < count:
-                yield replace(found[question], index=index, text=text)
+                yield replace(found[question], index=index)
 
 
-def text_samples(kind: Needles, source: Source, context: int, dice: random.Random, depths: list[float]) -> list[Sample]:
-    """Build one text with needles at ``depths`` (0 to 1, ascending) and return a sample for each of its questions."""
+def text_samples(
+    kind: Needles, source: Source, context: int, text: int, dice: random.Random, depths: list[float]
+) -> list[Sample]:
+    """Build text number ``text`` with needles at ``depths`` (0 to 1, ascending); return a sample for each question."""
     keys = names(dice, kind.keys)
     values = [[str(dice.randint(10**6, 10**7 - 1)) for _ in range(kind.values)] for _ in keys]
     lines = [NEEDLE.format(key=key, value=value) for key, own in zip(keys, values, strict=True) for value in own]
-    pieces = [NOISE] * (context // 4) if kind.noise else sentences(source, dice)
+    pieces = [NOISE] * (context // 4) if kind.noise else sentences(source, text, context)
     frame = MANY if len(lines) > 1 else ONE
     answers = [[value for key in asked for value in values[key]] for asked in kind.questions]
     asking = [
-        _question([keys[key] for key in asked], several=len(own) > 1)
+        ask_for([keys[key] for key in asked], several=len(own) > 1)
         for asked, own in zip(kind.questions, answers, strict=True)
     ]
 
     def build(n: int) -> list[Prompt]:
-        text = frame.format(text=hidden(pieces[:n], lines, depths))
-        return [ask(source, text, question, prefix) for question, prefix in asking]
+        whole = frame.format(text=hidden(pieces[:n], lines, depths))
+        return [ask(source, whole, question, prefix) for question, prefix in asking]
 
+    prompts = fit(context, build, len(pieces), piece_tokens=mean_tokens(source, pieces))
+    check_filled(context, prompts)
     return [
         Sample(
             context=context,
             index=0,
+            text=text,
             prompt=prompt,
             forced=forced_answer(source, f" {listed(own)}"),
             answers=tuple(own),
             max_new_tokens=NEW_TOKENS if len(own) == 1 else MANY_NEW_TOKENS,
         )
-        for prompt, own in zip(fit(context, build, len(pieces)), answers, strict=True)
+        for prompt, own in zip(prompts, answers, strict=True)
     ]
 
 
-def _question(keys: list[str], *, several: bool) -> tuple[str, str]:
+def ask_for(keys: list[str], *, several: bool) -> tuple[str, str]:
     """Return a question and the beginning of its answer."""
     what = "are all the special magic numbers" if several else "is the special magic number"
     number, verb = ("numbers", "are") if several else ("number", "is")
@@ -158,8 +180,8 @@ def grid_samples(source: Source, context: int, count: int) -> Iterator[Sample]:
     for index in range(count):
         text, place = divmod(index, len(GRID_DEPTHS))
         dice = random.Random(f"needle/{source.seed}/{text}")
-        (sample,) = text_samples(Needles(), source, context, dice, [GRID_DEPTHS[place]])
-        yield replace(sample, index=index, text=text, labels={"depth": GRID_DEPTHS[place]})
+        (sample,) = text_samples(Needles(), source, context, text, dice, [GRID_DEPTHS[place]])
+        yield replace(sample, index=index, labels={"depth": GRID_DEPTHS[place]})
 
 
 def variable_samples(source: Source, context: int, count: int) -> Iterator[Sample]:
@@ -214,16 +236,17 @@ class _Chain:
         )
 
 
-def _task(name: str, summary: str, make: Callable[[Source, int, int], Iterator[Sample]]) -> Task:
-    return Task(name=name, summary=summary, make=make, score=contains_all, settled=True)
+def _task(name: str, summary: str, make: Callable[[Source, int, int], Iterator[Sample]], **values: Any) -> Task:
+    return Task(name=name, summary=summary, make=make, score=contains_all, settled=True, **values)
 
 
 ONE_EACH, LAST = slice(0, -1), slice(-1, None)
 KEYS = Needles(keys=4)
-S1 = _task("ruler-s1", "one needle in noise", partial(needle_samples, Needles(noise=True), LAST, "s1"))
+IN_NOISE = partial(needle_samples, Needles(noise=True), LAST, "s1")
+S1 = _task("ruler-s1", "one needle in noise", IN_NOISE, text_kind=NOISE_TEXT)
 S2 = _task("ruler-s2", "one needle in text", partial(needle_samples, Needles(), LAST, "s2"))
-MK1 = _task("ruler-mk1", "four keys, one asked for", partial(needle_samples, KEYS, ONE_EACH, "keys"))
+MK1 = _task("ruler-mk1", "four keys, one asked for", partial(needle_samples, KEYS, ONE_EACH, "keys"), questions=4)
 MQ = _task("ruler-mq", "four keys, all asked for", partial(needle_samples, KEYS, LAST, "keys"))
 MV = _task("ruler-mv", "one key with four values", partial(needle_samples, Needles(values=4), LAST, "mv"))
-VT = _task("ruler-vt", "a chain of variables in noise", variable_samples)
-GRID = _task("needle", "a needle at five depths", grid_samples)
+VT = _task("ruler-vt", "a chain of variables in noise", variable_samples, text_kind=NOISE_TEXT)
+GRID = _task("needle", "a needle at five depths", grid_samples, questions=len(GRID_DEPTHS))
