@@ -27,7 +27,7 @@ from kvswap.config import Config
 from kvswap.models.adapter import inspect
 from kvswap.models.loading import load_model
 from kvswap.tuning.measure_model import model_facts
-from kvswap.tuning.tables import GROUPS, SELECTED, cached_tables, load_tables
+from kvswap.tuning.tables import GROUPS, cached_tables, load_tables
 
 RESULTS = Path(__file__).parent / "results"
 KEY = ("tokens", "rank", "bits", "group_tokens", "select_tokens", "by_layer")
@@ -69,8 +69,9 @@ def comparisons(facts: dict[str, Any]) -> dict[str, float]:
         f"G = {group}": ratio(facts, setting(facts, group_tokens=group), setting(facts, group_tokens=4))
         for group in GROUPS
     }
+    selected = sorted({each["select_tokens"] for each in facts["qualities"]})  # older tables have fewer
     found |= {
-        f"M = {select}": ratio(facts, setting(facts, select_tokens=select), setting(facts)) for select in SELECTED
+        f"M = {select}": ratio(facts, setting(facts, select_tokens=select), setting(facts)) for select in selected
     }
     for name, part, bits in (
         ("twice the bytes", 2 * rank, 4),

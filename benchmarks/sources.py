@@ -31,7 +31,7 @@ NEW_TOKENS, LAST_SENTENCES = 24, 6
 def cell(loaded: Any, source: Source, context: int, text: int, depth: float) -> dict[str, Any]:
     """Ask about one text with the needle at one depth; return what came of it."""
     dice = random.Random(f"sources/{text}")
-    pieces = sentences(source, dice)
+    pieces = sentences(source, text, context)
     (key,), value = names(dice, 1), str(dice.randint(10**6, 10**7 - 1))
     needle = NEEDLE.format(key=key, value=value)
     low, high = 0, len(pieces)

@@ -212,3 +212,13 @@ def test_the_memory_plan_is_logged(tmp_path, caplog):
         forced_logits(model, tokens(1, 300), tokens(1, 1), cache)
     assert any("plan for 1 x 300 tokens under 8.0 MiB: " in each.message for each in caplog.records)
     assert any("kvswap: sketch identity" in each.message for each in caplog.records)
+
+
+def test_a_cache_may_be_closed_inside_its_block(select_all) -> None:
+    model, ids = tiny_model("llama"), tokens(1, 200)
+    with attach(model, select_all) as cache:
+        forced_logits(model, ids, tokens(1, 2, seed=1), cache)
+        cache.close()
+        cache.close()
+    with attach(model, select_all) as cache:  # one that was never used
+        cache.close()

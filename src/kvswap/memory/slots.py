@@ -158,9 +158,9 @@ class SlotPool:
         self.arrays = self._locate()
 
     def close(self) -> None:
-        """Drop all views and release the slab."""
+        """Drop all views and release the slab. May be called twice."""
         self._rows.clear()
-        del self._raw
+        vars(self).pop("_raw", None)
         if self.host:
             self.slab.close()
 
