@@ -32,9 +32,9 @@ from kvswap.selection.sketch import LayerSketch
 # For a Gaussian of variance 1, by bits: error of the best uniform quantiser, and its step (Max, 1960).
 ERRORS = {0: 1.0, 2: 0.1188, 4: 0.01154, 6: 0.00104, 8: 0.000090}
 STEPS = {2: 0.9957, 4: 0.3352, 6: 0.1041, 8: 0.0308}
-FLAT_TOKENS = 32768  # up to here all tokens are scored in full at each step
-FINE_TOKENS = 16384  # how many are scored in full in a longer context
-COARSE_SHARE = 24  # coarse scores use one in so many of a token's bytes: the first, with most weight
+FLAT_TOKENS = 65536  # up to here all tokens are scored in full at each step
+FINE_TOKENS = 32768  # how many are scored in full in a longer context
+COARSE_SHARE = 8  # coarse scores use one in so many of a token's bytes: the first, with most weight
 SMALLEST_QUERY = 1e-3  # least weight of a direction, relative to the largest, though calibration had no such query
 
 
