@@ -126,16 +126,17 @@ INLINE float sum_of(const float *values, int64_t count) {
 INLINE void count_picked(Tally *tally, int64_t b, const float *mass, int64_t groups, int64_t first, int64_t end,
                          const int64_t *picked, int64_t count) {
     const float all = sum_of(mass, groups), one = 1.0f / all;
-    float kept = sum_of(mass, first) + sum_of(mass + end, groups - end);
+    float chosen = 0.0f;
     float *shares = tally->groups + b * tally->columns, *squares = tally->squares + b * tally->columns;
     if (!(all > 0.0f)) return;
+    for (int64_t n = 0; n < count && picked[n] < end; n++) chosen += mass[picked[n]];
+    const float part = chosen > 0.0f ? 1.0f / chosen : 0.0f;
     for (int64_t n = 0; n < count && picked[n] < end; n++) {
-        const float share = mass[picked[n]] * one;
-        kept += mass[picked[n]];
-        shares[picked[n]] += share;
-        squares[picked[n]] += share * share;
+        const float own = mass[picked[n]];
+        shares[picked[n]] += own * one;
+        squares[picked[n]] += own * part * own * part;
     }
-    tally->kept += kept * one;
+    tally->kept += (chosen + sum_of(mass, first) + sum_of(mass + end, groups - end)) * one;
     tally->choices++;
 }
 

@@ -41,7 +41,7 @@ typedef struct {
 /* What decode steps attended to, by the estimate that they chose groups by; see selection/tally.py.
  *
  * groups   [batch, columns] mean over heads of each group's share of attention, summed over choices
- * squares  the same with the squares of these means
+ * squares  the square of each group's share of what was picked, summed over choices
  * kept     the share of all attended groups together, summed over choices; `choices` how many there were
  */
 typedef struct {

@@ -27,8 +27,8 @@ class Tally:
         Share of each group in the estimated attention, mean over heads, where the group was selected. Sinks and recent
         window are not selected, so they have none.
     squares : float32 ``[B, N]``
-        The same with the squares of these shares. A choice that goes to few groups counts for more here: layers that
-        look something up attend sharply, while others spread their attention over what is always there.
+        Square of each group's share of what its choice selected, summed over choices. Choices that go to few groups
+        count for more here: layers that look something up attend sharply, others to what is always there.
     group_tokens
         G.
     fields
@@ -52,7 +52,7 @@ class Tally:
             index = torch.from_numpy(np.ascontiguousarray(picked)).to(mass.device)
             row = mass[sequence] / mass[sequence].sum()
             self.groups[sequence].index_add_(0, index, row[index])
-            self.squares[sequence].index_add_(0, index, row[index] ** 2)
+            self.squares[sequence].index_add_(0, index, (row[index] / row[index].sum().clamp(min=1e-30)) ** 2)
             self._kept += row[:first].sum() + row[index].sum() + row[end:].sum()
             self.fields.choices += 1
 
