@@ -250,7 +250,10 @@ def start(words: list[str], **options: object) -> subprocess.Popen[str]:
     return subprocess.Popen([sys.executable, "-m", "kvswap", *words], stderr=subprocess.PIPE, text=True, **options)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGINT, 130), (signal.SIGTERM, 143), pytest.param(signal.SIGKILL, -9, marks=pytest.mark.slow)],
+)
 def test_signals_leave_no_files(base, tmp_path, number, code):
     target = tmp_path / "numbers.json"
     folder = save_tiny(tmp_path.parent / f"talker{code}")

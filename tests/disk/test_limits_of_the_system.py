@@ -98,7 +98,10 @@ def test_a_small_ring_is_allowed_and_a_large_one_is_not(
         create_backend("uring", tmp_path, 1024, on_notice=notices.append)
 
 
-@pytest.mark.parametrize(("group_tokens", "heads"), [(1, 2), (4, 32), (64, 2), (64, 32)])
+@pytest.mark.parametrize(
+    ("group_tokens", "heads"),
+    [(1, 2), pytest.param(4, 32, marks=pytest.mark.slow), (64, 2), pytest.param(64, 32, marks=pytest.mark.slow)],
+)
 def test_groups_of_every_size(group_tokens: int, heads: int, select_all: Config) -> None:
     model = tiny_model("llama", num_attention_heads=heads, num_key_value_heads=heads, head_dim=64)
     ids, forced = tokens(1, 2100), tokens(1, 4)
